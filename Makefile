@@ -1,0 +1,36 @@
+# Every target sets up what it needs: a .venv here, guests in guests/. Nothing is installed into the system.
+PYTHON ?= python3
+BIN := .venv/bin
+GUEST := guests/debian
+
+.PHONY: demo test test-full bench lint guest clean
+
+.venv/done: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anyhyve needs Python 3.11 or newer")'
+	@$(PYTHON) -m venv .venv || { echo "make: this Python has no venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
+	touch $@
+
+# A machine without apt-get or network still runs everything that needs no Debian guest; what is skipped says so.
+guest: .venv/done
+	-$(BIN)/anyhyve guest fetch --dir $(GUEST)
+
+demo: guest
+	$(BIN)/python -m bench.demo --guest $(GUEST)
+
+test: guest
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-full: guest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: guest
+	$(BIN)/python -m bench.boot --guest $(GUEST)
+	$(BIN)/python -m bench.save_restore --guest $(GUEST)
+	$(BIN)/python -m bench.port_read
+
+lint: .venv/done
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf .venv guests demo dist

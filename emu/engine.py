@@ -1,0 +1,368 @@
+"""Unicorn's insides: the only file that knows them.
+
+Unicorn is QEMU's TCG as a library. Its public API loses what a saved machine needs (hidden segment state, CPL, the
+interrupt shadow) and hands exceptions to the host instead of the guest's IDT. This file reaches the engine's own CPU
+structure through offsets that hold for one build, 2.1.4, on 64-bit hosts; `Engine` checks each of them when it
+starts and refuses with BackendError otherwise.
+
+What it offers the rest of `emu`: typed views of the CPU's fields, hooks by raw address, one-instruction blocks, and
+a hidden page from which the engine fetches an interrupt's vector (so that INTA happens exactly when it is taken).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import unicorn
+from unicorn import unicorn_const as uc_const
+from unicorn import x86_const as x86
+
+from vmm.errors import BackendError
+
+VERSION = "2.1.4"
+
+# --- offsets: uc_struct, CPUState, CPUX86State of Unicorn 2.1.4 (QEMU 5.0.1), 64-bit little-endian hosts
+_UC_CPU = 0x1B8
+_UC_NO_EXIT_REQUEST = 0x7F2
+_CPU_CFLAGS_NEXT_TB = 0x18
+_CPU_INTERRUPT_REQUEST = 0x1C
+_CPU_ENV = 0x128
+_CPU_HALTED = 0x8198
+_CPU_EXCEPTION_INDEX = 0x81A0
+_CPU_TO_ENV = 0x8A50
+
+_ENV = {
+    "regs": 0x0,
+    "eip": 0x80,
+    "eflags": 0x88,
+    "hflags": 0xB0,
+    "hflags2": 0xB4,
+    "segs": 0xB8,
+    "ldt": 0x148,
+    "tr": 0x160,
+    "gdt": 0x178,
+    "idt": 0x190,
+    "cr": 0x1A8,
+    "a20_mask": 0x1F0,
+    "efer": 0x250,
+    "star": 0x12D8,
+    "lstar": 0x12E8,
+    "cstar": 0x12F0,
+    "fmask": 0x12F8,
+    "kernelgsbase": 0x1300,
+    "tsc_aux": 0x1320,
+    "pat": 0x14A0,
+    "error_code": 0x1508,
+    "exception_is_int": 0x150C,
+    "exception_next_eip": 0x1510,
+    "dr": 0x1518,
+    "old_exception": 0x1578,
+    "vm_vmcb": 0x1580,
+    "intercept": 0x1590,
+    "features": 0x1600,
+    "uc": 0x1B58,
+}
+
+INTERRUPT_VIRQ = 0x100
+INTERRUPT_NMI = 0x200
+HF_INHIBIT_IRQ = 1 << 3
+HF_GUEST = 1 << 21
+HF2_GIF = 1 << 0
+HF2_NMI = 1 << 2
+_INTERCEPT_MSR = 1 << (0x7C - 0x60)
+EXIT_MSR = 0x17C
+EXIT_SHUTDOWN = 0x17F
+
+# The engine's leftover SVM code reads a VMCB by physical address: MSR permission map at +0x48, interrupt vector at
+# +0x64, event injection at +0xa8. Placed across a page end, the first two are MMIO (a callback is the INTA cycle) and
+# the last, touched by every exception, is plain memory. It lies above the guest's 40 physical bits, out of reach.
+_HIDDEN = 1 << 41
+_VMCB = _HIDDEN + 0x1000 - 0x70
+_MSRPM = _HIDDEN + 0x10000
+_VMCB_MSRPM = 0x48
+_VMCB_VECTOR = 0x64
+
+HOOK_INTR = uc_const.UC_HOOK_INTR
+HOOK_INSN = uc_const.UC_HOOK_INSN
+HOOK_BLOCK = uc_const.UC_HOOK_BLOCK
+HOOK_INSN_INVALID = uc_const.UC_HOOK_INSN_INVALID
+
+Read = Callable[[int, int], int]
+Write = Callable[[int, int, int], None]
+
+
+def _library() -> ctypes.CDLL:
+    from unicorn.unicorn_py3 import unicorn as binding
+
+    return ctypes.CDLL(binding.uclib._name)
+
+
+class Engine:
+    """One Unicorn x86-64 engine with its insides open."""
+
+    def __init__(self) -> None:
+        if unicorn.__version__ != VERSION:
+            raise BackendError(f"emu needs unicorn {VERSION}, this is {unicorn.__version__}")
+        if sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8:
+            raise BackendError(f"emu needs a 64-bit little-endian host, this is {platform.machine()}")
+        self._lib = _library()
+        self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_EPYC)
+        self._keep: list[Any] = []  # what the engine points at must outlive it
+        self.uc.reg_read(x86.UC_X86_REG_RAX)  # creates the CPU
+        self._handle = int(getattr(self.uc._uch, "value", self.uc._uch))
+        self.cpu = ctypes.c_uint64.from_address(self._handle + _UC_CPU).value
+        if not self.cpu:
+            raise BackendError("unicorn's CPU is not where 2.1.4 has it")
+        self.env = self.cpu + _CPU_TO_ENV
+        self._check_pointers()
+
+        self.halted = ctypes.c_uint32.from_address(self.cpu + _CPU_HALTED)
+        self.interrupt_request = ctypes.c_uint32.from_address(self.cpu + _CPU_INTERRUPT_REQUEST)
+        self.cflags_next_tb = ctypes.c_uint32.from_address(self.cpu + _CPU_CFLAGS_NEXT_TB)
+        self.exception_index = ctypes.c_int32.from_address(self.cpu + _CPU_EXCEPTION_INDEX)
+        self.regs = (ctypes.c_uint64 * 16).from_address(self.address("regs"))  # RAX RCX RDX RBX RSP RBP RSI RDI R8..
+        self.eip = self.u64("eip")
+        self.eflags = self.u64("eflags")
+        self.hflags = self.u32("hflags")
+        self.hflags2 = self.u32("hflags2")
+        self.cr = (ctypes.c_uint64 * 5).from_address(self.address("cr"))
+        self.dr = (ctypes.c_uint64 * 8).from_address(self.address("dr"))
+        self.error_code = self.u32("error_code")
+        self.old_exception = ctypes.c_int32.from_address(self.address("old_exception"))
+        self._intercept = self.u64("intercept")
+        self._check_fields()
+        # Stops happen only at block entries: a stop inside a block re-executes a load or store.
+        ctypes.c_uint8.from_address(self._handle + _UC_NO_EXIT_REQUEST).value = 1
+
+    # --- views
+
+    def address(self, field: str) -> int:
+        return self.env + _ENV[field]
+
+    def u32(self, field: str, offset: int = 0) -> ctypes.c_uint32:
+        return ctypes.c_uint32.from_address(self.address(field) + offset)
+
+    def u64(self, field: str, offset: int = 0) -> ctypes.c_uint64:
+        return ctypes.c_uint64.from_address(self.address(field) + offset)
+
+    def segment(self, name: str) -> Segment:
+        """es cs ss ds fs gs ldtr tr gdtr idtr."""
+        places = {"ldtr": "ldt", "tr": "tr", "gdtr": "gdt", "idtr": "idt"}
+        if name in places:
+            return Segment.from_address(self.address(places[name]))
+        return Segment.from_address(self.address("segs") + 24 * ("es", "cs", "ss", "ds", "fs", "gs").index(name))
+
+    def update_hflags(self) -> None:
+        """Derive the engine's hidden flags from segments, control registers and RFLAGS."""
+        self._call("x86_update_hflags_x86_64", self.env)
+
+    def flush_tlb(self) -> None:
+        self._call("tlb_flush_x86_64", self.cpu)
+
+    def discard_code(self, start: int, end: int) -> None:
+        """Drop translated code of guest-physical [start, end): the host changed RAM behind it."""
+        function = self._lib.tb_invalidate_phys_range_x86_64
+        function(ctypes.c_void_p(self._handle), ctypes.c_uint64(start), ctypes.c_uint64(end))
+
+    def flush_code(self) -> None:
+        self.uc.ctl_flush_tb()
+
+    def read_msr(self, number: int) -> int:
+        """The engine's own MSR, past our interception."""
+        kept, self._intercept.value = self._intercept.value, 0
+        value = int(self.uc.msr_read(number))
+        self._intercept.value = kept
+        return value
+
+    def write_msr(self, number: int, value: int) -> None:
+        kept, self._intercept.value = self._intercept.value, 0
+        self.uc.msr_write(number, value)
+        self._intercept.value = kept
+
+    def set_a20(self, enabled: bool) -> None:
+        mask = ctypes.c_int32.from_address(self.address("a20_mask"))
+        wanted = -1 if enabled else ~(1 << 20)
+        if mask.value != wanted:
+            mask.value = wanted
+            self.flush_tlb()
+
+    def hide_features(self, leaf1_ecx: int, leaf1_edx: int) -> None:
+        """Make instructions whose CPUID.1 bit is not in the given words raise #UD (or keep their CR bits clear)."""
+        for index, allowed in enumerate((leaf1_edx, leaf1_ecx)):
+            word = ctypes.c_uint64.from_address(self.address("features") + 8 * index)
+            word.value &= allowed
+
+    # --- memory and hooks
+
+    def map_ram(self, base: int, size: int, pointer: int) -> None:
+        self.uc.mem_map_ptr(base, size, uc_const.UC_PROT_ALL, pointer)
+
+    def map_mmio(self, base: int, size: int, read: Read, write: Write) -> None:
+        """Send accesses of [base, base+size) to `read(address, size)` and `write(address, size, value)`."""
+
+        def on_read(_uc: object, offset: int, width: int, _data: object) -> int:
+            return read(base + offset, width)
+
+        def on_write(_uc: object, offset: int, width: int, value: int, _data: object) -> None:
+            write(base + offset, width, value)
+
+        self.uc.mmio_map(base, size, on_read, None, on_write, None)
+
+    def hook(self, kind: int, function: int, data: int, instruction: int | None = None) -> None:
+        """uc_hook_add with a raw function address, which the Python binding has no way to pass."""
+        handle = ctypes.c_size_t()
+        extra = [] if instruction is None else [ctypes.c_int(instruction)]
+        error = self._lib.uc_hook_add(
+            ctypes.c_void_p(self._handle),
+            ctypes.byref(handle),
+            ctypes.c_int(kind),
+            ctypes.c_void_p(function),
+            ctypes.c_void_p(data),
+            ctypes.c_uint64(1),
+            ctypes.c_uint64(0),
+            *extra,
+        )
+        if error:
+            raise BackendError(f"unicorn refused a hook: {unicorn.UcError(error)}")
+
+    def keep(self, thing: Any) -> Any:
+        self._keep.append(thing)
+        return thing
+
+    def symbol(self, name: str) -> int:
+        """Address of one of the library's exported functions."""
+        try:
+            address = ctypes.cast(getattr(self._lib, name), ctypes.c_void_p).value
+        except AttributeError:
+            raise BackendError(f"unicorn's library does not export {name}") from None
+        assert address is not None
+        return address
+
+    def _call(self, name: str, pointer: int) -> None:
+        getattr(self._lib, name)(ctypes.c_void_p(pointer))
+
+    def executable(self, code: bytes) -> int:
+        """The address of `code` in executable memory. Raises OSError where the host refuses such memory."""
+        memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        memory.write(code)
+        self.keep(memory)
+        return ctypes.addressof(self.keep(ctypes.c_char.from_buffer(memory)))
+
+    def intercept(self, acknowledge: Callable[[], int], native_msrs: tuple[int, ...]) -> None:
+        """Take interrupt vectors from `acknowledge()` at the moment of INTA, and send every MSR access but those of
+        `native_msrs` to HOOK_INTR as EXIT_MSR."""
+        permissions = bytearray(b"\xff" * 0x2000)
+        for number in native_msrs:
+            bit = 2 * (number if number < 0x2000 else 0x2000 + number - 0xC0000000)
+            permissions[bit // 8] &= ~(3 << bit % 8) & 0xFF
+        self.uc.mem_map(_MSRPM, 0x2000)
+        self.uc.mem_write(_MSRPM, bytes(permissions))
+        self.uc.mem_map(_HIDDEN + 0x1000, 0x1000)
+        offset = _VMCB - _HIDDEN
+
+        def read(_uc: object, where: int, _size: int, _data: object) -> int:
+            if where == offset + _VMCB_VECTOR:
+                return acknowledge()
+            shift = 8 * (where - offset - _VMCB_MSRPM)
+            return _MSRPM >> shift & 0xFFFFFFFF if 0 <= shift < 64 else 0
+
+        self.uc.mmio_map(_HIDDEN, 0x1000, read, None, lambda *_: None, None)
+        self.u64("vm_vmcb").value = _VMCB
+        self._intercept.value = _INTERCEPT_MSR
+        self.hflags.value |= HF_GUEST
+        self.hflags2.value |= HF2_GIF
+
+    def raise_exception(self, vector: int, error_code: int) -> None:
+        """Set up a fault for the INTR hook to deliver."""
+        self.exception_index.value = vector
+        self.error_code.value = error_code
+        self.u32("exception_is_int").value = 0
+
+    def start(self, rip: int) -> None:
+        """Run from `rip` until a hook stops it or the CPU halts. Raises unicorn.UcError."""
+        self.uc.emu_start(rip, 0)
+
+    def close(self) -> None:
+        """Free the engine. No view may be used afterwards."""
+        for name in [n for n, v in vars(self).items() if isinstance(v, ctypes._SimpleCData | ctypes.Array)]:
+            delattr(self, name)
+        del self.uc
+        self._keep.clear()
+
+    # --- checks
+
+    def _check_pointers(self) -> None:
+        def pointer(address: int) -> int:
+            return ctypes.c_uint64.from_address(address).value
+
+        if pointer(self.cpu + _CPU_ENV) != self.env or pointer(self.address("uc")) != self._handle:
+            raise BackendError("unicorn's CPU structure is not laid out as 2.1.4's")
+
+    def _check_fields(self) -> None:
+        """Each field seen through its offset must agree with the public API, both ways where the API can write."""
+        uc = self.uc
+        wrong = []
+
+        def same(name: str, seen: int, public: int) -> None:
+            if seen != public:
+                wrong.append(name)
+
+        order = "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
+        for i, name in enumerate(order):
+            number = getattr(x86, f"UC_X86_REG_{name}")
+            uc.reg_write(number, 0x1122334455660000 + i)
+            same(name, self.regs[i], 0x1122334455660000 + i)
+            uc.reg_write(number, 0)
+        for name, seen in (("CR0", self.cr[0]), ("CR4", self.cr[4]), ("RIP", self.eip.value)):
+            same(name, seen, uc.reg_read(getattr(x86, f"UC_X86_REG_{name}")))
+        for name, index in (("CR2", 2), ("CR3", 3)):
+            uc.reg_write(getattr(x86, f"UC_X86_REG_{name}"), 0x5000 + index * 0x1000)
+            same(name, self.cr[index], 0x5000 + index * 0x1000)
+            uc.reg_write(getattr(x86, f"UC_X86_REG_{name}"), 0)
+        for table in ("GDTR", "IDTR"):
+            uc.reg_write(getattr(x86, f"UC_X86_REG_{table}"), (0, 0x123456, 0x7F, 0))
+            segment = self.segment(table.lower())
+            same(table, segment.base << 32 | segment.limit, 0x123456 << 32 | 0x7F)
+            uc.reg_write(getattr(x86, f"UC_X86_REG_{table}"), (0, 0, 0xFFFF, 0))
+        for name, number in (
+            ("star", 0xC0000081), ("lstar", 0xC0000082), ("cstar", 0xC0000083), ("fmask", 0xC0000084),
+            ("kernelgsbase", 0xC0000102), ("tsc_aux", 0xC0000103), ("pat", 0x277),
+        ):  # fmt: skip
+            kept = uc.msr_read(number)
+            uc.msr_write(number, 0x00010203)
+            same(name, self.u64(name).value, 0x00010203)
+            uc.msr_write(number, kept)
+        uc.reg_write(x86.UC_X86_REG_DR0, 0x777000)
+        same("dr", self.dr[0], 0x777000)
+        uc.reg_write(x86.UC_X86_REG_DR0, 0)
+        same("efer", self.u64("efer").value, uc.msr_read(0xC0000080))
+        same("cflags_next_tb", self.cflags_next_tb.value, 0xFFFFFFFF)
+        same("old_exception", self.old_exception.value, -1)
+        same("a20_mask", ctypes.c_int32.from_address(self.address("a20_mask")).value, -1)
+        same("features", ctypes.c_uint32.from_address(self.address("features")).value & 0x1, 1)
+        same("interrupt_request", self.interrupt_request.value, 0)
+        same("intercept", self._intercept.value, 0)
+        if wrong:
+            raise BackendError(f"unicorn's CPU structure is not laid out as 2.1.4's: {', '.join(wrong)}")
+
+
+class Segment(ctypes.Structure):
+    """The engine's SegmentCache: `flags` holds the attribute bits 8..23 of a descriptor's high word."""
+
+    _fields_ = [
+        ("selector", ctypes.c_uint32),
+        ("_pad", ctypes.c_uint32),
+        ("base", ctypes.c_uint64),
+        ("limit", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    ]
+    selector: int
+    base: int
+    limit: int
+    flags: int

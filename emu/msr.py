@@ -1,0 +1,68 @@
+"""Model-specific registers of the CPU model, for RDMSR and WRMSR that the engine hands over.
+
+FS.base, GS.base and KERNEL_GS_BASE stay with the engine, for speed. Everything else comes here, and a number that
+is not in the table is #GP(0), as on hardware (SDM vol. 2, RDMSR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from emu.engine import Engine
+
+NATIVE = (0xC0000100, 0xC0000101, 0xC0000102)
+
+_EFER_BITS = 0xD01  # NXE LMA LME SCE
+_PAT_TYPES = {0, 1, 4, 5, 6, 7}
+
+
+class Msrs:
+    """`read` and `write` answer None/False for #GP(0)."""
+
+    def __init__(self, engine: Engine, tsc: Callable[[], int], set_tsc: Callable[[int], None]) -> None:
+        self._engine = engine
+        self._tsc = tsc
+        self._set_tsc = set_tsc
+        self._fields = {
+            0xC0000081: engine.u64("star"),
+            0xC0000082: engine.u64("lstar"),
+            0xC0000083: engine.u64("cstar"),
+            0xC0000084: engine.u64("fmask"),
+            0xC0000103: engine.u64("tsc_aux"),
+            0x277: engine.u64("pat"),
+        }
+
+    def read(self, number: int) -> int | None:
+        if number in self._fields:
+            return self._fields[number].value
+        if number == 0x10:
+            return self._tsc()
+        if number in (0x174, 0x175, 0x176, 0xC0000080):
+            return self._engine.read_msr(number)
+        return None
+
+    def write(self, number: int, value: int) -> bool:
+        if number in (0xC0000082, 0xC0000083, 0x175, 0x176) and not _canonical(value):
+            return False
+        if number == 0xC0000103 and value >> 32:
+            return False
+        if number == 0x277 and any(value >> 8 * i & 0xFF not in _PAT_TYPES for i in range(8)):
+            return False
+        if number in self._fields:
+            self._fields[number].value = value & 0xFFFFFFFF if number == 0xC0000084 else value
+        elif number == 0x10:
+            self._set_tsc(value)
+        elif number == 0xC0000080:
+            old = self._engine.u64("efer").value
+            if value & ~_EFER_BITS or (value ^ old) & 0x100 and self._engine.cr[0] >> 31 & 1:
+                return False
+            self._engine.write_msr(number, value & ~0x400 | old & 0x400)  # LMA is read-only
+        elif number in (0x174, 0x175, 0x176):
+            self._engine.write_msr(number, value)
+        else:
+            return False
+        return True
+
+
+def _canonical(value: int) -> bool:
+    return value >> 47 in (0, 0x1FFFF)

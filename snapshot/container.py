@@ -1,0 +1,190 @@
+"""The layout of a snapshot file: what the writer and the reader agree on. docs/snapshot-format.md is the norm.
+
+    file header | chunk | chunk | ... | END
+
+Little-endian throughout. A chunk is a header of 96 bytes, zero padding to the payload's alignment, the payload, and
+zero padding to the next multiple of 16.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+
+from snapshot.errors import SnapshotError
+from snapshot.schema import Json
+
+MAGIC = b"\x89ANYHYVE\r\n\x1a\n"
+MAJOR, MINOR = 1, 0
+FILE_HEADER = struct.Struct("<12sHH16s")  # magic, major, minor, reserved
+CHUNK_HEADER = struct.Struct("<4sHHIIQ32s32s8s")  # kind .. reserved, the fields of Chunk in order
+INDEX = struct.Struct("<QQIIQ")  # base, region size, block size, codec, count of present blocks
+ENTRY = struct.Struct("<II32s")  # block number, reserved, digest
+END_PAYLOAD = struct.Struct("<QQ32s")  # count of chunks before END, file length, digest of all headers before END
+NO_DIGEST = bytes(32)
+
+CHUNK_ALIGN, PAGE = 16, 4096
+BLOCK = 65536
+CODEC_RAW = 0
+OPTIONAL = 1 << 0  # the only flag
+
+MAX_CHUNKS = 4096  # before END
+MAX_JSON = 16 << 20  # also of an optional chunk we do not know
+MAX_JSON_TOTAL = 64 << 20  # all parts and optional chunks together
+MAX_REGION = 1 << 40
+
+PART, RAMD, RAMI, META, END = b"PART", b"RAMD", b"RAMI", b"META", b"END "
+FIRST_PART = "config"
+META_NAME = "meta"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a known kind of chunk fixes; `rank` is its place in the file, which never falls."""
+
+    rank: int
+    version: int = 1
+    flags: int = 0
+    alignment: int = CHUNK_ALIGN
+
+
+OPTIONAL_RANK = 2
+KINDS = {
+    PART: Kind(rank=0),
+    RAMD: Kind(rank=1, alignment=PAGE),
+    RAMI: Kind(rank=1),
+    META: Kind(rank=OPTIONAL_RANK, flags=OPTIONAL),
+    END: Kind(rank=3),
+}
+
+_NAME = re.compile(r"[a-z0-9._-]{1,32}")
+
+
+def align(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def good_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk header at `offset`."""
+
+    offset: int
+    kind: bytes
+    version: int
+    flags: int
+    alignment: int
+    length: int
+    name: str
+    digest: bytes = NO_DIGEST
+
+    @property
+    def payload(self) -> int:
+        """Where the payload starts."""
+        return align(self.offset + CHUNK_HEADER.size, self.alignment)
+
+    @property
+    def end(self) -> int:
+        """Where the payload ends."""
+        return self.payload + self.length
+
+    @property
+    def next(self) -> int:
+        """Where the next chunk's header starts."""
+        return align(self.end, CHUNK_ALIGN)
+
+    @property
+    def known(self) -> bool:
+        return self.kind in KINDS and self.version == KINDS[self.kind].version
+
+    def __str__(self) -> str:
+        return f"offset {self.offset:#x}, {self.kind.decode('ascii')} {self.name}".rstrip()
+
+    def pack(self) -> bytes:
+        return CHUNK_HEADER.pack(
+            self.kind,
+            self.version,
+            self.flags,
+            self.alignment,
+            0,
+            self.length,
+            self.name.encode("ascii"),
+            self.digest,
+            b"",
+        )
+
+    @classmethod
+    def unpack(cls, offset: int, data: bytes) -> Chunk:
+        """The header in `data`. Raises SnapshotError unless each field, by itself, is allowed."""
+        kind, version, flags, alignment, zero, length, name, digest, zeros = CHUNK_HEADER.unpack(data)
+        if not all(0x20 <= byte <= 0x7E for byte in kind):
+            raise SnapshotError(f"offset {offset:#x}: chunk kind {kind.hex()} is not printable ASCII")
+        where = f"offset {offset:#x}, {kind.decode('ascii')}".rstrip()
+        if zero or any(zeros) or flags & ~OPTIONAL:
+            raise SnapshotError(f"{where}: reserved bits of the chunk header are not zero")
+        text = name.rstrip(b"\0").decode("latin-1")
+        if not (good_name(text) or (kind == END and not text)):
+            raise SnapshotError(f"{where}: the name is not 1..32 of a-z 0-9 . _ - followed by zeros")
+        chunk = cls(offset, kind, version, flags, alignment, length, text, digest)
+        known = KINDS.get(kind)
+        if not chunk.known and not (flags and (known is None or known.flags)):
+            raise SnapshotError(f"{chunk}: mandatory chunk of kind and version {version} unknown to this program")
+        if chunk.known and known and (flags, alignment) != (known.flags, known.alignment):
+            raise SnapshotError(f"{chunk}: flags {flags:#x} or alignment {alignment} are not those of the kind")
+        if alignment not in (CHUNK_ALIGN, PAGE):
+            raise SnapshotError(f"{chunk}: alignment {alignment} is neither {CHUNK_ALIGN} nor {PAGE}")
+        if kind == END and text:
+            raise SnapshotError(f"{chunk}: END has a name")
+        return chunk
+
+
+@dataclass(frozen=True)
+class Part:
+    """One declared state as the file has it: its schema and its fields."""
+
+    name: str
+    schema: dict[str, Json]
+    state: dict[str, Json]
+
+    @classmethod
+    def from_json(cls, name: str, value: Json) -> Part:
+        """The part in a PART payload. Raises SnapshotError unless the schema names exactly the fields of the state."""
+        if not isinstance(value, dict) or value.keys() != {"schema", "state"}:
+            raise SnapshotError("not an object of exactly schema and state")
+        schema, state = value["schema"], value["state"]
+        if not isinstance(schema, dict) or schema.keys() != {"name", "version", "doc", "fields"}:
+            raise SnapshotError("schema is not an object of exactly name, version, doc and fields")
+        version, fields = schema["version"], schema["fields"]
+        if type(schema["name"]) is not str or type(schema["doc"]) is not str:
+            raise SnapshotError("schema name and doc are not text")
+        if type(version) is not int or version < 1:
+            raise SnapshotError("schema version is not a positive integer")
+        if not isinstance(fields, list):
+            raise SnapshotError("schema fields are not a list")
+        names: list[str] = []
+        for field in fields:
+            if not isinstance(field, dict) or field.keys() != {"name", "type", "doc"}:
+                raise SnapshotError("schema field is not an object of exactly name, type and doc")
+            if not isinstance(field["name"], str) or not isinstance(field["doc"], str):
+                raise SnapshotError("schema field name and doc are not text")
+            names.append(field["name"])
+        if len(set(names)) != len(names):
+            raise SnapshotError("schema names a field twice")
+        if not isinstance(state, dict) or state.keys() != set(names):
+            raise SnapshotError("state is not an object of exactly the fields of the schema")
+        return cls(name, schema, state)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional chunk this program does not know, kept to be written again."""
+
+    kind: bytes
+    version: int
+    name: str
+    alignment: int
+    payload: bytes

@@ -1,0 +1,109 @@
+"""Which bytes of RAM can matter: what a sparse file holds, and what a private mapping has copied since it was made.
+
+Extents are half-open (start, end) byte pairs in ascending order, not touching each other.
+
+Rules
+* An answer may say too much (a page that was only read, a whole range), never too little.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import os
+import struct
+
+PAGE = 4096
+
+# linux/fs.h: PAGEMAP_SCAN is _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
+_PM_SCAN_ARG = struct.Struct("<12Q")
+_PAGEMAP_SCAN = 3 << 30 | _PM_SCAN_ARG.size << 16 | ord("f") << 8 | 16
+_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
+_REGION_WORDS = 3  # struct page_region: start, end, categories
+_REGIONS = 4096
+
+# Documentation/admin-guide/mm/pagemap.rst: bits 61 file or shared, 62 swapped, 63 present; here of an entry's top byte
+_FILE, _SWAPPED, _PRESENT = 1 << 5, 1 << 6, 1 << 7
+_IS_COPIED = bytes((top & (_SWAPPED | _PRESENT) != 0) and not top & _FILE for top in range(256))
+_ENTRIES = 1 << 17
+
+
+def present_extents(fd: int, size: int, offset: int = 0) -> list[tuple[int, int]]:
+    """The extents, counted from `offset`, of the `size` bytes there that are not holes of the file."""
+    extents: list[tuple[int, int]] = []
+    at, stop = offset, offset + size
+    while at < stop:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+            at = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here on
+                break
+            return [(0, size)]
+        if start < stop:
+            extents.append((start - offset, min(at, stop) - offset))
+    return extents
+
+
+def dirty_extents(address: int, size: int) -> list[tuple[int, int]]:
+    """The extents, counted from `address`, of a private mapping's pages that are its own copies."""
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return scan_extents(fd, address, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):
+            raise
+        return pagemap_extents(fd, address, size)
+    finally:
+        os.close(fd)
+
+
+def scan_extents(fd: int, address: int, size: int) -> list[tuple[int, int]]:
+    """`dirty_extents` by one walk in the kernel. Raises OSError (ENOTTY) before Linux 6.7."""
+    extents: list[tuple[int, int]] = []
+    regions = array.array("Q", bytes(8 * _REGION_WORDS * _REGIONS))
+    at, stop = address, address + size
+    while at < stop:
+        request = bytearray(
+            _PM_SCAN_ARG.pack(
+                _PM_SCAN_ARG.size,
+                0,  # flags
+                at,
+                stop,
+                0,  # where the walk ended, set by the kernel
+                regions.buffer_info()[0],
+                _REGIONS,
+                0,  # no limit on pages
+                _PAGE_IS_FILE,  # inverted,
+                _PAGE_IS_FILE,  # so required to be clear,
+                _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED,  # and any of these
+                _PAGE_IS_FILE,  # all that is told apart: nothing, so that neighbours come as one region
+            )
+        )
+        count = fcntl.ioctl(fd, _PAGEMAP_SCAN, request, True)
+        for i in range(0, count * _REGION_WORDS, _REGION_WORDS):
+            _append(extents, regions[i] - address, regions[i + 1] - address)
+        at = _PM_SCAN_ARG.unpack(request)[4]
+    return extents
+
+
+def pagemap_extents(fd: int, address: int, size: int) -> list[tuple[int, int]]:
+    """`dirty_extents` from the page table entries of /proc/self/pagemap, on any kernel."""
+    extents: list[tuple[int, int]] = []
+    for first in range(0, size // PAGE, _ENTRIES):
+        entries = os.pread(fd, 8 * min(_ENTRIES, size // PAGE - first), (address // PAGE + first) * 8)
+        copied = entries[7::8].translate(_IS_COPIED)
+        start = copied.find(1)
+        while start >= 0:
+            end = copied.find(0, start)
+            end = end if end >= 0 else len(copied)
+            _append(extents, (first + start) * PAGE, (first + end) * PAGE)
+            start = copied.find(1, end)
+    return extents
+
+
+def _append(extents: list[tuple[int, int]], start: int, end: int) -> None:
+    if extents and extents[-1][1] == start:
+        start, _ = extents.pop()
+    extents.append((start, end))

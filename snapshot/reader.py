@@ -1,0 +1,321 @@
+"""Read a snapshot that nobody vouches for.
+
+Rules
+* A Reader that opened has checked everything but the contents of RAM: every header, reserved bit, padding byte,
+  order, size and digest, and that each part is canonical JSON whose schema names exactly its fields.
+* RAM is checked by verify_ram(), or not at all: it is the guest's own affair.
+* Sizes are bounded before anything of that size is read or mapped.
+* Every fault of the file is SnapshotError: one line with the offset, the chunk and the rule. A host that will not
+  open or read the file is OSError.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from blake3 import blake3
+
+from snapshot import canon
+from snapshot.container import (
+    BLOCK,
+    CHUNK_HEADER,
+    CODEC_RAW,
+    END,
+    END_PAYLOAD,
+    ENTRY,
+    FILE_HEADER,
+    FIRST_PART,
+    INDEX,
+    KINDS,
+    MAGIC,
+    MAJOR,
+    MAX_CHUNKS,
+    MAX_JSON,
+    MAX_JSON_TOTAL,
+    MAX_REGION,
+    META,
+    META_NAME,
+    NO_DIGEST,
+    OPTIONAL_RANK,
+    PAGE,
+    PART,
+    RAMD,
+    RAMI,
+    Chunk,
+    Extra,
+    Part,
+)
+from snapshot.errors import SnapshotError
+from snapshot.pages import present_extents
+from snapshot.schema import Json, declared, decode, schema_of
+
+__all__ = ["Part", "RamImage", "Reader", "decode_part"]
+
+_ENTRIES = 16384  # of an index, read at a time
+_ZEROS = bytes(BLOCK)
+
+
+@dataclass(frozen=True)
+class RamImage:
+    """One RAM region in the file; `blocks` has the digest of each block that is not all zero, by its number."""
+
+    name: str
+    base: int
+    size: int
+    file_offset: int
+    blocks: Mapping[int, bytes]
+
+    def extents(self) -> list[tuple[int, int]]:
+        """The byte extents that may be non-zero, as Writer.ram takes them."""
+        return [(number * BLOCK, min((number + 1) * BLOCK, self.size)) for number in self.blocks]
+
+
+class Reader:
+    """An opened snapshot, wholly checked but for the contents of RAM."""
+
+    parts: dict[str, Part]
+    rams: tuple[RamImage, ...]
+    meta: Json
+    extras: tuple[Extra, ...]  # optional chunks this program does not know, for a rewrite
+
+    def __init__(self, path: Path, *, max_ram: int = 1 << 40) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: it may be a FIFO
+        try:
+            self._load(max_ram)
+        except BaseException:
+            self.close()
+            raise
+
+    def map_ram(self, image: RamImage) -> mmap.mmap:
+        """The region as private memory: pages come in when touched, writes never reach the file. Outlives close()."""
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(self._fd, image.size, mmap.MAP_PRIVATE, protection, offset=image.file_offset)
+
+    def verify_ram(self) -> None:
+        """Check every block of every region against its digest, and the blocks without one to be zero."""
+        for image in self.rams:
+            for number in _blocks_with_data(self._fd, image):
+                start = number * BLOCK
+                data = self._read(image.file_offset + start, min(BLOCK, image.size - start), "RAM")
+                want = image.blocks.get(number)
+                if data != _ZEROS[: len(data)] if want is None else blake3(data).digest() != want:
+                    where = f"offset {image.file_offset + start:#x}, RAMD {image.name}"
+                    rule = "is absent and must be zero" if want is None else "does not match its digest"
+                    self._fault(where, f"block {number} at address {image.base + start:#x} {rule}")
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _fault(self, where: object, rule: str) -> NoReturn:
+        raise SnapshotError(f"{where}: {rule}")
+
+    def _read(self, offset: int, length: int, what: object) -> bytes:
+        data = os.pread(self._fd, length, offset)
+        if len(data) != length:
+            self._fault(what, f"the file is cut: {length} bytes at {offset:#x} go past its end")
+        return data
+
+    def _load(self, max_ram: int) -> None:
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            self._fault("offset 0x0", "not a regular file")
+        self._size = status.st_size
+        chunks = self._load_structure(max_ram)
+        parts: dict[str, Part] = {}
+        rams: list[RamImage] = []
+        extras: list[Extra] = []
+        self.meta = None
+        for chunk in chunks:
+            if chunk.kind == RAMD:
+                data = chunk
+            elif chunk.kind == RAMI:
+                rams.append(self._load_index(data, chunk, rams[-1] if rams else None))
+            else:
+                payload = self._read(chunk.payload, chunk.length, chunk)
+                if blake3(payload).digest() != chunk.digest:
+                    self._fault(chunk, "the payload does not match its digest")
+                if not chunk.known:
+                    extras.append(Extra(chunk.kind, chunk.version, chunk.name, chunk.alignment, payload))
+                    continue
+                try:
+                    value = canon.decode(payload)
+                    if chunk.kind == PART:
+                        parts[chunk.name] = Part.from_json(chunk.name, value)
+                    else:
+                        self.meta = value
+                except SnapshotError as error:
+                    self._fault(chunk, str(error))
+        self.parts, self.rams, self.extras = parts, tuple(rams), tuple(extras)
+
+    def _load_structure(self, max_ram: int) -> list[Chunk]:
+        """Every chunk before END, all headers, padding, order and sizes checked. Reads no payload but END's."""
+        header = self._read(0, FILE_HEADER.size, "offset 0x0, file header")
+        magic, major, _minor, reserved = FILE_HEADER.unpack(header)
+        if magic != MAGIC:
+            self._fault("offset 0x0, file header", "not an anyhyve snapshot (bad magic)")
+        if major != MAJOR:
+            self._fault("offset 0xc, file header", f"format major version {major} is not {MAJOR}")
+        if any(reserved):
+            self._fault("offset 0x10, file header", "reserved bytes are not zero")
+        seal = blake3(header)
+        chunks: list[Chunk] = []
+        names: set[tuple[bytes, str]] = set()
+        ram_total = json_total = 0
+        offset = FILE_HEADER.size
+        while True:
+            raw = self._read(offset, CHUNK_HEADER.size, f"offset {offset:#x}, chunk header")
+            chunk = Chunk.unpack(offset, raw)
+            self._check_order(chunks[-1] if chunks else None, chunk)
+            self._check_zero(offset + CHUNK_HEADER.size, chunk.payload, chunk)
+            if chunk.kind == END:
+                break
+            if len(chunks) == MAX_CHUNKS:
+                self._fault(chunk, f"more than {MAX_CHUNKS} chunks")
+            if (chunk.kind, chunk.name) in names:
+                self._fault(chunk, "a second chunk of this kind and name")
+            if chunk.kind == RAMD:
+                ram_total += chunk.length
+                if not 0 < chunk.length <= MAX_REGION or chunk.length % PAGE:
+                    self._fault(chunk, f"RAM region of {chunk.length} bytes is not whole pages up to {MAX_REGION}")
+                if ram_total > max_ram:
+                    self._fault(chunk, f"RAM of {ram_total} bytes or more is over the limit of {max_ram}")
+                if chunk.digest != NO_DIGEST:
+                    self._fault(chunk, "RAM data has a digest in its header")
+            elif chunk.kind == RAMI:
+                if chunk.length > INDEX.size + ENTRY.size * -(-chunks[-1].length // BLOCK):
+                    self._fault(chunk, "the index is longer than the region has blocks")
+            else:
+                json_total += chunk.length
+                if chunk.length > MAX_JSON or json_total > MAX_JSON_TOTAL:
+                    self._fault(chunk, f"{chunk.length} bytes are over {MAX_JSON}, or over {MAX_JSON_TOTAL} in all")
+            if chunk.end > self._size:
+                self._fault(chunk, f"the file is cut: {chunk.length} bytes at {chunk.payload:#x} go past its end")
+            self._check_zero(chunk.end, chunk.next, chunk)
+            names.add((chunk.kind, chunk.name))
+            chunks.append(chunk)
+            seal.update(raw)
+            offset = chunk.next
+        self._check_end(chunk, len(chunks), seal.digest())
+        return chunks
+
+    def _check_order(self, before: Chunk | None, chunk: Chunk) -> None:
+        if chunk.kind == META and chunk.known and chunk.name != META_NAME:
+            self._fault(chunk, f"the name is not {META_NAME}")
+        if before is None:
+            if (chunk.kind, chunk.name) != (PART, FIRST_PART):
+                self._fault(chunk, f"the first chunk is not PART {FIRST_PART}")
+            return
+        if (before.kind == RAMD) != (chunk.kind == RAMI) or (chunk.kind == RAMI and chunk.name != before.name):
+            self._fault(chunk, "RAMD is not followed by the RAMI of its name, or RAMI has no RAMD")
+        if _rank(chunk) < _rank(before):
+            self._fault(chunk, f"out of order after {before.kind.decode('ascii')}")
+
+    def _check_zero(self, start: int, end: int, chunk: Chunk) -> None:
+        if any(self._read(start, end - start, chunk)):
+            self._fault(chunk, f"padding at {start:#x}..{end:#x} is not zero")
+
+    def _check_end(self, chunk: Chunk, count: int, seal: bytes) -> None:
+        if chunk.length != END_PAYLOAD.size:
+            self._fault(chunk, f"length {chunk.length} is not {END_PAYLOAD.size}")
+        payload = self._read(chunk.payload, chunk.length, chunk)
+        if blake3(payload).digest() != chunk.digest:
+            self._fault(chunk, "the payload does not match its digest")
+        said_count, said_size, said_seal = END_PAYLOAD.unpack(payload)
+        if said_count != count:
+            self._fault(chunk, f"it counts {said_count} chunks, there are {count}")
+        if not said_size == chunk.end == self._size:
+            self._fault(chunk, f"the file is {self._size} bytes, END says {said_size} and ends at {chunk.end}")
+        if said_seal != seal:
+            self._fault(chunk, "the headers do not match their digest")
+
+    def _load_index(self, data: Chunk, chunk: Chunk, below: RamImage | None) -> RamImage:
+        if chunk.length < INDEX.size:
+            self._fault(chunk, f"{chunk.length} bytes are no index")
+        head = self._read(chunk.payload, INDEX.size, chunk)
+        base, size, block, codec, count = INDEX.unpack(head)
+        if size != data.length:
+            self._fault(chunk, f"it says {size} bytes of RAM, RAMD has {data.length}")
+        if block != BLOCK or codec != CODEC_RAW:
+            self._fault(chunk, f"block size {block} and codec {codec} are not {BLOCK} and {CODEC_RAW}")
+        if chunk.length != INDEX.size + ENTRY.size * count:
+            self._fault(chunk, f"{chunk.length} bytes are not an index of {count} blocks")
+        if base % PAGE or base + size > 1 << 64:
+            self._fault(chunk, f"RAM at {base:#x} of {size} bytes is not on a page or goes past 2^64")
+        if below is not None and base < below.base + below.size:
+            self._fault(chunk, f"RAM at {base:#x} is below the end of {below.name}")
+        digest = blake3(head)
+        blocks: dict[int, bytes] = {}
+        last = -1
+        for start in range(chunk.payload + INDEX.size, chunk.end, _ENTRIES * ENTRY.size):
+            entries = self._read(start, min(_ENTRIES * ENTRY.size, chunk.end - start), chunk)
+            digest.update(entries)
+            for number, reserved, block_digest in ENTRY.iter_unpack(entries):
+                if number <= last or number * BLOCK >= size or reserved:
+                    self._fault(chunk, f"block {number} is not above {last}, or past the region, or reserved bits are set")
+                blocks[number] = block_digest
+                last = number
+        if digest.digest() != chunk.digest:
+            self._fault(chunk, "the payload does not match its digest")
+        return RamImage(data.name, base, size, data.payload, blocks)
+
+
+def decode_part(part: Part, want: type) -> Any:
+    """The state `want` in `part`, upgraded if it is older.
+
+    The schema in the file must be the one this program has for that name and version, so that two programs which
+    gave one version two meanings find out. Doc lines may differ: correcting one must not orphan old files.
+    """
+    name, version = part.schema["name"], part.schema["version"]
+    assert isinstance(name, str) and isinstance(version, int)  # Part.from_json has seen to it
+    cls = declared().get((name, version))
+    try:
+        if cls is not None and (field := _first_difference(schema_of(cls).describe(), part.schema)):
+            raise SnapshotError(f"{name} version {version}: field {field} is declared otherwise in this program")
+        return decode(name, version, part.state, want)
+    except SnapshotError as error:
+        raise SnapshotError(f"part {part.name}: {error}") from None
+
+
+def _first_difference(known: dict[str, Json], found: dict[str, Json]) -> str | None:
+    ours, theirs = known["fields"], found["fields"]
+    assert isinstance(ours, list) and isinstance(theirs, list)
+    for our, their in zip_longest(ours, theirs):
+        if _without_docs(our) != _without_docs(their):
+            field = their or our
+            assert isinstance(field, dict)
+            return str(field["name"])
+    return None
+
+
+def _without_docs(value: Json) -> Json:
+    if isinstance(value, dict):
+        return {key: _without_docs(item) for key, item in value.items() if key != "doc"}
+    return [_without_docs(item) for item in value] if isinstance(value, list) else value
+
+
+def _rank(chunk: Chunk) -> int:
+    return KINDS[chunk.kind].rank if chunk.kind in KINDS else OPTIONAL_RANK
+
+
+def _blocks_with_data(fd: int, image: RamImage) -> Iterator[int]:
+    """Blocks the index names or the file does not leave as holes; a hole reads as zeros."""
+    numbers = set(image.blocks)
+    for start, end in present_extents(fd, image.size, image.file_offset):
+        numbers.update(range(start // BLOCK, -(-end // BLOCK)))
+    return iter(sorted(numbers))

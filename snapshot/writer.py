@@ -1,0 +1,252 @@
+"""Write a snapshot: all of it or nothing.
+
+    with Writer(path) as writer:
+        writer.part("config", config)
+        writer.ram("ram.0", 0, memory, None)    # the machine may run on after the last ram()
+        writer.commit()                         # digests, index, END, fsync, rename, fsync of the folder
+
+Rules
+* The file appears under its name only when it is complete and on disk; until then it is a temporary in the same
+  folder without even a magic. Leaving the block without commit(), by an exception or not, removes the temporary.
+* ram() only finds and writes the blocks that are not zero. They are hashed in commit(), out of the file, when the
+  machine no longer waits. The file is read, not mapped: a disk error is then an OSError and not a SIGBUS.
+* Parts first, "config" before all others; then RAM in order of base; then optional chunks.
+* What does not fit the format is SnapshotError; what the host refuses is OSError; calls out of order are our fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from blake3 import blake3
+
+from snapshot import canon
+from snapshot.container import (
+    BLOCK,
+    CHUNK_ALIGN,
+    CODEC_RAW,
+    END,
+    END_PAYLOAD,
+    ENTRY,
+    FILE_HEADER,
+    FIRST_PART,
+    INDEX,
+    KINDS,
+    MAGIC,
+    MAJOR,
+    MAX_CHUNKS,
+    MAX_JSON,
+    MAX_JSON_TOTAL,
+    MAX_REGION,
+    META,
+    META_NAME,
+    MINOR,
+    NO_DIGEST,
+    OPTIONAL,
+    OPTIONAL_RANK,
+    PAGE,
+    PART,
+    RAMD,
+    RAMI,
+    Chunk,
+    Extra,
+    Part,
+    good_name,
+)
+from snapshot.errors import SnapshotError
+from snapshot.schema import Json, encode, schema_of
+
+_ZEROS = bytes(BLOCK)
+_HASH_BLOCKS = 16  # read at a time when hashing
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A region whose blocks are written and whose index is still to come."""
+
+    data: Chunk
+    index: int  # of its RAMI in Writer._chunks
+    base: int
+    blocks: list[int]
+
+
+class Writer:
+    """Builds one snapshot file and puts it in place with commit()."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = Path(path)
+        self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}-{secrets.token_hex(8)}")
+        self._chunks: list[Chunk] = []
+        self._images: list[_Image] = []
+        self._end = FILE_HEADER.size
+        self._json_total = 0
+        self._open = True
+        self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def part(self, name: str, value: object) -> None:
+        """Write a @state value with its schema."""
+        self.raw_part(name, schema_of(type(value)).describe(), encode(value))
+
+    def raw_part(self, name: str, schema: Json, state: Json) -> None:
+        """Write a part as it was read."""
+        assert self._chunks or name == FIRST_PART, f"the first part is {FIRST_PART}"
+        value: Json = {"schema": schema, "state": state}
+        Part.from_json(name, value)
+        self._write_chunk(PART, name, canon.encode(value))
+
+    def ram(self, name: str, base: int, memory: memoryview, present: Iterable[tuple[int, int]] | None) -> None:
+        """Write the RAM region at guest physical `base`.
+
+        `present` is every byte extent of it that may be non-zero, in any order; None is all of it, which reads, and so
+        may make the kernel allocate, every page: give extents where they are known (snapshot.pages).
+        """
+        if memory.format != "B" or memory.ndim != 1:
+            memory = memory.cast("B")
+        size = memory.nbytes
+        assert base % PAGE == 0 and size % PAGE == 0 and 0 < size <= MAX_REGION and base + size <= 1 << 64
+        assert not self._images or base >= self._images[-1].base + self._images[-1].data.length, "RAM in order of base"
+        data = self._add(RAMD, name, size)
+        self._pwrite(data.pack(), data.offset)
+        os.ftruncate(self._fd, data.end)
+        blocks = list(_nonzero_blocks(memory, [(0, size)] if present is None else present))
+        for first, stop in _runs(blocks):
+            start = first * BLOCK
+            self._pwrite(memory[start : min(stop * BLOCK, size)], data.payload + start)
+        self._images.append(_Image(data, len(self._chunks), base, blocks))
+        self._add(RAMI, name, INDEX.size + ENTRY.size * len(blocks))
+
+    def meta(self, value: Json) -> None:
+        """Write free information for people, which a restore does not look at."""
+        self._write_chunk(META, META_NAME, canon.encode(value), flags=OPTIONAL)
+
+    def extra(self, extra: Extra) -> None:
+        """Write an optional chunk as it was read."""
+        assert extra.kind not in (PART, RAMD, RAMI, END)
+        self._write_chunk(extra.kind, extra.name, extra.payload, extra.version, OPTIONAL, extra.alignment)
+
+    def commit(self) -> None:
+        """Complete the file, put it on disk and give it its name."""
+        assert self._open and self._chunks, "nothing to commit"
+        for image in self._images:
+            self._write_index(image)
+        header = FILE_HEADER.pack(MAGIC, MAJOR, MINOR, b"")
+        seal = blake3(header)
+        for chunk in self._chunks:
+            seal.update(chunk.pack())
+        count, offset = len(self._chunks), self._end
+        end = Chunk(offset, END, KINDS[END].version, 0, CHUNK_ALIGN, END_PAYLOAD.size, "")
+        payload = END_PAYLOAD.pack(count, end.end, seal.digest())
+        self._write_payload(replace(end, digest=blake3(payload).digest()), payload)
+        self._pwrite(header, 0)
+        os.fsync(self._fd)
+        os.rename(self._temporary, self._path)
+        self._close()
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._open:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                os.unlink(self._temporary)
+            self._close()
+
+    def _close(self) -> None:
+        self._open = False
+        os.close(self._fd)
+
+    def _write_chunk(
+        self, kind: bytes, name: str, payload: bytes, version: int = 1, flags: int = 0, alignment: int = CHUNK_ALIGN
+    ) -> None:
+        self._json_total += len(payload)
+        if len(payload) > MAX_JSON or self._json_total > MAX_JSON_TOTAL:
+            raise SnapshotError(f"{kind.decode()} {name}: more than {MAX_JSON} bytes, or {MAX_JSON_TOTAL} in all")
+        chunk = self._add(kind, name, len(payload), blake3(payload).digest(), version, flags, alignment)
+        self._write_payload(chunk, payload)
+
+    def _add(
+        self,
+        kind: bytes,
+        name: str,
+        length: int,
+        digest: bytes = NO_DIGEST,
+        version: int = 1,
+        flags: int = 0,
+        alignment: int = 0,
+    ) -> Chunk:
+        """The next chunk's header and its place, not written yet."""
+        assert self._open and good_name(name), f"bad chunk name {name!r}"
+        assert all((c.kind, c.name) != (kind, name) for c in self._chunks), f"two {kind!r} chunks named {name}"
+        assert not self._chunks or _rank(self._chunks[-1].kind) <= _rank(kind), f"{kind!r} out of order"
+        if len(self._chunks) == MAX_CHUNKS:
+            raise SnapshotError(f"more than {MAX_CHUNKS} chunks")
+        chunk = Chunk(self._end, kind, version, flags, alignment or KINDS[kind].alignment, length, name, digest)
+        self._chunks.append(chunk)
+        self._end = chunk.next
+        return chunk
+
+    def _write_payload(self, chunk: Chunk, payload: bytes) -> None:
+        gap = bytes(chunk.payload - chunk.offset - len(chunk.pack()))
+        self._pwrite(chunk.pack() + gap + payload, chunk.offset)
+        os.ftruncate(self._fd, chunk.next)  # so that the last chunk too is padded
+
+    def _write_index(self, image: _Image) -> None:
+        buffer = bytearray(_HASH_BLOCKS * BLOCK)
+        view = memoryview(buffer)
+        entries = [INDEX.pack(image.base, image.data.length, BLOCK, CODEC_RAW, len(image.blocks))]
+        for first, stop in _runs(image.blocks):
+            for number in range(first, stop, _HASH_BLOCKS):
+                start = number * BLOCK
+                end = min(start + len(buffer), stop * BLOCK, image.data.length)
+                if os.preadv(self._fd, [view[: end - start]], image.data.payload + start) != end - start:
+                    raise OSError(f"{self._temporary}: short read of what was just written")
+                for at in range(0, end - start, BLOCK):
+                    digest = blake3(view[at : min(at + BLOCK, end - start)]).digest()
+                    entries.append(ENTRY.pack(number + at // BLOCK, 0, digest))
+        payload = b"".join(entries)
+        chunk = replace(self._chunks[image.index], digest=blake3(payload).digest())
+        self._chunks[image.index] = chunk
+        self._pwrite(chunk.pack() + payload, chunk.offset)
+
+    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._fd, view, offset)
+            view, offset = view[written:], offset + written
+
+
+def _rank(kind: bytes) -> int:
+    return KINDS[kind].rank if kind in KINDS else OPTIONAL_RANK
+
+
+def _nonzero_blocks(memory: memoryview, extents: Iterable[tuple[int, int]]) -> Iterator[int]:
+    """Numbers, ascending, of the blocks that an extent touches and that are not all zero."""
+    following = 0
+    for start, end in sorted(extents):
+        assert 0 <= start <= end <= memory.nbytes, "extent outside the region"
+        for number in range(max(start // BLOCK, following), -(-end // BLOCK)):
+            following = number + 1
+            # startswith() is a memcmp on the view: no copy, and it stops at the first difference
+            if not _ZEROS.startswith(memory[number * BLOCK : following * BLOCK]):
+                yield number
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Half-open runs of consecutive numbers."""
+    first = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[first], numbers[i - 1] + 1
+            first = i

@@ -1,0 +1,37 @@
+"""Shared fixtures, and `--no-skips`, which turns every skip into a failure (CI)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).parent.parent
+DEBIAN = ROOT / "guests" / "debian"
+
+settings.register_profile("dev", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dev")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Any:
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and item.config.getoption("--no-skips"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and --no-skips was given: {reason}"
+
+
+@pytest.fixture(scope="session")
+def debian() -> Path:
+    """The folder with vmlinuz, vmlinux and initrd.img of a Debian kernel."""
+    if not (DEBIAN / "initrd.img").exists():
+        pytest.skip("no Debian guest in guests/debian: `make guest` could not fetch one")
+    return DEBIAN

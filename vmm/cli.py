@@ -1,0 +1,280 @@
+"""The command line: run, restore, snapshot, guest, doctor.
+
+Exit status: 0 done, 1 a fault named in one line on standard error, 2 wrong usage, 3 the guest stopped before what was
+asked for (--until, --at). A guest that ends itself through the debug-exit port passes its own status on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console as Rich
+from rich.table import Table
+
+from snapshot.errors import SnapshotError
+from vmm import backends
+from vmm.boot import Image
+from vmm.errors import BackendError, GuestError
+from vmm.machine import DEFAULT_EPOCH_NS, Fault, Machine, MachineConfig, Stop, Stopped
+from vmm.terminal import Terminal
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Memory(click.ParamType[int]):
+    """A size such as 256M or 4G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+)([KMG]?)", str(value).upper())
+        if not match:
+            self.fail(f"{value!r} is not a size such as 256M", param, ctx)
+        return int(match[1]) * _UNITS[match[2]]
+
+
+class Pattern(click.ParamType[str]):
+    """A regular expression."""
+
+    name = "regex"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            self.fail(f"not a regular expression: {error}", param, ctx)
+        return str(value)
+
+
+@dataclass
+class Goal:
+    """What to run for, and what to do when it is reached."""
+
+    until: str | None
+    at: int | None
+    save: Path | None
+    pace: str | None
+    as_json: bool
+
+
+def _goal(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(
+        (
+            click.option("--until", type=Pattern(), help="Stop when a console line matches."),
+            click.option("--at", type=int, metavar="POSITION", help="Stop at this many bytes of code executed."),
+            click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Save when the run stops."),
+            click.option("--pace", type=click.Choice(["real", "max"]),
+                         help="Guest time: as the clock on the wall, or as fast as it can. "
+                              "[default: real at a terminal, else max]"),
+            click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output; no console."),
+            click.option("--backend", default="emu", show_default=True, help="Which CPU: emu or kvm."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+class _Main(click.Group):
+    """One clear line for whoever is at fault; a traceback only for our own bugs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (SnapshotError, GuestError, BackendError) as error:
+            click.echo(f"anyhyve: {error}", err=True)
+            sys.exit(1)
+        except BrokenPipeError:
+            sys.exit(1)
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="anyhyve", prog_name="anyhyve")
+def main() -> None:
+    """Save a running PC on one CPU, wake it on another."""
+
+
+@main.command()
+@click.option("--kernel", required=True, type=click.Path(path_type=Path), help="bzImage, ELF vmlinux, or flat code.")
+@click.option("--initrd", type=click.Path(path_type=Path), help="Initial RAM disk.")
+@click.option("--append", default="", help="Kernel command line.")
+@click.option("--memory", type=Memory(), default="256M", show_default=True, help="Guest RAM.")
+@click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
+@click.option("--epoch", type=click.IntRange(0, 1 << 33), default=DEFAULT_EPOCH_NS // 10**9, show_default=True,
+              help="Guest wall clock at start, Unix seconds.")  # fmt: skip
+@_goal
+def run(
+    kernel: Path, initrd: Path | None, append: str, memory: int, flat: bool, epoch: int, backend: str, **goal: Any
+) -> None:
+    """Boot a guest with its serial console on this terminal."""
+    image = Image.from_files(kernel, initrd, append, flat)
+    config = _config(memory_bytes=memory, epoch_ns=epoch * 10**9)
+    with Machine.boot(config, image, backend) as machine:
+        sys.exit(_drive(machine, Goal(**goal)))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Check every byte of RAM against its digest first.")
+@_goal
+def restore(file: Path, verify: bool, backend: str, **goal: Any) -> None:
+    """Wake a saved machine: the file says all there is to know."""
+    with Machine.restore(file, backend, verify=verify) as machine:
+        sys.exit(_drive(machine, Goal(**goal)))
+
+
+def _config(**values: Any) -> MachineConfig:
+    from snapshot.schema import encode
+
+    config = MachineConfig(**values)
+    try:
+        encode(config)
+    except SnapshotError as error:
+        raise GuestError(f"not a machine we can build: {error}") from None
+    return config
+
+
+def _drive(machine: Machine, goal: Goal) -> int:
+    """Run to the goal, save, report. The exit status."""
+    terminal = None if goal.as_json else Terminal(machine, goal.save)
+    interactive = terminal is not None and terminal.interactive
+    machine.pace_real = goal.pace == "real" or (goal.pace is None and interactive)
+    started = time.perf_counter()
+    if terminal is None:
+        stop = machine.run(position=goal.at, until=goal.until)
+    else:
+        with terminal:
+            stop = machine.run(position=goal.at, until=goal.until)
+    wall = time.perf_counter() - started
+    if goal.save is not None and isinstance(stop, Stopped) and stop.reason != "quit":
+        machine.save(goal.save)
+    if goal.as_json:
+        click.echo(json.dumps(report(machine, stop, wall)))
+    else:
+        click.echo(f"\nanyhyve: {describe(stop)} at position {machine.position}", err=True)
+    return status(stop, goal)
+
+
+def report(machine: Machine, stop: Stop, wall_s: float) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "position": machine.position,
+        "guest_ns": machine.clock.now_ns(),
+        "wall_s": round(wall_s, 6),
+        "exits": machine.exits(),
+        "stopped": describe(stop),
+        "digest": machine.digests(),
+    }
+
+
+def describe(stop: Stop) -> str:
+    match stop:
+        case Fault(rip, why):
+            return f"the CPU cannot go on at {rip:#x}: {why}"
+        case Stopped("exit", code):
+            return f"exit {code}"
+        case Stopped(reason, _):
+            return reason
+
+
+def status(stop: Stop, goal: Goal) -> int:
+    match stop:
+        case Fault():
+            return 1
+        case Stopped("exit", code):
+            return code & 0xFF
+        case Stopped("triple fault", _):
+            return 1
+        case Stopped("position" | "pattern" | "quit" | "saved", _):
+            return 0
+        case _:
+            return 3 if goal.until is not None or goal.at is not None else 0
+
+
+@main.group()
+def snapshot() -> None:
+    """Look into saved machines."""
+
+
+@snapshot.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
+def show(file: Path, as_json: bool) -> None:
+    """Every field of a snapshot, by the schema in the file."""
+    from snapshot.reader import Reader
+
+    with Reader(file) as reader:
+        if as_json:
+            click.echo(json.dumps({
+                "parts": {n: {"schema": p.schema, "state": p.state} for n, p in reader.parts.items()},
+                "ram": [{"name": r.name, "base": r.base, "size": r.size, "blocks": len(r.blocks)} for r in reader.rams],
+            }))  # fmt: skip
+            return
+        rich = Rich()
+        for name, part in reader.parts.items():
+            title = f"{name}  ({part.schema['name']} version {part.schema['version']})"
+            table = Table("field", "value", "meaning", title=title, title_justify="left")
+            for field in part.schema["fields"]:
+                value = part.state[field["name"]]
+                text = f"{value:#x}" if type(value) is int and value > 9 else json.dumps(value)
+                table.add_row(field["name"], text if len(text) < 400 else text[:400] + "…", field["doc"])
+            rich.print(table)
+        for image in reader.rams:
+            rich.print(f"{image.name}: {image.size >> 10} KiB at {image.base:#x}, {len(image.blocks)} blocks stored")
+
+
+@snapshot.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def verify(file: Path) -> None:
+    """Check the whole file, RAM included."""
+    from snapshot.reader import Reader
+
+    with Reader(file) as reader:
+        reader.verify_ram()
+        click.echo(f"{file}: good; {len(reader.parts)} parts, {sum(len(r.blocks) for r in reader.rams)} RAM blocks")
+
+
+@main.group()
+def guest() -> None:
+    """Guests to try."""
+
+
+@guest.command()
+@click.option("--dir", "folder", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where to.")
+@click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Script to run as /init.")
+def fetch(folder: Path, init: Path | None) -> None:
+    """Get a Debian kernel and busybox, and make DIR/vmlinuz, DIR/vmlinux, DIR/initrd.img."""
+    from vmm.guest import fetch as get
+
+    script = None
+    if init is not None:
+        try:
+            script = init.read_text()
+        except OSError as error:
+            raise GuestError(f"{init}: {error.strerror}") from None
+    with Rich(stderr=True).status("fetching") as progress:
+        get(folder, script, progress=progress.update)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
+def doctor(as_json: bool) -> None:
+    """What this computer can do, and why not where it cannot."""
+    from vmm.doctor import examine
+
+    findings = examine(backends.BACKENDS)
+    if as_json:
+        click.echo(json.dumps(findings))
+    else:
+        table = Table("what", "finding")
+        for what, finding in findings.items():
+            table.add_row(what, str(finding))
+        Rich().print(table)
+    sys.exit(0 if findings["emu"].startswith("ready") else 1)

@@ -1,0 +1,66 @@
+"""Guest time.
+
+`position` is bytes of code executed, as charged by the CPU when it enters a block; `skipped_ns` is time that passed
+with no code executed (HLT). Guest time is a pure function of the two:
+
+    now_ns = position // BYTES_PER_NS + skipped_ns
+
+so a machine on the emulated CPU has no other source of time, and two runs of the same guest agree to the last byte.
+The words live in shared memory because the emulated CPU's machine code adds to `position` itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Annotated
+
+from snapshot.schema import i64, state, u16, u64
+
+BYTES_PER_NS = 4  # a nominal 1 GHz guest: x86 code averages four bytes an instruction
+
+
+@state("clock", version=1)
+class ClockState:
+    """Guest time: now_ns = position // 4 + skipped_ns."""
+
+    position: Annotated[u64, "bytes of code charged so far; a block is charged when it is entered"] = 0
+    skipped_ns: Annotated[i64, "guest time that passed while no code ran"] = 0
+    prepaid: Annotated[u16, "bytes of the current block charged but not yet executed; 0 between blocks"] = 0
+
+
+class GuestClock:
+    """The machine's one clock. `words` is [position, limit, skipped_ns, ...], shared with the CPU backend."""
+
+    POSITION, LIMIT, SKIPPED_NS = 0, 1, 2
+    WORDS = 8
+
+    def __init__(self) -> None:
+        self.words = (ctypes.c_uint64 * self.WORDS)()
+        self.prepaid = 0
+
+    def now_ns(self) -> int:
+        words = self.words
+        return words[0] // BYTES_PER_NS + words[2]
+
+    @property
+    def position(self) -> int:
+        """Bytes of code executed: orders instruction boundaries."""
+        return self.words[self.POSITION] - self.prepaid
+
+    def skip_to(self, when_ns: int) -> None:
+        """Let time pass to `when_ns` with no code executed."""
+        self.words[self.SKIPPED_NS] += max(0, when_ns - self.now_ns())
+
+    def position_at(self, when_ns: int) -> int:
+        """The first charged position at which `now_ns()` has reached `when_ns`."""
+        return max(0, (when_ns - self.words[self.SKIPPED_NS]) * BYTES_PER_NS)
+
+    def save(self) -> ClockState:
+        return ClockState(
+            position=self.words[self.POSITION], skipped_ns=self.words[self.SKIPPED_NS], prepaid=self.prepaid
+        )
+
+    def load(self, state: ClockState) -> None:
+        self.words[self.POSITION] = state.position
+        self.words[self.SKIPPED_NS] = state.skipped_ns
+        self.prepaid = state.prepaid

@@ -1,0 +1,50 @@
+"""The one CPU model both backends present: `x86-64-v2`, what the emulated CPU and any KVM host of ten years can do.
+
+No AVX, XSAVE, APIC, MTRR, RDRAND or hypervisor leaves. References: SDM vol. 2 CPUID; AMD APM vol. 3 appendix E.
+"""
+
+from __future__ import annotations
+
+MODEL_NAME = "x86-64-v2"
+TSC_HZ = 1_000_000_000
+PHYS_BITS = 40
+LINEAR_BITS = 48
+
+# fmt: off
+_F1_EDX = sum(1 << b for b in (
+    0, 1, 2, 3, 4, 5, 6, 8, 11, 13,       # fpu vme de pse tsc msr pae cx8 sep pge
+    15, 16, 17, 19, 23, 24, 25, 26,       # cmov pat pse36 clflush mmx fxsr sse sse2
+))
+_F1_ECX = sum(1 << b for b in (0, 9, 13, 19, 20, 23))           # sse3 ssse3 cx16 sse4.1 sse4.2 popcnt
+_F81_EDX = (_F1_EDX & 0x0183F3FF & ~(1 << 11)) | sum(1 << b for b in (11, 20, 26, 27, 29))  # syscall nx 1gb rdtscp lm
+_F81_ECX = 1                                                      # lahf_lm
+# fmt: on
+
+_VENDOR = b"AuthenticAMD"
+_BRAND = b"anyhyve x86-64-v2 virtual CPU".ljust(48, b"\0")
+
+
+def _words(text: bytes) -> tuple[int, ...]:
+    return tuple(int.from_bytes(text[i : i + 4], "little") for i in range(0, len(text), 4))
+
+
+_vendor = _words(_VENDOR)
+_brand = _words(_BRAND)
+
+# leaf -> (eax, ebx, ecx, edx); every leaf's answer is the same for all sub-leaves, absent ones are zero
+CPUID: dict[int, tuple[int, int, int, int]] = {
+    0x00000000: (1, _vendor[0], _vendor[2], _vendor[1]),
+    0x00000001: (0x00060FB1, 0x00000800, _F1_ECX, _F1_EDX),  # family 15, model 107; CLFLUSH line 64 bytes
+    0x80000000: (0x80000008, _vendor[0], _vendor[2], _vendor[1]),
+    0x80000001: (0x00060FB1, 0, _F81_ECX, _F81_EDX),
+    0x80000002: (_brand[0], _brand[1], _brand[2], _brand[3]),
+    0x80000003: (_brand[4], _brand[5], _brand[6], _brand[7]),
+    0x80000004: (_brand[8], _brand[9], _brand[10], _brand[11]),
+    0x80000007: (0, 0, 0, 1 << 8),  # invariant TSC
+    0x80000008: (LINEAR_BITS << 8 | PHYS_BITS, 0, 0, 0),
+}
+
+
+def cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+    """EAX, EBX, ECX, EDX. Leaves beyond the highest answer zero, as AMD's do."""
+    return CPUID.get(leaf, (0, 0, 0, 0))

@@ -1,0 +1,39 @@
+"""What this computer can do: each finding is one line, with its reason."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.metadata import version
+
+from vmm.errors import BackendError
+
+
+def examine(names: Iterable[str]) -> dict[str, str]:
+    """Finding by subject; the backends' findings start with `ready` or `not ready`."""
+    findings = {
+        "host": f"{platform.system()} {platform.release()} {platform.machine()}, Python {sys.version.split()[0]}",
+        "unicorn": version("unicorn"),
+    }
+    for name in names:
+        findings[name] = _backend(name)
+    if not os.path.exists("/dev/kvm"):
+        findings["/dev/kvm"] = "not there"
+    else:
+        findings["/dev/kvm"] = "readable and writable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "no permission"
+    findings["apt-get"] = shutil.which("apt-get") or "not there: `guest fetch` needs it"
+    return findings
+
+
+def _backend(name: str) -> str:
+    from vmm.backends import factory
+
+    try:
+        module = import_module(factory(name).__module__)
+        return f"ready: {module.probe()}"
+    except BackendError as error:
+        return f"not ready: {error}"

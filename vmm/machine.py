@@ -1,0 +1,364 @@
+"""The machine: one CPU, RAM and a board; and the run loop.
+
+    machine = Machine.boot(MachineConfig(memory_bytes=256 << 20), image)
+    machine.run(until="login:")
+    machine.save(path)
+    other = Machine.restore(path)
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, assert_never
+
+import blake3
+
+from snapshot.canon import canonical
+from snapshot.errors import SnapshotError
+from snapshot.pages import present_extents
+from snapshot.reader import Part, RamImage, Reader, decode_part
+from snapshot.schema import OneOf, Range, encode, state, u64
+from snapshot.writer import Writer
+from vmm import backends, boot, cpu_model
+from vmm.board import Board, BoardState
+from vmm.clock import ClockState, GuestClock
+from vmm.cpu import Cpu, CpuState, Crashed, Expired, Halted, Kicked, Reached, Shutdown
+from vmm.devices import rtc
+from vmm.errors import GuestError
+from vmm.ram import Ram, Region, layout
+
+MAX_MEMORY = 1 << 38
+_SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
+DEFAULT_EPOCH_NS = 1_577_836_800 * 10**9  # 2020-01-01: a fixed wall clock, so that boots are equal
+
+
+@state("machine", version=1)
+class MachineConfig:
+    """What the machine is built from, and all a restore needs."""
+
+    memory_bytes: Annotated[int, Range(4096, MAX_MEMORY), "RAM, a multiple of 4096"] = 256 << 20
+    cpus: Annotated[int, Range(1, 1), "number of CPUs"] = 1
+    cpu_model: Annotated[str, OneOf((cpu_model.MODEL_NAME,)), "CPUID model"] = cpu_model.MODEL_NAME
+    board: Annotated[str, OneOf(("isapc",)), "which board"] = "isapc"
+    epoch_ns: Annotated[u64, "wall clock at guest time zero, Unix ns"] = DEFAULT_EPOCH_NS
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run ended: `reason` is one of position, pattern, reset, exit, triple fault, halted, command."""
+
+    reason: str
+    status: int = 0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The CPU backend could not go on."""
+
+    rip: int
+    why: str
+
+
+Stop = Stopped | Fault
+
+
+class Machine:
+    """One PC. Not thread-safe, but for `post()`."""
+
+    def __init__(self, config: MachineConfig, backend: str, ram: Ram) -> None:
+        self.config = config
+        self.backend = backend
+        self.ram = ram
+        self.clock = GuestClock()
+        self.cpu: Cpu | None = None
+        self.board = Board(self.clock, self)
+        self.pace_real = False
+        self._image: boot.Image | None = None
+        self._commands: queue.SimpleQueue[Callable[[Machine], Stop | None]] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._real_zero: float | None = None
+        self.cpu = backends.factory(backend)(ram, self.board.bus, self.board.pics, self.clock)
+        self.board.console.on_match = self.attention
+        self.board.restored()
+
+    # --- making one
+
+    @classmethod
+    def boot(cls, config: MachineConfig, image: boot.Image, backend: str = "emu") -> Machine:
+        """A fresh machine with the guest loaded. Raises GuestError or BackendError."""
+        machine = cls(config, backend, Ram.fresh(config.memory_bytes))
+        machine._image = image
+        machine._start(image)
+        return machine
+
+    @classmethod
+    def restore(cls, path: Path, backend: str = "emu", *, verify: bool = False) -> Machine:
+        """A paused machine from a snapshot. Nothing is created before the whole file's structure and state have
+        been checked; RAM contents only with `verify`. Raises SnapshotError or BackendError."""
+        with Reader(path, max_ram=MAX_MEMORY) as reader:
+            saved = _Saved.decode(reader)
+            if verify:
+                reader.verify_ram()
+            regions = [_map(reader, image) for image in reader.rams]
+        machine = cls(saved.config, backend, Ram(regions))
+        machine._assign(saved)
+        return machine
+
+    def _start(self, image: boot.Image) -> None:
+        clock = self.board.devices["rtc"].state
+        clock.epoch_ns = self.config.epoch_ns
+        below = min(self.config.memory_bytes, self.ram.regions[0].size)
+        ram = bytearray(clock.ram)
+        for index, value in rtc.memory_bytes(below, self.config.memory_bytes - below).items():
+            ram[index] = value
+        clock.ram = bytes(ram)
+        assert self.cpu is not None
+        self.cpu.load(boot.load(image, self.ram))
+
+    def _assign(self, saved: _Saved) -> None:
+        assert self.cpu is not None
+        self.clock.load(saved.clock)
+        self.board.state = saved.board
+        for name, device in self.board.devices.items():
+            device.state = saved.devices[name]
+        self.cpu.load(saved.cpu)
+        self.board.restored()
+
+    # --- running
+
+    def run(self, *, position: int | None = None, until: str | None = None) -> Stop:
+        """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), the
+        console shows the regular expression `until`, or a posted command says so."""
+        cpu, board, clock = self.cpu, self.board, self.clock
+        assert cpu is not None
+        cpu.stop_at(position)
+        board.console.watch(until)
+        while (stop := self._drain()) is None:
+            deadline = board.next_deadline()
+            budget = _SLICE_NS if deadline is None else min(_SLICE_NS, deadline - clock.now_ns())
+            match cpu.run(budget):
+                case Expired() | Kicked():
+                    pass
+                case Reached():
+                    return Stopped("position")
+                case Halted(interruptible):
+                    if (stop := self._idle(interruptible, deadline)) is not None:
+                        return stop
+                case Shutdown():
+                    return Stopped("triple fault")
+                case Crashed(rip, why):
+                    return Fault(rip, why)
+                case unreachable:
+                    assert_never(unreachable)
+            board.expire_due()
+            if self.pace_real:
+                self._hold_back()
+        return stop
+
+    def post(self, command: Callable[[Machine], Stop | None]) -> None:
+        """From any thread: run `command` at the next boundary; a Stop it returns ends the run."""
+        self._commands.put(command)
+        self._wake.set()
+        self.attention()
+
+    def send(self, data: bytes) -> None:
+        """Type `data` at the console, at the next boundary."""
+
+        def receive(machine: Machine) -> None:
+            uart: Any = machine.board.devices["com1"]
+            rest = data[uart.receive(data) :]
+            if rest:
+                machine.send(rest)  # the UART's queue is full: the host holds the rest back
+
+        self.post(receive)
+
+    def _drain(self) -> Stop | None:
+        """The only safe point. Inside a block nothing may change: the block is finished first."""
+        if self.clock.prepaid:
+            return None
+        for _ in range(self._commands.qsize()):
+            if (stop := self._commands.get()(self)) is not None:
+                return stop
+        if self.board.state.request != "none":
+            request, self.board.state.request = self.board.state.request, "none"
+            return Stopped(request, self.board.state.exit_status)
+        if self.board.console.found:
+            self.board.console.found = False
+            return Stopped("pattern")
+        return None
+
+    def _idle(self, interruptible: bool, deadline: int | None) -> Stop | None:
+        """The CPU halted: time skips to the next event."""
+        if not interruptible:
+            return Stopped("halted")
+        if deadline is None:
+            if not self.pace_real:
+                return Stopped("halted") if self._commands.empty() else None
+            self._wake.wait(0.05)
+            self._wake.clear()
+            return None
+        if self.pace_real and self._wait_real(deadline):
+            return None
+        self.clock.skip_to(deadline)
+        return None
+
+    def _wait_real(self, deadline: int) -> bool:
+        """Sleep until `deadline` in wall time; True when a command came first."""
+        ahead = (deadline - self._real_now_ns()) / 1e9
+        if ahead <= 0:
+            return False
+        if not self._wake.wait(min(ahead, 1.0)):
+            return ahead > 1.0
+        self._wake.clear()
+        self.clock.skip_to(min(deadline, self._real_now_ns()))
+        return True
+
+    def _hold_back(self) -> None:
+        ahead = (self.clock.now_ns() - self._real_now_ns()) / 1e9
+        if ahead > 0:
+            time.sleep(min(ahead, 0.05))
+
+    def _real_now_ns(self) -> int:
+        now = time.monotonic()
+        if self._real_zero is None:
+            self._real_zero = now - self.clock.now_ns() / 1e9
+        return int((now - self._real_zero) * 1e9)
+
+    # --- the board's host
+
+    def intr(self, level: bool) -> None:
+        if self.cpu is not None:
+            self.cpu.intr(level)
+
+    def set_a20(self, enabled: bool) -> None:
+        if self.cpu is not None:
+            self.cpu.set_a20(enabled)
+
+    def attention(self) -> None:
+        if self.cpu is not None:
+            self.cpu.kick()
+
+    # --- state
+
+    @property
+    def position(self) -> int:
+        return self.clock.position
+
+    def parts(self) -> dict[str, Any]:
+        """Every declared state by its part name, in the file's order. Changes nothing."""
+        assert self.cpu is not None
+        return {
+            "config": self.config,
+            "board": self.board.state,
+            "clock": self.clock.save(),
+            "cpu.0": self.cpu.save(),
+            **{name: device.state for name, device in self.board.devices.items()},
+        }
+
+    def save(self, path: Path) -> None:
+        """Write a snapshot; `path` is replaced only by a whole new one. Raises SnapshotError; the machine is
+        unchanged either way."""
+        parts = self.parts()
+        with Writer(path) as writer:
+            for name, value in parts.items():
+                writer.part(name, value)
+            for region in self.ram.regions:
+                present = None if region.fd is None else present_extents(region.fd, region.size)
+                writer.ram(region.name, region.base, region.view, present)
+            writer.commit()
+
+    def reset(self) -> None:
+        """Start the guest again, as after power-on. Raises GuestError for a machine that was restored."""
+        if self._image is None:
+            raise GuestError("a restored machine has no kernel to start again from")
+        assert self.cpu is not None
+        for region in self.ram.regions:
+            region.view[:] = bytes(region.size)
+            self.cpu.discard_code(region.base, region.base + region.size)
+        self.clock.load(ClockState())
+        self.board.reset()
+        self._start(self._image)
+
+    def digests(self) -> dict[str, Any]:
+        """BLAKE3 of RAM, CPU and each device, for comparing two machines."""
+        parts = self.parts()
+        ram = blake3.blake3()
+        for region in self.ram.regions:
+            ram.update(region.view)
+
+        def digest(value: Any) -> str:
+            return blake3.blake3(canonical(encode(value))).hexdigest()[:32]
+
+        return {
+            "ram": ram.hexdigest()[:32],
+            "cpu": digest(parts["cpu.0"]),
+            "devices": {name: digest(value) for name, value in parts.items() if name not in ("config", "cpu.0")},
+        }
+
+    def exits(self) -> dict[str, int]:
+        """How often the CPU left the guest's code, by reason."""
+        assert self.cpu is not None
+        return self.cpu.exits()
+
+    def close(self) -> None:
+        if self.cpu is not None:
+            self.cpu.close()
+            self.cpu = None
+        self.ram.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A snapshot's states, all decoded and found to fit together."""
+
+    config: MachineConfig
+    board: BoardState
+    clock: ClockState
+    cpu: CpuState
+    devices: dict[str, Any]
+
+    @classmethod
+    def decode(cls, reader: Reader) -> _Saved:
+        from vmm.board import SLOTS
+
+        parts: dict[str, Part] = dict(reader.parts)
+
+        def take(name: str, want: type) -> Any:
+            if name not in parts:
+                raise SnapshotError(f"the snapshot has no part {name}")
+            return decode_part(parts.pop(name), want)
+
+        config = take("config", MachineConfig)
+        saved = cls(
+            config=config,
+            board=take("board", BoardState),
+            clock=take("clock", ClockState),
+            cpu=take("cpu.0", CpuState),
+            devices={slot.name: take(slot.name, slot.device.State) for slot in SLOTS},
+        )
+        if parts:
+            raise SnapshotError(f"the snapshot has a part this machine does not know: {next(iter(parts))}")
+        found = [(image.base, image.size) for image in reader.rams]
+        try:
+            wanted = layout(config.memory_bytes)
+        except GuestError as error:
+            raise SnapshotError(f"config: {error}") from None
+        if found != wanted:
+            raise SnapshotError("the RAM in the snapshot is not laid out as its config says")
+        return saved
+
+
+def _map(reader: Reader, image: RamImage) -> Region:
+    memory = reader.map_ram(image)
+    return Region(image.name, image.base, image.size, memory, memoryview(memory))

@@ -1,0 +1,99 @@
+"""Guest RAM: one mapping a region, shared by pointer with either CPU backend.
+
+A fresh machine maps a memfd, a restored one maps the snapshot file MAP_PRIVATE. RAM below the 32-bit hole and RAM
+from 4 GiB up are separate regions from the start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vmm.errors import BackendError, GuestError
+
+PAGE = 4096
+HOLE_START = 0xC000_0000  # 3 GiB: PCI and chipset MMIO lie from here to 4 GiB
+HOLE_END = 0x1_0000_0000
+
+
+@dataclass(frozen=True)
+class Region:
+    """`size` bytes of RAM at guest-physical `base`, mapped at host address `address`."""
+
+    name: str
+    base: int
+    size: int
+    memory: mmap.mmap
+    view: memoryview
+    fd: int | None = None  # the memfd behind it, where there is one
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+
+def layout(size: int) -> list[tuple[int, int]]:
+    """(base, size) of the regions of a machine with `size` bytes of RAM."""
+    if size % PAGE or size <= 0:
+        raise GuestError(f"memory must be a positive multiple of {PAGE} bytes, not {size}")
+    low = min(size, HOLE_START)
+    return [(0, low)] + ([(HOLE_END, size - low)] if size > low else [])
+
+
+class Ram:
+    """All RAM of one machine."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self.regions = tuple(regions)
+
+    @classmethod
+    def fresh(cls, size: int) -> Ram:
+        """Zeroed RAM. Raises BackendError when the host has not the memory."""
+        regions = []
+        for i, (base, length) in enumerate(layout(size)):
+            fd = os.memfd_create(f"ram.{i}", os.MFD_CLOEXEC)
+            try:
+                os.ftruncate(fd, length)
+                memory = mmap.mmap(fd, length)
+            except OSError as error:
+                os.close(fd)
+                raise BackendError(f"cannot map {length} bytes of guest RAM: {error.strerror}") from None
+            regions.append(Region(f"ram.{i}", base, length, memory, memoryview(memory), fd))
+        return cls(regions)
+
+    @property
+    def size(self) -> int:
+        return sum(region.size for region in self.regions)
+
+    def holes(self, end: int) -> Iterator[tuple[int, int]]:
+        """(base, size) of what no RAM covers below `end`."""
+        at = 0
+        for region in self.regions:
+            if region.base > at:
+                yield at, region.base - at
+            at = region.base + region.size
+        if at < end:
+            yield at, end - at
+
+    def slice(self, base: int, size: int) -> memoryview:
+        """The bytes at guest-physical [base, base+size). GuestError where that is not RAM."""
+        for region in self.regions:
+            if region.base <= base and base + size <= region.base + region.size:
+                return region.view[base - region.base : base - region.base + size]
+        raise GuestError(f"{base:#x}..{base + size:#x} is not in guest RAM")
+
+    def write(self, base: int, data: bytes) -> None:
+        self.slice(base, len(data))[:] = data
+
+    def close(self) -> None:
+        for region in self.regions:
+            region.view.release()
+            try:
+                region.memory.close()
+            except BufferError:
+                pass  # a ctypes view still points here; the mapping goes with it
+            if region.fd is not None:
+                os.close(region.fd)
