@@ -13,17 +13,19 @@ anything else may happen. That is why a cut leaves no trace.
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import platform
 from collections.abc import Callable
 from typing import Any
 
 import unicorn
 from unicorn import x86_const as x86
 
-from emu import msr, state, thunks
+from emu import callbacks, msr, state, thunks
 from emu.engine import (
     EXIT_MSR,
     EXIT_SHUTDOWN,
-    HF_INHIBIT_IRQ,
     HOOK_BLOCK,
     HOOK_INSN,
     HOOK_INSN_INVALID,
@@ -45,6 +47,10 @@ _IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes
 _OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p)
 _PLAIN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _OTHER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
+_NUMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
+_BLOCK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
+
+PORTABLE = "ANYHYVE_PORTABLE"  # set in the environment: use Python callbacks though machine code would do
 
 
 class EmuCpu(Cpu):
@@ -205,18 +211,11 @@ class EmuCpu(Cpu):
     # --- what the engine calls
 
     def _install_hooks(self) -> None:
-        engine, words = self._engine, ctypes.addressof(self._words)
-        do_interrupt = engine.symbol("x86_cpu_do_interrupt_x86_64")
-        other = _address(engine.keep(_OTHER(self._on_intercept)))
-        code = engine.executable
-        exceptions = words + 8 * _EXCEPTIONS
-        engine.hook(HOOK_INTR, code(thunks.interrupt(exceptions, do_interrupt, other)), engine.cpu)
-        engine.hook(HOOK_INSN_INVALID, code(thunks.invalid_opcode(exceptions, do_interrupt)), engine.cpu)
-        engine.hook(HOOK_BLOCK, code(thunks.block(engine.symbol("uc_emu_stop"))), words)
-        places = engine.address("regs"), engine.address("cr") + 32, engine.address("hflags")
-        engine.hook(HOOK_INSN, code(thunks.rdtsc(*places)), words, x86.UC_X86_INS_RDTSC)
-        rdtscp = thunks.rdtsc(*places, tsc_aux=engine.address("tsc_aux"))
-        engine.hook(HOOK_INSN, code(rdtscp), words, x86.UC_X86_INS_RDTSCP)
+        engine = self._engine
+        if native_refusal() is None:
+            self._install_native()
+        else:
+            self._install_portable()
         for kind, function, instruction in (
             (_IN, self._on_in, x86.UC_X86_INS_IN),
             (_OUT, self._on_out, x86.UC_X86_INS_OUT),
@@ -225,6 +224,42 @@ class EmuCpu(Cpu):
             (_PLAIN, self._on_sysenter, x86.UC_X86_INS_SYSENTER),
         ):
             engine.hook(HOOK_INSN, _address(engine.keep(kind(function))), 0, instruction)
+
+    def _install_native(self) -> None:
+        engine, words = self._engine, ctypes.addressof(self._words)
+        code, exceptions = engine.executable, words + 8 * _EXCEPTIONS
+        do_interrupt = engine.symbol("x86_cpu_do_interrupt_x86_64")
+        is_int = engine.address("exception_is_int")
+        other = _address(engine.keep(_OTHER(self._on_intercept)))
+        places = engine.address("regs"), engine.address("cr") + 32, engine.address("hflags")
+        rdtscp = thunks.rdtsc(*places, tsc_aux=engine.address("tsc_aux"))
+        engine.hook(HOOK_INTR, code(thunks.interrupt(exceptions, do_interrupt, is_int, other)), engine.cpu)
+        engine.hook(HOOK_INSN_INVALID, code(thunks.invalid_opcode(exceptions, do_interrupt)), engine.cpu)
+        engine.hook(HOOK_BLOCK, code(thunks.block(engine.symbol("uc_emu_stop"))), words)
+        engine.hook(HOOK_INSN, code(thunks.rdtsc(*places)), words, x86.UC_X86_INS_RDTSC)
+        engine.hook(HOOK_INSN, code(rdtscp), words, x86.UC_X86_INS_RDTSCP)
+
+    def _install_portable(self) -> None:
+        engine = self._engine
+        calls = callbacks.Callbacks(engine, self._words, self._on_intercept)
+        for kind, prototype, function, instruction in (
+            (HOOK_INTR, _NUMBER, calls.interrupt, None),
+            (HOOK_INSN_INVALID, _PLAIN, calls.invalid_opcode, None),
+            (HOOK_BLOCK, _BLOCK, calls.block, None),
+            (HOOK_INSN, _PLAIN, calls.rdtsc, x86.UC_X86_INS_RDTSC),
+            (HOOK_INSN, _PLAIN, calls.rdtscp, x86.UC_X86_INS_RDTSCP),
+        ):
+            engine.hook(kind, _address(engine.keep(prototype(self._guarded(function)))), 0, instruction)
+
+    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except BaseException as failure:
+                self._fail(failure)
+                return 0
+
+        return guarded
 
     def _fail(self, failure: BaseException) -> None:
         """An exception must not cross the engine's frames: keep it, stop, raise it from run()."""
@@ -364,7 +399,22 @@ def _address(callback: Callable[..., Any]) -> int:
     return address
 
 
+def native_refusal() -> str | None:
+    """Why this host cannot use machine code for the engine's callbacks; None when it can."""
+    if os.environ.get(PORTABLE):
+        return f"{PORTABLE} is set"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the host is {platform.machine()}, not x86-64"
+    try:
+        mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
+    except OSError as error:
+        return f"the host refuses executable memory ({error.strerror})"
+    return None
+
+
 def probe() -> str:
     """Build an engine, which checks its insides, and say how callbacks run here. Raises BackendError."""
     Engine().close()
-    return "unicorn " + unicorn.__version__ + ", native callbacks"
+    refusal = native_refusal()
+    how = "native callbacks" if refusal is None else f"portable callbacks, slower: {refusal}"
+    return f"unicorn {unicorn.__version__}, {how}"

@@ -249,7 +249,7 @@ class Engine:
 
     def executable(self, code: bytes) -> int:
         """The address of `code` in executable memory. Raises OSError where the host refuses such memory."""
-        memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        memory = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         memory.write(code)
         self.keep(memory)
         return ctypes.addressof(self.keep(ctypes.c_char.from_buffer(memory)))
@@ -284,6 +284,11 @@ class Engine:
         self.error_code.value = error_code
         self.u32("exception_is_int").value = 0
 
+    def do_interrupt(self) -> None:
+        """Deliver the exception that is set up. Must not fault: a fault leaves by longjmp, across Python's frames."""
+        self._call("x86_cpu_do_interrupt_x86_64", self.cpu)
+        self.u32("exception_is_int").value = 0
+
     def start(self, rip: int) -> None:
         """Run from `rip` until a hook stops it or the CPU halts. Raises unicorn.UcError."""
         self.uc.emu_start(rip, 0)
@@ -313,7 +318,7 @@ class Engine:
             if seen != public:
                 wrong.append(name)
 
-        order = "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
+        order = ["RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for i in range(8, 16))]
         for i, name in enumerate(order):
             number = getattr(x86, f"UC_X86_REG_{name}")
             uc.reg_write(number, 0x1122334455660000 + i)

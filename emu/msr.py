@@ -54,7 +54,7 @@ class Msrs:
             self._set_tsc(value)
         elif number == 0xC0000080:
             old = self._engine.u64("efer").value
-            if value & ~_EFER_BITS or (value ^ old) & 0x100 and self._engine.cr[0] >> 31 & 1:
+            if value & ~_EFER_BITS or ((value ^ old) & 0x100 and self._engine.cr[0] >> 31 & 1):
                 return False
             self._engine.write_msr(number, value & ~0x400 | old & 0x400)  # LMA is read-only
         elif number in (0x174, 0x175, 0x176):

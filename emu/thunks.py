@@ -32,15 +32,23 @@ def block(emu_stop: int) -> bytes:
     )
 
 
-def interrupt(exceptions: int, do_interrupt: int, other: int) -> bytes:
+def interrupt(exceptions: int, do_interrupt: int, is_int: int, other: int) -> bytes:
     """UC_HOOK_INTR(uc, number, cpu): deliver through the guest's IDT; `other(uc, number, cpu)` takes what is no vector
-    (intercepts, 0x100 and up) and returns nonzero when it has set up an exception to be delivered."""
+    (intercepts, 0x100 and up) and returns nonzero when it has set up an exception to be delivered.
+
+    `exception_is_int` is cleared afterwards: left set by an INT n, it makes the engine move RIP at the next intercept.
+    The delivery may fault and leave by longjmp; the engine then has cleared it itself."""
     deliver = (
         _mov_rax(exceptions)
         + bytes.fromhex("48ff00")  # inc qword [rax]
+        + bytes.fromhex("52")  # push rdx                 and the stack is aligned
         + bytes.fromhex("4889d7")  # mov rdi, rdx
         + _mov_rax(do_interrupt)
-        + bytes.fromhex("ffe0")  # jmp rax                  x86_cpu_do_interrupt(cpu): may longjmp, so no frame here
+        + bytes.fromhex("ffd0")  # call rax                 x86_cpu_do_interrupt(cpu)
+        + bytes.fromhex("5a")  # pop rdx
+        + _mov_rax(is_int)
+        + bytes.fromhex("832000")  # and dword [rax], 0
+        + bytes.fromhex("c3")  # ret
     )
     ask = (
         bytes.fromhex("52")  # push rdx                 and the stack is aligned

@@ -267,7 +267,9 @@ class Reader:
             digest.update(entries)
             for number, reserved, block_digest in ENTRY.iter_unpack(entries):
                 if number <= last or number * BLOCK >= size or reserved:
-                    self._fault(chunk, f"block {number} is not above {last}, or past the region, or reserved bits are set")
+                    self._fault(
+                        chunk, f"block {number} is not above {last}, or past the region, or reserved bits are set"
+                    )
                 blocks[number] = block_digest
                 last = number
         if digest.digest() != chunk.digest:

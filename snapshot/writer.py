@@ -114,7 +114,6 @@ class Writer:
         assert not self._images or base >= self._images[-1].base + self._images[-1].data.length, "RAM in order of base"
         data = self._add(RAMD, name, size)
         self._pwrite(data.pack(), data.offset)
-        os.ftruncate(self._fd, data.end)
         blocks = list(_nonzero_blocks(memory, [(0, size)] if present is None else present))
         for first, stop in _runs(blocks):
             start = first * BLOCK
@@ -200,7 +199,6 @@ class Writer:
     def _write_payload(self, chunk: Chunk, payload: bytes) -> None:
         gap = bytes(chunk.payload - chunk.offset - len(chunk.pack()))
         self._pwrite(chunk.pack() + gap + payload, chunk.offset)
-        os.ftruncate(self._fd, chunk.next)  # so that the last chunk too is padded
 
     def _write_index(self, image: _Image) -> None:
         buffer = bytearray(_HASH_BLOCKS * BLOCK)

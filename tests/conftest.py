@@ -35,3 +35,20 @@ def debian() -> Path:
     if not (DEBIAN / "initrd.img").exists():
         pytest.skip("no Debian guest in guests/debian: `make guest` could not fetch one")
     return DEBIAN
+
+
+OWN = ROOT / "fixtures" / "guests" / "own" / "own.bin"
+
+
+@pytest.fixture(scope="session")
+def boot_own() -> Any:
+    """A function that boots the repository's own guest: paging, timer interrupts, user mode, SSE, serial."""
+    from vmm.boot import Image
+    from vmm.machine import Machine, MachineConfig
+
+    image = Image.from_files(OWN, flat=True)
+
+    def boot(**config: Any) -> Machine:
+        return Machine.boot(MachineConfig(**{"memory_bytes": 16 << 20, **config}), image)
+
+    return boot

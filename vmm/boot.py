@@ -110,7 +110,8 @@ def _load_elf(image: Image, ram: Ram) -> CpuState:
         (phnum,) = struct.unpack_from("<H", kernel, 56)
         top, pvh, start = 0, None, None
         for i in range(phnum):
-            kind, _, offset, virtual, physical, filesz, memsz, _ = struct.unpack_from("<IIQQQQQQ", kernel, phoff + 56 * i)
+            header = struct.unpack_from("<IIQQQQQQ", kernel, phoff + 56 * i)
+            kind, _, offset, virtual, physical, filesz, memsz, _ = header
             if kind == 1 and memsz:
                 if offset + filesz > len(kernel) or filesz > memsz:
                     raise GuestError("the ELF kernel is cut short")
@@ -127,8 +128,7 @@ def _load_elf(image: Image, ram: Ram) -> CpuState:
         return _pvh(image, ram, pvh, top)
     if start is None:
         raise GuestError("the ELF kernel's entry lies in none of its segments")
-    header = bytearray(0x290 - 0x1F1)
-    _zero_page(image, ram, bytes(header), top)
+    _zero_page(image, ram, bytes(0x290 - 0x1F1), top)
     state = _long_mode(ram, start)
     state.rsi = _ZERO_PAGE
     return state

@@ -221,7 +221,8 @@ def show(file: Path, as_json: bool) -> None:
         for name, part in reader.parts.items():
             title = f"{name}  ({part.schema['name']} version {part.schema['version']})"
             table = Table("field", "value", "meaning", title=title, title_justify="left")
-            for field in part.schema["fields"]:
+            fields: Any = part.schema["fields"]
+            for field in fields:
                 value = part.state[field["name"]]
                 text = f"{value:#x}" if type(value) is int and value > 9 else json.dumps(value)
                 table.add_row(field["name"], text if len(text) < 400 else text[:400] + "…", field["doc"])

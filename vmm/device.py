@@ -59,7 +59,7 @@ def reads(*offsets: int, bank: str = "", size: int = 1) -> Callable[[F], F]:
 
 
 def writes(*offsets: int, bank: str = "", size: int = 1) -> Callable[[F], F]:
-    """Declare that the method takes a write of `size` bytes at these offsets: `(value) -> None` or `(offset, value) -> None`."""
+    """Declare that the method takes a write of `size` bytes at these offsets: `([offset,] value) -> None`."""
     return _declare("write", offsets, bank, size)
 
 
@@ -84,9 +84,10 @@ class Device(Generic[S]):
         super().__init_subclass__(**kwargs)
         found = {(r.kind, r.bank, r.offset, r.size): r for r in cls.registers}
         for name, member in vars(cls).items():
-            for key in getattr(member, "_registers", ()):
+            for kind, bank, offset, size in getattr(member, "_registers", ()):
                 arguments = len(inspect.signature(member).parameters) - 1
-                found[key] = Register(*key, name, arguments > (1 if key[0] == "write" else 0))
+                indexed = arguments > (1 if kind == "write" else 0)
+                found[kind, bank, offset, size] = Register(kind, bank, offset, size, name, indexed)
         cls.registers = tuple(found.values())
 
     def __init__(self) -> None:

@@ -18,14 +18,16 @@ from typing import Annotated, Any, assert_never
 
 import blake3
 
-from snapshot.canon import canonical
+from snapshot import canon
 from snapshot.errors import SnapshotError
 from snapshot.pages import present_extents
 from snapshot.reader import Part, RamImage, Reader, decode_part
 from snapshot.schema import OneOf, Range, encode, state, u64
 from snapshot.writer import Writer
-from vmm import backends, boot, cpu_model
-from vmm.board import Board, BoardState
+from vmm import backends, cpu_model
+from vmm.board import SLOTS, Board, BoardState
+from vmm.boot import Image
+from vmm.boot import load as load_image
 from vmm.clock import ClockState, GuestClock
 from vmm.cpu import Cpu, CpuState, Crashed, Expired, Halted, Kicked, Reached, Shutdown
 from vmm.devices import rtc
@@ -78,7 +80,8 @@ class Machine:
         self.cpu: Cpu | None = None
         self.board = Board(self.clock, self)
         self.pace_real = False
-        self._image: boot.Image | None = None
+        self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
+        self._image: Image | None = None
         self._commands: queue.SimpleQueue[Callable[[Machine], Stop | None]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._real_zero: float | None = None
@@ -89,7 +92,7 @@ class Machine:
     # --- making one
 
     @classmethod
-    def boot(cls, config: MachineConfig, image: boot.Image, backend: str = "emu") -> Machine:
+    def boot(cls, config: MachineConfig, image: Image, backend: str = "emu") -> Machine:
         """A fresh machine with the guest loaded. Raises GuestError or BackendError."""
         machine = cls(config, backend, Ram.fresh(config.memory_bytes))
         machine._image = image
@@ -109,7 +112,7 @@ class Machine:
         machine._assign(saved)
         return machine
 
-    def _start(self, image: boot.Image) -> None:
+    def _start(self, image: Image) -> None:
         clock = self.board.devices["rtc"].state
         clock.epoch_ns = self.config.epoch_ns
         below = min(self.config.memory_bytes, self.ram.regions[0].size)
@@ -118,7 +121,7 @@ class Machine:
             ram[index] = value
         clock.ram = bytes(ram)
         assert self.cpu is not None
-        self.cpu.load(boot.load(image, self.ram))
+        self.cpu.load(load_image(image, self.ram))
 
     def _assign(self, saved: _Saved) -> None:
         assert self.cpu is not None
@@ -197,7 +200,7 @@ class Machine:
         if not interruptible:
             return Stopped("halted")
         if deadline is None:
-            if not self.pace_real:
+            if not self.awaits_input:
                 return Stopped("halted") if self._commands.empty() else None
             self._wake.wait(0.05)
             self._wake.clear()
@@ -292,7 +295,7 @@ class Machine:
             ram.update(region.view)
 
         def digest(value: Any) -> str:
-            return blake3.blake3(canonical(encode(value))).hexdigest()[:32]
+            return blake3.blake3(canon.encode(encode(value))).hexdigest()[:32]
 
         return {
             "ram": ram.hexdigest()[:32],
@@ -330,8 +333,6 @@ class _Saved:
 
     @classmethod
     def decode(cls, reader: Reader) -> _Saved:
-        from vmm.board import SLOTS
-
         parts: dict[str, Part] = dict(reader.parts)
 
         def take(name: str, want: type) -> Any:

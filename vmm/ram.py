@@ -6,6 +6,7 @@ from 4 GiB up are separate regions from the start.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -91,9 +92,7 @@ class Ram:
     def close(self) -> None:
         for region in self.regions:
             region.view.release()
-            try:
+            with contextlib.suppress(BufferError):  # a ctypes view still points here; the mapping goes with it
                 region.memory.close()
-            except BufferError:
-                pass  # a ctypes view still points here; the mapping goes with it
             if region.fd is not None:
                 os.close(region.fd)

@@ -35,6 +35,7 @@ class Terminal:
             self._kept = termios.tcgetattr(0)
             tty.setraw(0)
         if sys.stdin is not None and not sys.stdin.closed:
+            self._machine.awaits_input = True
             threading.Thread(target=self._read, daemon=True).start()
         return self
 
@@ -57,8 +58,9 @@ class Terminal:
                 data = os.read(0, 1024) if ready else None
             except OSError:
                 return
-            if data == b"":
-                return  # end of input: the guest runs on
+            if data == b"":  # end of input: the guest runs on
+                self._machine.awaits_input = False
+                return
             if data and (rest := self._filter(data)):
                 self._machine.send(rest)
 

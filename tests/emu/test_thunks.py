@@ -29,16 +29,21 @@ def test_block_charges_or_refuses():
 
 
 def test_interrupt_delivers_or_asks():
-    assert listing(thunks.interrupt(0x1000, 0x2000, 0x3000)) == [
+    assert listing(thunks.interrupt(0x1000, 0x2000, 0x3000, 0x4000)) == [
         "cmp esi, 0x100",
-        "jae 0x24",
+        "jae 0x34",
         "movabs rax, 0x1000",
         "inc qword ptr [rax]",
+        "push rdx",
         "mov rdi, rdx",
         "movabs rax, 0x2000",
-        "jmp rax",
-        "push rdx",
+        "call rax",
+        "pop rdx",
         "movabs rax, 0x3000",
+        "and dword ptr [rax], 0",
+        "ret",
+        "push rdx",
+        "movabs rax, 0x4000",
         "call rax",
         "pop rdx",
         "test eax, eax",

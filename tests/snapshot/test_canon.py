@@ -37,9 +37,7 @@ def test_any_bytes_decode_to_themselves_or_are_refused(data: bytes) -> None:
 
 def test_the_bytes_of_each_kind_of_value() -> None:
     value: Json = {"b": [None, True, False], "a": -1, "é\U0001f600": '"\\/\n\x01\x7f', "B": {}}
-    assert canon.encode(value) == (
-        rb'{"B":{},"a":-1,"b":[null,true,false],"\u00e9\ud83d\ude00":"\"\\/\n\u0001\u007f"}'
-    )
+    assert canon.encode(value) == (rb'{"B":{},"a":-1,"b":[null,true,false],"\u00e9\ud83d\ude00":"\"\\/\n\u0001\u007f"}')
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_declarations_without_an_exact_width_are_refused() -> None:
         "pair": Annotated[tuple[u7, u7], Size(2)],
         "object": object,
     }.items():
-        with pytest.raises(TypeError, match="has no exact width|only T"):
+        with pytest.raises(TypeError, match=r"has no exact width|only T"):
             state(f"test.schema.bad.{name}", version=1)(type("Bad", (), {"__annotations__": {"field": hint}}))
 
 

@@ -1,0 +1,5 @@
+"""`python -m vmm`: the command line."""
+
+from vmm.cli import main
+
+main()
