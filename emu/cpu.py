@@ -238,6 +238,7 @@ class EmuCpu(Cpu):
         engine.hook(HOOK_BLOCK, code(thunks.block(engine.symbol("uc_emu_stop"))), words)
         engine.hook(HOOK_INSN, code(thunks.rdtsc(*places)), words, x86.UC_X86_INS_RDTSC)
         engine.hook(HOOK_INSN, code(rdtscp), words, x86.UC_X86_INS_RDTSCP)
+        engine.filter_stores(thunks.store_filter)
 
     def _install_portable(self) -> None:
         engine = self._engine

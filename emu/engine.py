@@ -35,6 +35,13 @@ _CPU_ENV = 0x128
 _CPU_HALTED = 0x8198
 _CPU_EXCEPTION_INDEX = 0x81A0
 _CPU_TO_ENV = 0x8A50
+_UC_MEMORY_MAPPING = 0x120  # a function pointer: guest-physical address to memory region
+
+# The slow store of this build, up to its call of uc->memory_mapping: found by its bytes, never assumed.
+_SLOW_STORE = bytes.fromhex(
+    "41574989ff41564189d641554989cd41544989f4554c89cd534889f381e3ff0f00004883ec28"
+    "488b87a8810000498b71184c894424084809de4889c7ff9020010000"
+)
 
 _ENV = {
     "regs": 0x0,
@@ -277,6 +284,17 @@ class Engine:
         self._intercept.value = _INTERCEPT_MSR
         self.hflags.value |= HF_GUEST
         self.hflags2.value |= HF2_GIF
+
+    def filter_stores(self, thunk: Callable[[int, int], bytes]) -> bool:
+        """Put `thunk(site, original)` before the memory look-up of slow stores. False where this build's slow store is
+        not the one we know: then such stores stay slow, and nothing else changes."""
+        start = self.symbol("tlb_set_dirty_x86_64")
+        found = ctypes.string_at(start, 0x1000).find(_SLOW_STORE)
+        if found < 0:
+            return False
+        pointer = ctypes.c_uint64.from_address(self._handle + _UC_MEMORY_MAPPING)
+        pointer.value = self.executable(thunk(start + found + len(_SLOW_STORE), pointer.value))
+        return True
 
     def raise_exception(self, vector: int, error_code: int) -> None:
         """Set up a fault for the INTR hook to deliver."""

@@ -118,3 +118,70 @@ def rdtsc(regs: int, cr4: int, hflags: int, tsc_aux: int | None = None) -> bytes
         + privileged
         + body
     )
+
+
+def store_filter(site: int, original: int) -> bytes:
+    """uc->memory_mapping(uc, address): before a slow store goes on, let a page without code become fast.
+
+    The engine keeps every store to an executable page slow for ever, code or no code; and until late in its boot all
+    of Linux's data is mapped executable. The call at `site`, in the engine's slow store, has the virtual page in R12,
+    its distance to the RAM offset in R13 and the TLB entry in RBP. Where the page holds no translated code this
+    clears the entry's execute half (a fetch will fill it again), and the engine then marks the page fast itself.
+    """
+    find = (
+        bytes.fromhex("4b8d142c")  # lea rdx, [r12+r13]       RAM offset
+        + bytes.fromhex("48c1ea0c")  # shr rdx, 12              its page
+        + bytes.fromhex("8b8ff4020000")  # mov ecx, [rdi+0x2f4]     v_l1_shift
+        + bytes.fromhex("4889d0")  # mov rax, rdx
+        + bytes.fromhex("48d3e8")  # shr rax, cl
+        + bytes.fromhex("448b87f0020000")  # mov r8d, [rdi+0x2f0]     v_l1_size
+        + bytes.fromhex("41ffc8")  # dec r8d
+        + bytes.fromhex("4c21c0")  # and rax, r8
+        + bytes.fromhex("4c8b87e0020000")  # mov r8, [rdi+0x2e0]      l1_map
+        + bytes.fromhex("4d8d04c0")  # lea r8, [r8+rax*8]
+        + bytes.fromhex("448b8ff8020000")  # mov r9d, [rdi+0x2f8]     v_l2_levels
+        + bytes.fromhex("456bc90a")  # imul r9d, r9d, 10
+    )
+    # level: while levels are left, r8 = &(*r8)[page >> shift & 0x3ff]
+    step = (
+        bytes.fromhex("4d8b00")  # mov r8, [r8]
+        + bytes.fromhex("4d85c0")  # test r8, r8
+        + bytes.fromhex("74aa")  # jz empty                 (patched below)
+        + bytes.fromhex("4889d0")  # mov rax, rdx
+        + bytes.fromhex("4489c9")  # mov ecx, r9d
+        + bytes.fromhex("48d3e8")  # shr rax, cl
+        + bytes.fromhex("25ff030000")  # and eax, 0x3ff
+        + bytes.fromhex("4d8d04c0")  # lea r8, [r8+rax*8]
+        + bytes.fromhex("4183e90a")  # sub r9d, 10
+    )
+    leaf = (
+        bytes.fromhex("4d8b00")  # mov r8, [r8]             the leaf table
+        + bytes.fromhex("4d85c0")  # test r8, r8
+        + bytes.fromhex("74aa")  # jz empty
+        + bytes.fromhex("81e2ff030000")  # and edx, 0x3ff
+        + bytes.fromhex("488d0452")  # lea rax, [rdx+rdx*2]     24 bytes a page
+        + bytes.fromhex("49833cc000")  # cmp qword [r8+rax*8], 0  first_tb
+        + bytes.fromhex("75aa")  # jnz original
+    )
+    empty = bytes.fromhex("48c74510ffffffff")  # mov qword [rbp+0x10], -1  addr_code
+    tail = _mov_rax(original) + bytes.fromhex("ffe0")  # jmp rax
+    test = bytes.fromhex("4585c9") + b"\x74" + bytes([len(step) + 2])  # test r9d, r9d; jz leaf
+    loop = test + step + b"\xeb" + struct.pack("b", -(len(test) + len(step) + 2))
+    body = find + loop + leaf
+
+    def patch(at: int, target: int) -> None:
+        nonlocal body
+        body = body[:at] + struct.pack("b", target - at - 1) + body[at + 1 :]
+
+    patch(len(find) + len(test) + 7, len(body))
+    patch(len(find) + len(loop) + 7, len(body))
+    patch(len(body) - 1, len(body) + len(empty))
+    return (
+        _mov_rax(site)
+        + bytes.fromhex("48390424")  # cmp [rsp], rax
+        + b"\x75"
+        + bytes([len(body) + len(empty)])  # jne original
+        + body
+        + empty
+        + tail
+    )
