@@ -13,7 +13,7 @@ from typing import Any
 from emu.engine import EXIT_SHUTDOWN, Engine
 from vmm.clock import BYTES_PER_NS
 
-_POSITION, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS, _TSC_OFFSET = range(6)
+_TIME, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS, _TSC_OFFSET = range(6)
 _MASK64 = (1 << 64) - 1
 _CONTRIBUTORY = {0, 10, 11, 12, 13}
 _HAS_ERROR = {8, 10, 11, 12, 13, 14, 17}
@@ -32,12 +32,12 @@ class Callbacks:
 
     def block(self, _uc: Any, _address: int, size: int, _data: Any) -> None:
         words = self._words
-        after = words[_POSITION] + size
+        after = words[_TIME] + size
         if after > words[_LIMIT]:
             words[_REFUSED] = size
             self._engine.uc.emu_stop()
         else:
-            words[_POSITION] = after
+            words[_TIME] = after
 
     def interrupt(self, _uc: Any, number: int, _data: Any) -> None:
         if number < 0x100 or self._other(None, number, None):
@@ -51,7 +51,7 @@ class Callbacks:
         engine, words = self._engine, self._words
         if engine.cr[4] & 4 and engine.hflags.value & 3:
             return 0
-        tsc = words[_POSITION] // BYTES_PER_NS + words[_SKIPPED_NS] + words[_TSC_OFFSET] & _MASK64
+        tsc = words[_TIME] // BYTES_PER_NS + words[_TSC_OFFSET] & _MASK64
         engine.regs[0], engine.regs[2] = tsc & 0xFFFFFFFF, tsc >> 32
         return 1
 

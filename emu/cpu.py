@@ -34,14 +34,19 @@ from emu.engine import (
     Engine,
 )
 from vmm import cpu_model
-from vmm.clock import GuestClock
+from vmm.clock import BYTES_PER_NS, GuestClock
 from vmm.cpu import Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Reached, Shutdown
 from vmm.errors import BackendError
 from vmm.ram import Ram
 
-_POSITION, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS, _TSC_OFFSET = range(6)
+_TIME, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS, _TSC_OFFSET = range(6)
 _FOREVER = (1 << 64) - 1
 _IF = 1 << 9
+
+# What a port access costs the guest, as on an ISA bus. Without it a guest that times a chip by polling it (the PIT,
+# to calibrate the TSC) polls a hundred thousand times.
+_PORT_NS = 1000
+_PORT_TIME = _PORT_NS * BYTES_PER_NS
 
 _IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
 _OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p)
@@ -82,38 +87,39 @@ class EmuCpu(Cpu):
 
     def run(self, budget_ns: int) -> Exit:
         words, clock = self._words, self._clock
-        expiry = clock.position_at(clock.now_ns() + budget_ns)
-        stop_at = _FOREVER if self._stop_at is None else self._stop_at
-        if clock.prepaid and (stopped := self._finish_block(stop_at)) is not None:
+        expiry = words[_TIME] + budget_ns * BYTES_PER_NS
+        if clock.prepaid and (stopped := self._finish_block()) is not None:
             return stopped
         while True:
-            position = words[_POSITION]
-            if position >= stop_at:
+            if self._stop_at is not None and clock.position >= self._stop_at:
                 return Reached()
             if self._kicked:
                 self._kicked = False
                 return Kicked()
-            if position >= expiry:
+            if words[_TIME] >= expiry:
                 return Expired()
             if self._halted:
                 if not (self._pin and self._engine.eflags.value & _IF):
                     return Halted(bool(self._engine.eflags.value & _IF))
                 self._halted = False
-            limit = min(expiry, stop_at)
+            goal = _FOREVER if self._stop_at is None else words[_TIME] + self._stop_at - clock.position
+            limit = min(expiry, goal)
             refused = self._enter(limit)
             if isinstance(refused, Shutdown | Crashed):
                 return refused
-            position = words[_POSITION]
-            if refused and position < limit < position + refused:
-                if limit == stop_at:
-                    words[_POSITION] = position + refused
-                    clock.prepaid = refused
-                    if (stopped := self._finish_block(stop_at)) is not None:
-                        return stopped
-                else:
-                    crossed = self._enter(position + refused)
-                    if isinstance(crossed, Shutdown | Crashed):
-                        return crossed
+            time = words[_TIME]
+            if not refused or not time < limit < time + refused:
+                continue
+            # The next block crosses the limit. A deadline waits for its end; an exact stop goes into it.
+            if limit == expiry:
+                crossed = self._enter(time + refused)
+                if isinstance(crossed, Shutdown | Crashed):
+                    return crossed
+            elif clock.position + refused > self._stop_at:  # type: ignore[operator]
+                words[_TIME] = time + refused
+                clock.prepaid = refused
+                if (stopped := self._finish_block()) is not None:
+                    return stopped
 
     def kick(self) -> None:
         self._kicked = True
@@ -182,27 +188,26 @@ class EmuCpu(Cpu):
             self._exits["halt"] += 1
         return words[_REFUSED]
 
-    def _finish_block(self, stop_at: int) -> Exit | None:
+    def _finish_block(self) -> Exit | None:
         """Run what is prepaid, one instruction at a time; None at the block's end. Time stands at the block's end."""
         words, clock, engine = self._words, self._clock, self._engine
-        end = words[_POSITION]
         while clock.prepaid:
-            if end - clock.prepaid >= stop_at:
+            if self._stop_at is not None and clock.position >= self._stop_at:
                 return Reached()
             # The first entry is refused and tells the instruction's size; the second runs it.
+            end = words[_TIME]
             engine.cflags_next_tb.value = 1
             size = self._enter(end, inside=True)
             if isinstance(size, Shutdown | Crashed):
                 return size
             exceptions = words[_EXCEPTIONS]
             engine.cflags_next_tb.value = 1
-            words[_POSITION] = end - size
+            words[_TIME] = end - size
             refused = self._enter(end, inside=True)
-            ran = words[_POSITION] == end
-            words[_POSITION] = end
             if isinstance(refused, Shutdown | Crashed):
                 return refused
-            if not ran:
+            if words[_TIME] < end:
+                words[_TIME] = end
                 continue  # another thread's kick came in between and lowered the limit
             # A fault leaves the block; what is left of it stays charged, as when the block ran whole.
             clock.prepaid = 0 if words[_EXCEPTIONS] != exceptions else max(0, clock.prepaid - size)
@@ -270,6 +275,9 @@ class EmuCpu(Cpu):
     def _on_in(self, _uc: Any, port: int, size: int, _data: Any) -> int:
         try:
             self._exits["port_in"] += 1
+            words = self._words
+            words[_TIME] += _PORT_TIME
+            words[_SKIPPED_NS] += _PORT_NS
             return self._bus.port_in(port, size)
         except BaseException as failure:
             self._fail(failure)
@@ -278,6 +286,9 @@ class EmuCpu(Cpu):
     def _on_out(self, _uc: Any, port: int, size: int, value: int, _data: Any) -> None:
         try:
             self._exits["port_out"] += 1
+            words = self._words
+            words[_TIME] += _PORT_TIME
+            words[_SKIPPED_NS] += _PORT_NS
             self._bus.port_out(port, size, value)
         except BaseException as failure:
             self._fail(failure)

@@ -4,7 +4,7 @@ Each function returns the bytes of one System V x86-64 callback. They are small 
 and the tests disassemble every one with Capstone. `emu.callbacks` holds the same functions in Python for hosts
 where memory cannot be made executable.
 
-The clock words they share with Python (see vmm.clock): [0] position, [1] limit, [2] skipped_ns,
+The clock words they share with Python (see vmm.clock): [0] time in quarters of a ns, [1] limit, [2] skipped_ns,
 [3] size of the block that was refused, [4] exceptions delivered, [5] TSC offset.
 """
 
@@ -21,7 +21,7 @@ def block(emu_stop: int) -> bytes:
     """UC_HOOK_BLOCK(uc, address, size, words): charge the block, or refuse it when it would cross the limit."""
     return (
         bytes.fromhex("89d0")  # mov eax, edx
-        + bytes.fromhex("480301")  # add rax, [rcx]           position after this block
+        + bytes.fromhex("480301")  # add rax, [rcx]           time after this block
         + bytes.fromhex("483b4108")  # cmp rax, [rcx+8]         limit
         + bytes.fromhex("7704")  # ja refuse
         + bytes.fromhex("488901")  # mov [rcx], rax
@@ -89,9 +89,8 @@ def rdtsc(regs: int, cr4: int, hflags: int, tsc_aux: int | None = None) -> bytes
     """UC_HOOK_INSN RDTSC/RDTSCP(uc, words) -> handled: EDX:EAX = guest ns + offset; RDTSCP also ECX = TSC_AUX.
     With CR4.TSD at CPL > 0 it declines, and the engine raises #GP."""
     body = (
-        bytes.fromhex("488b06")  # mov rax, [rsi]           position
-        + bytes.fromhex("48c1e802")  # shr rax, 2               4 bytes of code a ns
-        + bytes.fromhex("48034610")  # add rax, [rsi+0x10]      skipped_ns
+        bytes.fromhex("488b06")  # mov rax, [rsi]           time
+        + bytes.fromhex("48c1e802")  # shr rax, 2               in ns
         + bytes.fromhex("48034628")  # add rax, [rsi+0x28]      TSC offset
         + bytes.fromhex("48b9")
         + struct.pack("<Q", regs)  # mov rcx, &env.regs

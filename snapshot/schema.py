@@ -70,6 +70,7 @@ u7 = Annotated[int, Bits(7)]
 u8 = Annotated[int, Bits(8)]
 u16 = Annotated[int, Bits(16)]
 u32 = Annotated[int, Bits(32)]
+u56 = Annotated[int, Bits(56)]
 u64 = Annotated[int, Bits(64)]
 i64 = Annotated[int, Range(-(2**63), 2**63 - 1)]
 

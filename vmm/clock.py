@@ -1,12 +1,12 @@
 """Guest time.
 
 `position` is bytes of code executed, as charged by the CPU when it enters a block; `skipped_ns` is time that passed
-with no code executed (HLT). Guest time is a pure function of the two:
+with no code executed: halted, or waiting for a port access. Guest time is a pure function of the two:
 
     now_ns = position // BYTES_PER_NS + skipped_ns
 
 so a machine on the emulated CPU has no other source of time, and two runs of the same guest agree to the last byte.
-The words live in shared memory because the emulated CPU's machine code adds to `position` itself.
+The words live in shared memory because the emulated CPU's machine code adds to the time itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from typing import Annotated
 
-from snapshot.schema import i64, state, u16, u64
+from snapshot.schema import state, u16, u56
 
 BYTES_PER_NS = 4  # a nominal 1 GHz guest: x86 code averages four bytes an instruction
 
@@ -23,15 +23,16 @@ BYTES_PER_NS = 4  # a nominal 1 GHz guest: x86 code averages four bytes an instr
 class ClockState:
     """Guest time: now_ns = position // 4 + skipped_ns."""
 
-    position: Annotated[u64, "bytes of code charged so far; a block is charged when it is entered"] = 0
-    skipped_ns: Annotated[i64, "guest time that passed while no code ran"] = 0
+    position: Annotated[u56, "bytes of code charged so far; a block is charged when it is entered"] = 0
+    skipped_ns: Annotated[u56, "guest time that passed while no code ran"] = 0
     prepaid: Annotated[u16, "bytes of the current block charged but not yet executed; 0 between blocks"] = 0
 
 
 class GuestClock:
-    """The machine's one clock. `words` is [position, limit, skipped_ns, ...], shared with the CPU backend."""
+    """The machine's one clock. `words` is [time in quarters of a ns, limit, skipped_ns, ...], shared with the CPU
+    backend, which may use the words from 3 on for itself."""
 
-    POSITION, LIMIT, SKIPPED_NS = 0, 1, 2
+    TIME, LIMIT, SKIPPED_NS = 0, 1, 2
     WORDS = 8
 
     def __init__(self) -> None:
@@ -39,28 +40,31 @@ class GuestClock:
         self.prepaid = 0
 
     def now_ns(self) -> int:
-        words = self.words
-        return words[0] // BYTES_PER_NS + words[2]
+        return self.words[0] // BYTES_PER_NS
+
+    @property
+    def charged(self) -> int:
+        """Bytes of code charged so far."""
+        return self.words[self.TIME] - self.words[self.SKIPPED_NS] * BYTES_PER_NS
 
     @property
     def position(self) -> int:
         """Bytes of code executed: orders instruction boundaries."""
-        return self.words[self.POSITION] - self.prepaid
+        return self.charged - self.prepaid
+
+    def skip(self, ns: int) -> None:
+        """Let time pass with no code executed."""
+        self.words[self.SKIPPED_NS] += ns
+        self.words[self.TIME] += ns * BYTES_PER_NS
 
     def skip_to(self, when_ns: int) -> None:
-        """Let time pass to `when_ns` with no code executed."""
-        self.words[self.SKIPPED_NS] += max(0, when_ns - self.now_ns())
-
-    def position_at(self, when_ns: int) -> int:
-        """The first charged position at which `now_ns()` has reached `when_ns`."""
-        return max(0, (when_ns - self.words[self.SKIPPED_NS]) * BYTES_PER_NS)
+        """Let time pass to `when_ns`, if that is ahead."""
+        self.skip(max(0, when_ns - self.now_ns()))
 
     def save(self) -> ClockState:
-        return ClockState(
-            position=self.words[self.POSITION], skipped_ns=self.words[self.SKIPPED_NS], prepaid=self.prepaid
-        )
+        return ClockState(position=self.charged, skipped_ns=self.words[self.SKIPPED_NS], prepaid=self.prepaid)
 
     def load(self, state: ClockState) -> None:
-        self.words[self.POSITION] = state.position
         self.words[self.SKIPPED_NS] = state.skipped_ns
+        self.words[self.TIME] = state.position + state.skipped_ns * BYTES_PER_NS
         self.prepaid = state.prepaid
