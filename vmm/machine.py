@@ -20,7 +20,6 @@ import blake3
 
 from snapshot import canon
 from snapshot.errors import SnapshotError
-from snapshot.pages import present_extents
 from snapshot.reader import Part, RamImage, Reader, decode_part
 from snapshot.schema import OneOf, Range, encode, state, u64
 from snapshot.writer import Writer
@@ -31,7 +30,7 @@ from vmm.boot import load as load_image
 from vmm.clock import ClockState, GuestClock
 from vmm.cpu import Cpu, CpuState, Crashed, Expired, Halted, Kicked, Reached, Shutdown
 from vmm.devices import rtc
-from vmm.errors import GuestError
+from vmm.errors import BackendError, GuestError
 from vmm.ram import Ram, Region, layout
 
 MAX_MEMORY = 1 << 38
@@ -264,16 +263,18 @@ class Machine:
         }
 
     def save(self, path: Path) -> None:
-        """Write a snapshot; `path` is replaced only by a whole new one. Raises SnapshotError; the machine is
-        unchanged either way."""
+        """Write a snapshot; `path` is replaced only by a whole new one. Raises BackendError when the host cannot
+        write it; the machine is unchanged either way."""
         parts = self.parts()
-        with Writer(path) as writer:
-            for name, value in parts.items():
-                writer.part(name, value)
-            for region in self.ram.regions:
-                present = None if region.fd is None else present_extents(region.fd, region.size)
-                writer.ram(region.name, region.base, region.view, present)
-            writer.commit()
+        try:
+            with Writer(path) as writer:
+                for name, value in parts.items():
+                    writer.part(name, value)
+                for region in self.ram.regions:
+                    writer.ram(region.name, region.base, region.view, region.touched())
+                writer.commit()
+        except OSError as error:
+            raise BackendError(f"cannot save to {path}: {error.strerror or error}") from None
 
     def reset(self) -> None:
         """Start the guest again, as after power-on. Raises GuestError for a machine that was restored."""
@@ -362,4 +363,4 @@ class _Saved:
 
 def _map(reader: Reader, image: RamImage) -> Region:
     memory = reader.map_ram(image)
-    return Region(image.name, image.base, image.size, memory, memoryview(memory))
+    return Region(image.name, image.base, image.size, memory, memoryview(memory), stored=image.extents())

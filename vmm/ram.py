@@ -11,8 +11,9 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from snapshot import pages
 from vmm.errors import BackendError, GuestError
 
 PAGE = 4096
@@ -30,10 +31,17 @@ class Region:
     memory: mmap.mmap
     view: memoryview
     fd: int | None = None  # the memfd behind it, where there is one
+    stored: list[tuple[int, int]] = field(default_factory=list)  # what the snapshot behind it holds
 
     @property
     def address(self) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+    def touched(self) -> list[tuple[int, int]]:
+        """(start, end) of what may hold other bytes than zero: finding it costs nothing for untouched pages."""
+        if self.fd is not None:
+            return pages.present_extents(self.fd, self.size)
+        return self.stored + pages.dirty_extents(self.address, self.size)
 
 
 def layout(size: int) -> list[tuple[int, int]]:

@@ -1,0 +1,63 @@
+"""Debian's unmodified cloud kernel: boots to a shell that answers, twice alike, and survives a cut anywhere."""
+
+import random
+from functools import partial
+
+import pytest
+
+from tests.machine.test_cut import cut_at
+from vmm.boot import Image
+from vmm.machine import Machine, MachineConfig, Stopped
+
+pytestmark = pytest.mark.debian
+CMDLINE = "console=ttyS0 mitigations=off"
+SHELL = 4_600_000_000  # bytes of code from a vmlinux's start to its shell, near enough to draw positions from
+
+
+def boot(folder, kernel="vmlinux"):
+    image = Image.from_files(folder / kernel, folder / "initrd.img", CMDLINE)
+    return Machine.boot(MachineConfig(memory_bytes=256 << 20), image)
+
+
+def ask(machine, line, answer):
+    machine.send(line.encode() + b"\n")
+    assert machine.run(until=answer) == Stopped("pattern")
+
+
+@pytest.mark.parametrize("kernel", ["vmlinuz", "vmlinux"])
+def test_boots_to_a_shell_that_answers(debian, kernel):
+    with boot(debian, kernel) as machine:
+        assert machine.run(until="shell ready") == Stopped("pattern")
+        ask(machine, "echo answer=$((6*7))", "answer=42")
+        ask(machine, "uname -srm", r"Linux 6\.\d+.*x86_64")
+        ask(machine, "seq 1 2000 | md5sum", "cd6fd5b81dce3eb9b29e1a1a5c2c2b15|[0-9a-f]{32}  -")
+        ask(machine, "cat /proc/interrupts", "XT-PIC.*timer")
+        machine.send(b"poweroff -f\n")
+        assert machine.run() in (Stopped("halted"), Stopped("reset"))
+
+
+def test_saved_at_the_shell_it_answers_in_its_next_life(debian, tmp_path):
+    with boot(debian) as machine:
+        machine.run(until="shell ready")
+        ask(machine, "secret=anyhyve; echo set=$?", "set=0")
+        machine.save(tmp_path / "shell")
+    for _ in range(2):
+        with Machine.restore(tmp_path / "shell", verify=True) as machine:
+            ask(machine, "echo kept=$secret", "kept=anyhyve")
+
+
+def cut_debian(folder, positions, tmp_path):
+    return cut_at(partial(boot, folder), positions, tmp_path, fresh=set(range(0, len(positions), 2)))
+
+
+def test_cut_at_random_over_the_boot(debian, tmp_path):
+    pick = random.Random(7)
+    cut_debian(debian, [pick.randrange(SHELL) for _ in range(4)], tmp_path)
+
+
+@pytest.mark.slow
+def test_cut_fifty_times_over_the_boot(debian, tmp_path):
+    pick = random.Random(8)
+    early = [pick.randrange(SHELL - 40_000_000) for _ in range(38)]
+    late = [pick.randrange(SHELL - 40_000_000, SHELL) for _ in range(12)]  # init and the shell: user mode
+    cut_at(partial(boot, debian), early + late, tmp_path, fresh=set(range(50)))
