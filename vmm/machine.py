@@ -112,13 +112,10 @@ class Machine:
         return machine
 
     def _start(self, image: Image) -> None:
-        clock = self.board.devices["rtc"].state
-        clock.epoch_ns = self.config.epoch_ns
         below = min(self.config.memory_bytes, self.ram.regions[0].size)
-        ram = bytearray(clock.ram)
-        for index, value in rtc.memory_bytes(below, self.config.memory_bytes - below).items():
-            ram[index] = value
-        clock.ram = bytes(ram)
+        self.board.devices["rtc"].state = rtc.power_on(
+            self.config.epoch_ns, below, self.config.memory_bytes - below
+        )
         assert self.cpu is not None
         self.cpu.load(load_image(image, self.ram))
 
