@@ -159,6 +159,7 @@ class Board:
     # --- whole state
 
     def restored(self) -> None:
+        self.pics.forget_wires()
         for device in self.devices.values():
             device.restored()
 

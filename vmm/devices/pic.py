@@ -254,13 +254,29 @@ class PicPair:
     def __init__(self, intr: Line) -> None:
         self._intr = intr
         self._level = False
+        self._wires: list[dict[int, bool | None]] = [{} for _ in range(16)]  # None: not driven since restoring
         self.master = Pic(self._drive)
         self.slave = Pic(lambda level: self.master.set_line(CASCADE, level), master=False)
 
     def line(self, irq: int) -> Line:
-        """The wire of ISA interrupt `irq` (0..15)."""
+        """A wire to ISA interrupt `irq` (0..15). Devices that share it are ORed, as open collectors are."""
         chip, pin = (self.slave, irq - 8) if irq >= 8 else (self.master, irq)
-        return lambda level: chip.set_line(pin, level)
+        wires = self._wires[irq]
+        own = len(wires)
+        wires[own] = None
+
+        def drive(level: bool) -> None:
+            wires[own] = level
+            # While a wire is still unknown the line can rise but not fall: another may be holding it up.
+            if level or None not in wires.values():
+                chip.set_line(pin, any(wires.values()))
+
+        return drive
+
+    def forget_wires(self) -> None:
+        """Before restoring: every device will drive its wires again."""
+        for wires in self._wires:
+            wires.update(dict.fromkeys(wires))
 
     def pending(self) -> bool:
         return self.master.pending()

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import field, replace
 from typing import Annotated
 
-from snapshot.schema import OneOf, Range, Size, state, u4, u8, u16, u64
+from snapshot.schema import OneOf, Range, Size, state, u4, u8, u16, u56, u64
 from vmm.device import Clock, Device, Line, reads, writes
 
 HZ = 1_193_182
@@ -39,10 +39,10 @@ class CounterState:
     written: Annotated[bool, "a whole count was written since the control word"] = False
     null_count: Annotated[bool, "CR was written and CE not yet loaded from it"] = True
     gate: Annotated[bool, "GATE input"] = True
-    load_at: Annotated[u64 | None, "clock edge at which CE is loaded from CR"] = None
+    load_at: Annotated[u56 | None, "clock edge at which CE is loaded from CR"] = None
     initial: Annotated[int, Range(1, 0x10000), "count CE was loaded with"] = 0x10000
-    start: Annotated[u64 | None, "clock edge at which CE was loaded; in mode 3 where this half began"] = None
-    frozen: Annotated[u64 | None, "clocks counted when counting was stopped; counting while null"] = None
+    start: Annotated[u56 | None, "clock edge at which CE was loaded; in mode 3 where this half began"] = None
+    frozen: Annotated[u56 | None, "clocks counted when counting was stopped; counting while null"] = None
     second_half: Annotated[bool, "mode 3: OUT is low"] = False
 
 
