@@ -3,7 +3,7 @@
 Nothing is installed and no root is needed; packages are opened here (deb(5): ar around a tar).
 Linux Documentation/arch/x86/boot.rst for the kernel's payload.
 
-Absent: payloads packed with lz4, lzo, lzma or bzip2.
+Absent: payloads packed with lzo, lzma or bzip2.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import lz4.block
 import zstandard
 
 from vmm.errors import GuestError
@@ -51,6 +52,7 @@ _RECIPE = "1"  # changes when the same packages and init would give other files
 _OUTPUTS = ("vmlinuz", "vmlinux", "initrd.img")
 _MAX_KERNEL = 1 << 30
 _APT_TIMEOUT_S = 1800
+_LZ4, _LZ4_BLOCK = b"\x02\x21\x4c\x18", 8 << 20
 
 
 def _silent(message: str) -> None:
@@ -130,17 +132,32 @@ def _unpack(payload: bytes) -> bytes:
             zstd = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
             data = zstd.decompress(payload)
             done = zstd.eof
+        elif payload.startswith(_LZ4):
+            data, done = _unlz4(payload)
         else:
-            raise GuestError(f"the kernel is packed with {_packer(payload)}: gzip, xz and zstd are known here")
-    except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+            raise GuestError(f"the kernel is packed with {_packer(payload)}: gzip, xz, zstd and lz4 are known here")
+    except (zlib.error, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockError) as error:
         raise GuestError(f"the kernel's payload is damaged: {error}") from None
     if not done:
         raise GuestError("the kernel's payload is cut short")
     return data
 
 
+def _unlz4(payload: bytes) -> tuple[bytes, bool]:
+    """LZ4's legacy frame, which Linux packs with: blocks of at most 8 MiB, and behind them the kernel's size."""
+    at, blocks, total = len(_LZ4), [], 0
+    while at + 8 <= len(payload) and total <= _MAX_KERNEL:
+        (length,) = struct.unpack_from("<I", payload, at)
+        at += 4 + length
+        if length == 0 or at > len(payload):
+            break
+        blocks.append(lz4.block.decompress(payload[at - length : at], uncompressed_size=_LZ4_BLOCK))
+        total += len(blocks[-1])
+    return b"".join(blocks), payload[at:] == struct.pack("<I", total & 0xFFFFFFFF)
+
+
 def _packer(payload: bytes) -> str:
-    known = {b"\x02\x21\x4c\x18": "lz4", b"\x89LZO": "lzo", b"BZh": "bzip2", b"\x5d\0\0": "lzma"}
+    known = {b"\x89LZO": "lzo", b"BZh": "bzip2", b"\x5d\0\0": "lzma"}
     return next((name for magic, name in known.items() if payload.startswith(magic)), "an unknown method")
 
 

@@ -7,6 +7,7 @@ import os
 import struct
 import tarfile
 
+import lz4.block
 import pytest
 import zstandard
 from hypothesis import given
@@ -25,6 +26,14 @@ PACKERS = {
     "xz": lambda data: lzma.compress(data, check=lzma.CHECK_CRC32),
     "zstd": zstandard.ZstdCompressor(level=22).compress,
 }
+
+
+def lz4_legacy(data: bytes, block: int = 8 << 20) -> bytes:
+    packed = b"\x02\x21\x4c\x18"
+    for at in range(0, len(data), block):
+        piece = lz4.block.compress(data[at : at + block], store_size=False)
+        packed += struct.pack("<I", len(piece)) + piece
+    return packed + struct.pack("<I", len(data))
 
 
 def bzimage(payload: bytes, setup_sectors: int = 3, offset: int = 0x40, version: int = 0x20F) -> bytes:
@@ -48,6 +57,12 @@ def test_payload(packer, setup_sectors):
     assert extract_vmlinux(bzimage(with_size, setup_sectors)) == VMLINUX
 
 
+@pytest.mark.parametrize("size", [len(VMLINUX), (8 << 20) + 1, 16 << 20])
+def test_payload_lz4(size):
+    vmlinux = (VMLINUX * (size // len(VMLINUX) + 1))[:size]
+    assert extract_vmlinux(bzimage(lz4_legacy(vmlinux))) == vmlinux
+
+
 @pytest.mark.parametrize(
     ("image", "words"),
     [
@@ -60,7 +75,11 @@ def test_payload(packer, setup_sectors):
         (bzimage(lzma.compress(VMLINUX)[:-30]), "cut short"),
         (bzimage(PACKERS["zstd"](VMLINUX)[:-10]), "cut short"),
         (bzimage(gzip.compress(b"MZ no elf")), "not an ELF"),
-        (bzimage(b"\x02\x21\x4c\x18" + bytes(40)), "packed with lz4"),
+        (bzimage(lz4_legacy(VMLINUX)[:-4]), "cut short"),
+        (bzimage(lz4_legacy(VMLINUX)[:-9]), "cut short"),
+        (bzimage(lz4_legacy(VMLINUX * 900, 1 << 20)[:200]), "cut short"),
+        (bzimage(b"\x02\x21\x4c\x18" + bytes(40)), "cut short"),
+        (bzimage(b"\x02\x21\x4c\x18\x10\0\0\0" + b"\xff" * 40), "damaged"),
         (bzimage(b"\x89LZO" + bytes(40)), "packed with lzo"),
         (bzimage(b"what is this"), "an unknown method"),
         (bzimage(gzip.compress(VMLINUX)[:-8] + bytes(8)), "damaged"),  # CRC32, RFC 1952, 2.3
@@ -238,8 +257,8 @@ def test_a_failed_fetch_leaves_the_last_guest(apt, tmp_path, monkeypatch):
     folder = tmp_path / "guest"
     fetch(folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    (apt / "linux-image-6.1.0-9-cloud-amd64.deb").write_bytes(deb({"boot/vmlinuz-7": bzimage(b"\x02\x21\x4c\x18")}))
-    with pytest.raises(GuestError, match="lz4"):
+    (apt / "linux-image-6.1.0-9-cloud-amd64.deb").write_bytes(deb({"boot/vmlinuz-7": bzimage(b"\x89LZO")}))
+    with pytest.raises(GuestError, match="lzo"):
         fetch(folder, "#!/bin/sh\n")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
