@@ -104,7 +104,7 @@ def main() -> None:
 @main.command()
 @click.option("--kernel", required=True, type=click.Path(path_type=Path), help="bzImage, ELF vmlinux, or flat code.")
 @click.option("--initrd", type=click.Path(path_type=Path), help="Initial RAM disk.")
-@click.option("--append", default="", help="Kernel command line.")
+@click.option("--append", default="console=ttyS0", help="Kernel command line.")
 @click.option("--memory", type=Memory(), default="256M", show_default=True, help="Guest RAM.")
 @click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
 @click.option("--epoch", type=click.IntRange(0, 1 << 33), default=DEFAULT_EPOCH_NS // 10**9, show_default=True,

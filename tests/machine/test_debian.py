@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from tests.machine import where
 from tests.machine.test_cut import cut_at
 from vmm.boot import Image
 from vmm.machine import Machine, MachineConfig, Stopped
@@ -46,18 +47,21 @@ def test_saved_at_the_shell_it_answers_in_its_next_life(debian, tmp_path):
             ask(machine, "echo kept=$secret", "kept=anyhyve")
 
 
-def cut_debian(folder, positions, tmp_path):
-    return cut_at(partial(boot, folder), positions, tmp_path, fresh=set(range(0, len(positions), 2)))
-
-
 def test_cut_at_random_over_the_boot(debian, tmp_path):
     pick = random.Random(7)
-    cut_debian(debian, [pick.randrange(SHELL) for _ in range(4)], tmp_path)
+    cut_at(partial(boot, debian), [pick.randrange(SHELL) for _ in range(4)], tmp_path, fresh={0, 1, 2, 3})
 
 
 @pytest.mark.slow
 def test_cut_fifty_times_over_the_boot(debian, tmp_path):
     pick = random.Random(8)
-    early = [pick.randrange(SHELL - 40_000_000) for _ in range(38)]
-    late = [pick.randrange(SHELL - 40_000_000, SHELL) for _ in range(12)]  # init and the shell: user mode
-    cut_at(partial(boot, debian), early + late, tmp_path, fresh=set(range(50)))
+    with boot(debian) as machine:
+        machine.run(position=SHELL // 2)
+        chosen = where.find(machine, where.rep, 4, 9_973) + where.find_handlers(machine, 4, 2)
+        machine.run(until="shell ready")
+        chosen += where.find(machine, where.user, 12, 1_000)
+    chosen += where.find_halts(partial(boot, debian), max(chosen), 2)
+    positions = [pick.randrange(SHELL) for _ in range(50 - len(chosen))] + chosen
+    states = cut_at(partial(boot, debian), positions, tmp_path, fresh=set(range(50)))
+    assert sum(state.cs.selector & 3 == 3 for state in states) >= 10
+    assert any(state.interrupt_shadow for state in states) and any(state.halted for state in states)

@@ -1,0 +1,108 @@
+"""Where a machine stands, told from its saved state alone: user mode, REP, a handler, the shadow of STI, halted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import capstone
+
+from vmm.machine import Machine, Stopped
+
+_PRESENT, _LARGE = 0x01, 0x80
+_ADDRESS = 0x000F_FFFF_FFFF_F000
+
+
+def physical(machine: Machine, address: int) -> int:
+    """Walk the 4-level page tables (SDM vol. 3, 4.5)."""
+    state = machine.cpu.save()
+    if not state.cr0 >> 31:
+        return address
+    table = state.cr3 & _ADDRESS
+    for shift in (39, 30, 21, 12):
+        entry = int.from_bytes(machine.ram.regions[0].view[table + (address >> shift & 511) * 8 :][:8], "little")
+        assert entry & _PRESENT, f"{address:#x} is not mapped"
+        if shift == 12 or (shift < 39 and entry & _LARGE):
+            return entry & _ADDRESS & -1 << shift | address & (1 << shift) - 1
+        table = entry & _ADDRESS
+    raise AssertionError
+
+
+def instruction(machine: Machine) -> capstone.CsInsn:
+    """The one at RIP. May end early where it crosses a page."""
+    at = physical(machine, machine.cpu.save().rip)
+    code = bytes(machine.ram.regions[0].view[at : at + min(15, 4096 - at % 4096)])
+    return next(capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64).disasm(code, 0))
+
+
+def user(machine: Machine) -> bool:
+    return machine.cpu.save().cs.selector & 3 == 3
+
+
+def rep(machine: Machine) -> bool:
+    """Within a REP instruction: one step on, RIP has not moved and there is more to do. Moves the machine."""
+    before = machine.cpu.save().rip
+    step(machine, 1)
+    return machine.cpu.save().rip == before and instruction(machine).mnemonic.startswith("rep")
+
+
+def handler(machine: Machine) -> bool:
+    """The timer's interrupt is in service: before its EOI."""
+    return bool(machine.board.devices["pic0"].state.isr)
+
+
+def shadow(machine: Machine) -> bool:
+    return machine.cpu.save().interrupt_shadow
+
+
+def halted(machine: Machine) -> bool:
+    return machine.cpu.save().halted
+
+
+Where = Callable[[Machine], bool]
+
+
+def step(machine: Machine, code_bytes: int) -> None:
+    assert machine.run(position=machine.position + code_bytes) == Stopped("position")
+
+
+def find(machine: Machine, where: Where, count: int, stride: int, most: int = 100_000) -> list[int]:
+    """Walk on, `stride` bytes of code at a time, until `count` positions satisfy `where`."""
+    found: list[int] = []
+    for _ in range(most):
+        if len(found) == count:
+            return found
+        step(machine, stride)
+        if where(machine):
+            found.append(machine.position)
+    raise AssertionError(f"{where.__name__}: {len(found)} of {count} found by position {machine.position}")
+
+
+def find_handlers(machine: Machine, count: int, each: int) -> list[int]:
+    """Positions within the timer's next handlers, at most `each` per interrupt."""
+    found: list[int] = []
+    while len(found) < count:
+        due = machine.board.devices["pit"].deadline()
+        step(machine, max(1, (due - machine.clock.now_ns()) * 4 - 200))
+        inside: list[int] = []
+        for _ in range(400):
+            step(machine, 1)
+            if handler(machine):
+                inside.append(machine.position)
+        found += inside[:: max(1, len(inside) // each)]
+    return found[:count]
+
+
+def find_halts(boot: Callable[[], Machine], start: int, count: int) -> list[int]:
+    """For each of the next halts: the boundary in the shadow of STI before it, and the one at which the CPU halted."""
+    found: list[int] = []
+    coarse, fine = boot(), boot()
+    coarse.run(position=start)
+    while len(found) < 2 * count:
+        before, halts = coarse.position, coarse.exits()["halt"]
+        step(coarse, 2000)
+        if coarse.exits()["halt"] > halts:
+            fine.run(position=before)
+            found += find(fine, shadow, 1, 1) + find(fine, halted, 1, 1)
+    coarse.close()
+    fine.close()
+    return found
