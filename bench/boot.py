@@ -22,9 +22,7 @@ GOAL = b"shell ready"
 def until_shell(command: list[str]) -> float:
     """Seconds from process start to the shell's banner on standard output."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout
     seen = b""
     while GOAL not in seen:

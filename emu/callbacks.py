@@ -216,5 +216,3 @@ def _walk(engine: Engine, linear: int, write: bool) -> int:
 def _page_fault(engine: Engine, linear: int, write: bool, present: bool) -> None:
     engine.cr[2] = linear
     raise _WouldFaultError(_PAGE_FAULT, present | write << 1)
-
-

@@ -140,9 +140,7 @@ def _set_fpu(engine: Engine, fpu: FpuState) -> None:
     uc.reg_write(x86.UC_X86_REG_FPCW, fpu.fcw)
     uc.reg_write(x86.UC_X86_REG_FPSW, fpu.fsw)
     for i, value in enumerate(fpu.st):
-        uc.reg_write(
-            x86.UC_X86_REG_FP0 + i, (int.from_bytes(value[:8], "little"), int.from_bytes(value[8:], "little"))
-        )
+        uc.reg_write(x86.UC_X86_REG_FP0 + i, (int.from_bytes(value[:8], "little"), int.from_bytes(value[8:], "little")))
     uc.reg_write(x86.UC_X86_REG_FPTAG, sum(3 << 2 * i for i in range(8) if not fpu.ftw >> i & 1))
     uc.reg_write(x86.UC_X86_REG_MXCSR, fpu.mxcsr)
     for i, register in enumerate(fpu.xmm):

@@ -80,11 +80,16 @@ SLOTS: tuple[Slot, ...] = (
 class Board:
     """All chips of one machine, wired. `devices` keeps the table's order, which is the order of restoring."""
 
+    clock: GuestClock
+    pics: PicPair
+    console: Console  # com1
+    debug: Console  # ports 0xe9 and 0x402
+
     def __init__(self, clock: GuestClock, host: Host) -> None:
         self.clock = clock
         self.bus = Bus()
-        self.console = Console()  # com1
-        self.debug = Console()  # ports 0xe9 and 0x402
+        self.console = Console()
+        self.debug = Console()
         self.state = BoardState()
         self._host = host
         self._others: dict[str, Console] = {}

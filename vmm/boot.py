@@ -190,9 +190,7 @@ def _zero_page(image: Image, ram: Ram, header: bytes, kernel_end: int) -> None:
 
 
 def _flat_segment(selector: int, type: int, long: bool = False) -> SegmentState:
-    return SegmentState(
-        selector=selector, base=0, limit=0xFFFFFFFF, type=type, db=not long, long=long, granular=True
-    )
+    return SegmentState(selector=selector, base=0, limit=0xFFFFFFFF, type=type, db=not long, long=long, granular=True)
 
 
 def _segments(state: CpuState, ram: Ram, long: bool) -> None:

@@ -34,7 +34,7 @@ class Clock(Protocol):
 class Line(Protocol):
     """A wire out of a device: called with the new level each time it is driven."""
 
-    def __call__(self, level: bool) -> None: ...
+    def __call__(self, level: bool, /) -> None: ...
 
 
 class Register:

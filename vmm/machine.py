@@ -1,9 +1,9 @@
 """The machine: one CPU, RAM and a board; and the run loop.
 
-    machine = Machine.boot(MachineConfig(memory_bytes=256 << 20), image)
-    machine.run(until="login:")
-    machine.save(path)
-    other = Machine.restore(path)
+machine = Machine.boot(MachineConfig(memory_bytes=256 << 20), image)
+machine.run(until="login:")
+machine.save(path)
+other = Machine.restore(path)
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ class Machine:
 
     def _start(self, image: Image) -> None:
         below = min(self.config.memory_bytes, self.ram.regions[0].size)
-        self.board.devices["rtc"].state = rtc.power_on(
-            self.config.epoch_ns, below, self.config.memory_bytes - below
-        )
+        self.board.devices["rtc"].state = rtc.power_on(self.config.epoch_ns, below, self.config.memory_bytes - below)
         assert self.cpu is not None
         self.cpu.load(load_image(image, self.ram))
 

@@ -54,14 +54,17 @@ def test_cut_at_random_over_the_boot(debian, tmp_path):
 
 @pytest.mark.slow
 def test_cut_fifty_times_over_the_boot(debian, tmp_path):
+    """Of a bzImage, from its decompressor on, where copies are REP instructions, to the shell."""
+    fresh = partial(boot, debian, "vmlinuz")
+    with fresh() as machine:
+        chosen = where.find(machine, where.rep, 4, 9_973)
+        assert machine.run(until="Run /init") == Stopped("pattern")
+        chosen += where.find_handlers(machine, 4, 2) + where.find(machine, where.user, 12, 997)
+        assert machine.run(until="shell ready") == Stopped("pattern")
+        shell = machine.position
+    chosen += where.find_halts(fresh, shell, 2)
     pick = random.Random(8)
-    with boot(debian) as machine:
-        machine.run(position=SHELL // 2)
-        chosen = where.find(machine, where.rep, 4, 9_973) + where.find_handlers(machine, 4, 2)
-        machine.run(until="shell ready")
-        chosen += where.find(machine, where.user, 12, 1_000)
-    chosen += where.find_halts(partial(boot, debian), max(chosen), 2)
-    positions = [pick.randrange(SHELL) for _ in range(50 - len(chosen))] + chosen
-    states = cut_at(partial(boot, debian), positions, tmp_path, fresh=set(range(50)))
+    positions = [pick.randrange(shell) for _ in range(50 - len(chosen))] + chosen
+    states = cut_at(fresh, positions, tmp_path, fresh=set(range(50)))
     assert sum(state.cs.selector & 3 == 3 for state in states) >= 10
     assert any(state.interrupt_shadow for state in states) and any(state.halted for state in states)

@@ -8,7 +8,7 @@ interrupt is due, in a few divisions whatever the time that has passed.
 
 Absent
 * Time bases other than 32.768 kHz (DV 000 and 001 count as 010), the square-wave output, daylight saving (DSE is kept
-  and ignored), the second bank at ports 0x72 and 0x73. The NMI mask of port 0x70 is kept; no NMI source is on the board.
+  and ignored), the second bank at ports 0x72 and 0x73. The NMI mask of port 0x70 is kept; the board has no NMI source.
 * A date the calendar does not have becomes one it has at the next update.
 """
 
