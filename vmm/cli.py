@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 from rich.console import Console as Rich
+from rich.markup import escape
 from rich.table import Table
 
 from snapshot.errors import SnapshotError
@@ -69,7 +70,7 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option("--until", type=Pattern(), help="Stop when a console line matches."),
-            click.option("--at", type=int, metavar="POSITION", help="Stop at this many bytes of code executed."),
+            click.option("--at", type=click.IntRange(0), metavar="POSITION", help="Stop at this many bytes of code executed."),
             click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Save when the run stops."),
             click.option("--pace", type=click.Choice(["real", "max"]),
                          help="Guest time: as the clock on the wall, or as fast as it can. "
@@ -93,6 +94,10 @@ class _Main(click.Group):
             sys.exit(1)
         except BrokenPipeError:
             sys.exit(1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"anyhyve: {where}{error.strerror or error}", err=True)
+            sys.exit(1)
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -104,7 +109,7 @@ def main() -> None:
 @main.command()
 @click.option("--kernel", required=True, type=click.Path(path_type=Path), help="bzImage, ELF vmlinux, or flat code.")
 @click.option("--initrd", type=click.Path(path_type=Path), help="Initial RAM disk.")
-@click.option("--append", default="console=ttyS0", help="Kernel command line.")
+@click.option("--append", default="console=ttyS0", show_default=True, help="Kernel command line.")
 @click.option("--memory", type=Memory(), default="256M", show_default=True, help="Guest RAM.")
 @click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
 @click.option("--epoch", type=click.IntRange(0, 1 << 33), default=DEFAULT_EPOCH_NS // 10**9, show_default=True,
@@ -220,15 +225,18 @@ def show(file: Path, as_json: bool) -> None:
         rich = Rich()
         for name, part in reader.parts.items():
             title = f"{name}  ({part.schema['name']} version {part.schema['version']})"
-            table = Table("field", "value", "meaning", title=title, title_justify="left")
+            table = Table("field", "value", "meaning", title=escape(title), title_justify="left")
             fields: Any = part.schema["fields"]
             for field in fields:
                 value = part.state[field["name"]]
                 text = f"{value:#x}" if type(value) is int and value > 9 else json.dumps(value)
-                table.add_row(field["name"], text if len(text) < 400 else text[:400] + "…", field["doc"])
+                text = text if len(text) < 400 else text[:400] + "…"
+                table.add_row(*map(escape, (field["name"], text, field["doc"])))
             rich.print(table)
         for image in reader.rams:
-            rich.print(f"{image.name}: {image.size >> 10} KiB at {image.base:#x}, {len(image.blocks)} blocks stored")
+            rich.print(
+                f"{escape(image.name)}: {image.size >> 10} KiB at {image.base:#x}, {len(image.blocks)} blocks stored"
+            )
 
 
 @snapshot.command()

@@ -12,6 +12,7 @@ import tty
 from pathlib import Path
 
 from snapshot.errors import SnapshotError
+from vmm.errors import BackendError
 from vmm.machine import Machine, Stop, Stopped
 
 _MONITOR = 0x1D  # Ctrl-]
@@ -87,7 +88,7 @@ class Terminal:
         try:
             machine.save(self._save_path)
             note = f"saved to {self._save_path} at position {machine.position}"
-        except SnapshotError as error:
+        except (SnapshotError, BackendError) as error:
             note = f"not saved: {error}"
         print(f"\r\nanyhyve: {note}\r", file=sys.stderr)
         return None
