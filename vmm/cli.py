@@ -70,7 +70,8 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option("--until", type=Pattern(), help="Stop when a console line matches."),
-            click.option("--at", type=click.IntRange(0), metavar="POSITION", help="Stop at this many bytes of code executed."),
+            click.option("--at", type=click.IntRange(0), metavar="POSITION",
+                         help="Stop at this many bytes of code executed."),
             click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Save when the run stops."),
             click.option("--pace", type=click.Choice(["real", "max"]),
                          help="Guest time: as the clock on the wall, or as fast as it can. "
