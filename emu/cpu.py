@@ -22,7 +22,7 @@ from typing import Any
 import unicorn
 from unicorn import x86_const as x86
 
-from emu import callbacks, msr, state, thunks
+from emu import callbacks, delivery, msr, state, thunks
 from emu.engine import (
     EXIT_MSR,
     EXIT_SHUTDOWN,
@@ -325,7 +325,9 @@ class EmuCpu(Cpu):
             if number == EXIT_MSR:
                 self._exits["msr"] += 1
                 return self._on_msr()
-            if number == EXIT_SHUTDOWN:
+            if number < 0x100 and delivery.settle(self._engine):
+                return 1
+            if number < 0x100 or number == EXIT_SHUTDOWN:
                 self._shutdown = True
                 self._engine.uc.emu_stop()
                 return 0

@@ -124,6 +124,9 @@ def _fpu(engine: Engine) -> FpuState:
         fcw=uc.reg_read(x86.UC_X86_REG_FPCW) & 0xFFFF,
         fsw=fsw & 0xFFFF,
         ftw=sum(1 << i for i in range(8) if tags >> 2 * i & 3 != 3),
+        fop=uc.reg_read(x86.UC_X86_REG_FOP) & 0x7FF,
+        fip=uc.reg_read(x86.UC_X86_REG_FIP),
+        fdp=uc.reg_read(x86.UC_X86_REG_FDP),
         st=tuple(_st(uc.reg_read(x86.UC_X86_REG_FP0 + i)) for i in range(8)),
         mxcsr=uc.reg_read(x86.UC_X86_REG_MXCSR),
         xmm=tuple(uc.reg_read(x86.UC_X86_REG_XMM0 + i).to_bytes(16, "little") for i in range(16)),
@@ -142,6 +145,9 @@ def _set_fpu(engine: Engine, fpu: FpuState) -> None:
     for i, value in enumerate(fpu.st):
         uc.reg_write(x86.UC_X86_REG_FP0 + i, (int.from_bytes(value[:8], "little"), int.from_bytes(value[8:], "little")))
     uc.reg_write(x86.UC_X86_REG_FPTAG, sum(3 << 2 * i for i in range(8) if not fpu.ftw >> i & 1))
+    uc.reg_write(x86.UC_X86_REG_FOP, fpu.fop)
+    uc.reg_write(x86.UC_X86_REG_FIP, fpu.fip)
+    uc.reg_write(x86.UC_X86_REG_FDP, fpu.fdp)
     uc.reg_write(x86.UC_X86_REG_MXCSR, fpu.mxcsr)
     for i, register in enumerate(fpu.xmm):
         uc.reg_write(x86.UC_X86_REG_XMM0 + i, int.from_bytes(register, "little"))

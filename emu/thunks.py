@@ -33,8 +33,8 @@ def block(emu_stop: int) -> bytes:
 
 
 def interrupt(exceptions: int, do_interrupt: int, is_int: int, other: int) -> bytes:
-    """UC_HOOK_INTR(uc, number, cpu): deliver through the guest's IDT; `other(uc, number, cpu)` takes what is no vector
-    (intercepts, 0x100 and up) and returns nonzero when it has set up an exception to be delivered.
+    """UC_HOOK_INTR(uc, number, cpu): deliver through the guest's IDT; `other(uc, number, cpu)` is asked first about
+    INT n and about what is no vector (intercepts, 0x100 and up), and returns nonzero when something is to be delivered.
 
     `exception_is_int` is cleared afterwards: left set by an INT n, it makes the engine move RIP at the next intercept.
     The delivery may fault and leave by longjmp; the engine then has cleared it itself."""
@@ -58,10 +58,14 @@ def interrupt(exceptions: int, do_interrupt: int, is_int: int, other: int) -> by
         + bytes.fromhex("85c0")  # test eax, eax
     )
     back = -(len(ask) + 2 + len(deliver))
+    software = _mov_rax(is_int) + bytes.fromhex("833800")  # cmp dword [rax], 0
     return (
         bytes.fromhex("81fe00010000")  # cmp esi, 0x100
         + b"\x73"
-        + bytes([len(deliver)])  # jae ask
+        + bytes([len(software) + 2 + len(deliver)])  # jae ask
+        + software
+        + b"\x75"
+        + bytes([len(deliver)])  # jne ask
         + deliver
         + ask
         + b"\x75"

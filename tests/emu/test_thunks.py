@@ -31,7 +31,10 @@ def test_block_charges_or_refuses():
 def test_interrupt_delivers_or_asks():
     assert listing(thunks.interrupt(0x1000, 0x2000, 0x3000, 0x4000)) == [
         "cmp esi, 0x100",
-        "jae 0x34",
+        "jae 0x43",
+        "movabs rax, 0x3000",
+        "cmp dword ptr [rax], 0",
+        "jne 0x43",
         "movabs rax, 0x1000",
         "inc qword ptr [rax]",
         "push rdx",
@@ -47,7 +50,7 @@ def test_interrupt_delivers_or_asks():
         "call rax",
         "pop rdx",
         "test eax, eax",
-        "jne 8",
+        "jne 0x17",
         "ret",
     ]
 

@@ -1,0 +1,134 @@
+"""Small guest programs in assembly, with a trap log: what a CPU backend must do, seen from inside.
+
+The prelude sets up an IDT. Every trap appends (vector, error code, RIP, CR2) to a log; an exception then goes on at
+the address in R15, an interrupt (vectors from 0x30) returns. `done` ends the program; RAX is its result.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from vmm.boot import Image
+from vmm.machine import Machine, MachineConfig, Stopped
+
+LOG, LOG_END, RESULT = 0x300000, 0x2FFFF8, 0x2FFFF0
+
+PRELUDE = """
+        .code64
+        mov     $0x80000, %esp
+        mov     $0x301000, %edi
+        lea     stubs(%rip), %rax
+        mov     $64, %ecx
+1:      mov     %rax, %rdx
+        mov     %ax, (%rdi)
+        movl    $0x8e000010, 2(%rdi)
+        mov     %cs, 2(%rdi)
+        movw    $0x8e00, 4(%rdi)
+        shr     $16, %rdx
+        mov     %edx, 6(%rdi)
+        movl    $0, 8(%rdi)
+        movl    $0, 12(%rdi)
+        add     $16, %rdi
+        add     $16, %rax
+        dec     %ecx
+        jnz     1b
+        lidt    idtr(%rip)
+        mov     $0x300000, %r14d
+        jmp     program
+done:   mov     %rax, 0x2ffff0
+        mov     %r14, 0x2ffff8
+        mov     $0x501, %edx
+        out     %al, (%dx)
+        hlt
+idtr:   .word   0x3ff
+        .quad   0x301000
+        .balign 16
+stubs:
+        .set    vector, 0
+        .rept   64
+        .balign 16
+        .if     vector != 8 && (vector < 10 || vector > 14) && vector != 17
+        push    $0
+        .endif
+        push    $vector
+        jmp     trap
+        .set    vector, vector + 1
+        .endr
+trap:   pop     (%r14)
+        pop     8(%r14)
+        mov     (%rsp), %r13
+        mov     %r13, 16(%r14)
+        mov     %cr2, %r13
+        mov     %r13, 24(%r14)
+        mov     (%r14), %r13
+        add     $32, %r14
+        cmp     $0x30, %r13
+        jb      1f
+        mov     $0x20, %r13
+        xchg    %rax, %r13
+        out     %al, $0x20
+        xchg    %rax, %r13
+        iretq
+1:      mov     %r15, (%rsp)
+        andl    $~0x100, 16(%rsp)               # no further single steps
+        iretq
+program:
+"""
+
+
+class Trap(NamedTuple):
+    vector: int
+    error: int
+    rip: int
+    cr2: int
+
+
+@cache
+def assemble(source: str) -> tuple[bytes, dict[str, int]]:
+    """Code for 1 MiB and its labels. Skips where there is no assembler (Debian: binutils)."""
+    for tool in ("as", "ld", "nm", "objcopy"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} here (Debian: binutils)")
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        (base / "p.s").write_text(PRELUDE + source + "\n")
+
+        def run(*command: str) -> str:
+            return subprocess.run(command, cwd=base, check=True, capture_output=True, text=True).stdout
+
+        run("as", "--64", "-o", "p.o", "p.s")
+        run("ld", "-Ttext=0x100000", "-e", "0x100000", "-o", "p.elf", "p.o")
+        run("objcopy", "-O", "binary", "-j", ".text", "p.elf", "p.bin")
+        labels = {line.split()[2]: int(line.split()[0], 16) for line in run("nm", "p.elf").splitlines()}
+        return (base / "p.bin").read_bytes(), labels
+
+
+class Program:
+    """A program on a machine."""
+
+    def __init__(self, source: str, backend: str = "emu", memory: int = 16 << 20) -> None:
+        code, self.labels = assemble(source)
+        self.machine = Machine.boot(MachineConfig(memory_bytes=memory), Image(code, flat=True), backend)
+
+    def finish(self) -> Program:
+        stop = self.machine.run()
+        assert isinstance(stop, Stopped) and stop.reason == "exit", stop
+        return self
+
+    def word(self, address: int) -> int:
+        return int.from_bytes(self.machine.ram.slice(address, 8), "little")
+
+    @property
+    def result(self) -> int:
+        return self.word(RESULT)
+
+    @property
+    def traps(self) -> list[Trap]:
+        return [Trap(*(self.word(at + 8 * i) for i in range(4))) for at in range(LOG, self.word(LOG_END), 32)]
