@@ -22,7 +22,7 @@ from typing import Any
 import unicorn
 from unicorn import x86_const as x86
 
-from emu import callbacks, delivery, msr, state, thunks
+from emu import callbacks, delivery, layout, msr, state, thunks
 from emu.engine import (
     EXIT_MSR,
     EXIT_SHUTDOWN,
@@ -62,6 +62,7 @@ class EmuCpu(Cpu):
     """One emulated CPU over shared RAM."""
 
     def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> None:
+        layout.check_running()
         self._engine = engine = Engine()
         self._clock = clock
         self._words = clock.words
@@ -428,7 +429,7 @@ def native_refusal() -> str | None:
 
 def probe() -> str:
     """Build an engine, which checks its insides, and say how callbacks run here. Raises BackendError."""
-    Engine().close()
+    layout.check_running()
     refusal = native_refusal()
     how = "native callbacks" if refusal is None else f"portable callbacks, slower: {refusal}"
     return f"unicorn {unicorn.__version__}, {how}"

@@ -2,8 +2,8 @@
 
 Unicorn is QEMU's TCG as a library. Its public API loses what a saved machine needs (hidden segment state, CPL, the
 interrupt shadow) and hands exceptions to the host instead of the guest's IDT. This file reaches the engine's own CPU
-structure through offsets that hold for one build, 2.1.4, on 64-bit hosts; `Engine` checks each of them when it
-starts and refuses with BackendError otherwise.
+structure through offsets that hold for one build, 2.1.4, on 64-bit hosts; each of them is checked at start-up
+(emu.layout), and another build is refused with BackendError.
 
 What it offers the rest of `emu`: typed views of the CPU's fields, hooks by raw address, one-instruction blocks, and
 a hidden page from which the engine fetches an interrupt's vector (so that INTA happens exactly when it is taken).
@@ -22,6 +22,7 @@ import unicorn
 from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
 
+from emu import layout
 from vmm.errors import BackendError
 
 VERSION = "2.1.4"
@@ -66,7 +67,6 @@ _ENV = {
     "pat": 0x14A0,
     "error_code": 0x1508,
     "exception_is_int": 0x150C,
-    "exception_next_eip": 0x1510,
     "dr": 0x1518,
     "old_exception": 0x1578,
     "vm_vmcb": 0x1580,
@@ -123,12 +123,12 @@ class Engine:
         self._keep: list[Any] = []  # what the engine points at must outlive it
         self.uc.reg_read(x86.UC_X86_REG_RAX)  # creates the CPU
         self._handle = int(getattr(self.uc._uch, "value", self.uc._uch))
-        self.cpu = ctypes.c_uint64.from_address(self._handle + _UC_CPU).value
+        self.cpu = self._pointer(self._handle + _UC_CPU)
         if not self.cpu:
             raise BackendError("unicorn's CPU is not where 2.1.4 has it")
         self.env = self.cpu + _CPU_TO_ENV
-        self._check_pointers()
-
+        if self._pointer(self.cpu + _CPU_ENV) != self.env or self._pointer(self.address("uc")) != self._handle:
+            raise BackendError("unicorn's CPU structure is not laid out as 2.1.4's")
         self.halted = ctypes.c_uint32.from_address(self.cpu + _CPU_HALTED)
         self.interrupt_request = ctypes.c_uint32.from_address(self.cpu + _CPU_INTERRUPT_REQUEST)
         self.cflags_next_tb = ctypes.c_uint32.from_address(self.cpu + _CPU_CFLAGS_NEXT_TB)
@@ -142,12 +142,18 @@ class Engine:
         self.dr = (ctypes.c_uint64 * 8).from_address(self.address("dr"))
         self.error_code = self.u32("error_code")
         self.old_exception = ctypes.c_int32.from_address(self.address("old_exception"))
+        self.a20_mask = ctypes.c_int32.from_address(self.address("a20_mask"))
+        self.features = (ctypes.c_uint64 * 2).from_address(self.address("features"))  # CPUID.1 EDX, ECX
         self._intercept = self.u64("intercept")
-        self._check_fields()
+        layout.check_fields(self)
         # Stops happen only at block entries: a stop inside a block re-executes a load or store.
         ctypes.c_uint8.from_address(self._handle + _UC_NO_EXIT_REQUEST).value = 1
 
     # --- views
+
+    @staticmethod
+    def _pointer(address: int) -> int:
+        return ctypes.c_uint64.from_address(address).value
 
     def address(self, field: str) -> int:
         return self.env + _ENV[field]
@@ -193,17 +199,15 @@ class Engine:
         self._intercept.value = kept
 
     def set_a20(self, enabled: bool) -> None:
-        mask = ctypes.c_int32.from_address(self.address("a20_mask"))
         wanted = -1 if enabled else ~(1 << 20)
-        if mask.value != wanted:
-            mask.value = wanted
+        if self.a20_mask.value != wanted:
+            self.a20_mask.value = wanted
             self.flush_tlb()
 
     def hide_features(self, leaf1_ecx: int, leaf1_edx: int) -> None:
         """Make instructions whose CPUID.1 bit is not in the given words raise #UD (or keep their CR bits clear)."""
         for index, allowed in enumerate((leaf1_edx, leaf1_ecx)):
-            word = ctypes.c_uint64.from_address(self.address("features") + 8 * index)
-            word.value &= allowed
+            self.features[index] &= allowed
 
     # --- memory and hooks
 
@@ -317,62 +321,6 @@ class Engine:
             delattr(self, name)
         del self.uc
         self._keep.clear()
-
-    # --- checks
-
-    def _check_pointers(self) -> None:
-        def pointer(address: int) -> int:
-            return ctypes.c_uint64.from_address(address).value
-
-        if pointer(self.cpu + _CPU_ENV) != self.env or pointer(self.address("uc")) != self._handle:
-            raise BackendError("unicorn's CPU structure is not laid out as 2.1.4's")
-
-    def _check_fields(self) -> None:
-        """Each field seen through its offset must agree with the public API, both ways where the API can write."""
-        uc = self.uc
-        wrong = []
-
-        def same(name: str, seen: int, public: int) -> None:
-            if seen != public:
-                wrong.append(name)
-
-        order = ["RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for i in range(8, 16))]
-        for i, name in enumerate(order):
-            number = getattr(x86, f"UC_X86_REG_{name}")
-            uc.reg_write(number, 0x1122334455660000 + i)
-            same(name, self.regs[i], 0x1122334455660000 + i)
-            uc.reg_write(number, 0)
-        for name, seen in (("CR0", self.cr[0]), ("CR4", self.cr[4]), ("RIP", self.eip.value)):
-            same(name, seen, uc.reg_read(getattr(x86, f"UC_X86_REG_{name}")))
-        for name, index in (("CR2", 2), ("CR3", 3)):
-            uc.reg_write(getattr(x86, f"UC_X86_REG_{name}"), 0x5000 + index * 0x1000)
-            same(name, self.cr[index], 0x5000 + index * 0x1000)
-            uc.reg_write(getattr(x86, f"UC_X86_REG_{name}"), 0)
-        for table in ("GDTR", "IDTR"):
-            uc.reg_write(getattr(x86, f"UC_X86_REG_{table}"), (0, 0x123456, 0x7F, 0))
-            segment = self.segment(table.lower())
-            same(table, segment.base << 32 | segment.limit, 0x123456 << 32 | 0x7F)
-            uc.reg_write(getattr(x86, f"UC_X86_REG_{table}"), (0, 0, 0xFFFF, 0))
-        for name, number in (
-            ("star", 0xC0000081), ("lstar", 0xC0000082), ("cstar", 0xC0000083), ("fmask", 0xC0000084),
-            ("kernelgsbase", 0xC0000102), ("tsc_aux", 0xC0000103), ("pat", 0x277),
-        ):  # fmt: skip
-            kept = uc.msr_read(number)
-            uc.msr_write(number, 0x00010203)
-            same(name, self.u64(name).value, 0x00010203)
-            uc.msr_write(number, kept)
-        uc.reg_write(x86.UC_X86_REG_DR0, 0x777000)
-        same("dr", self.dr[0], 0x777000)
-        uc.reg_write(x86.UC_X86_REG_DR0, 0)
-        same("efer", self.u64("efer").value, uc.msr_read(0xC0000080))
-        same("cflags_next_tb", self.cflags_next_tb.value, 0xFFFFFFFF)
-        same("old_exception", self.old_exception.value, -1)
-        same("a20_mask", ctypes.c_int32.from_address(self.address("a20_mask")).value, -1)
-        same("features", ctypes.c_uint32.from_address(self.address("features")).value & 0x1, 1)
-        same("interrupt_request", self.interrupt_request.value, 0)
-        same("intercept", self._intercept.value, 0)
-        if wrong:
-            raise BackendError(f"unicorn's CPU structure is not laid out as 2.1.4's: {', '.join(wrong)}")
 
 
 class Segment(ctypes.Structure):

@@ -1,0 +1,157 @@
+"""Is this the Unicorn whose insides `emu.engine` knows? Every offset is put to the test before it is relied on.
+
+`check_fields` compares, for each new engine, what is seen through the offsets with the public API. What the API cannot
+show (exceptions, intercepts, the interrupt vector's way) is watched while a small program runs, once a process.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import unicorn
+from unicorn import x86_const as x86
+
+from vmm.errors import BackendError
+
+if TYPE_CHECKING:
+    from emu.engine import Engine
+
+# What the fields without an API hold in a new engine of this build and CPU model.
+_HFLAGS, _HFLAGS2 = 0x40C0B0, 0x1  # CS64 LMA PE ..., GIF
+_FEATURES = (0x078BFBFD, 0xC6D8220B)
+
+_GENERAL = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for i in range(8, 16)))
+_MSRS = {
+    "star": 0xC0000081,
+    "lstar": 0xC0000082,
+    "cstar": 0xC0000083,
+    "fmask": 0xC0000084,
+    "kernelgsbase": 0xC0000102,
+    "tsc_aux": 0xC0000103,
+    "pat": 0x277,
+}
+
+
+def check_fields(engine: Engine) -> None:
+    """Raises BackendError, naming them, when fields are not where the offsets say. Leaves a new engine as it was."""
+    uc = engine.uc
+    wrong: list[str] = []
+
+    def same(name: str, seen: int, wanted: int) -> None:
+        if seen != wanted:
+            wrong.append(name)
+
+    def write(register: str, value: Any) -> None:
+        uc.reg_write(getattr(x86, f"UC_X86_REG_{register}"), value)
+
+    def read(register: str) -> int:
+        return int(uc.reg_read(getattr(x86, f"UC_X86_REG_{register}")))
+
+    for i, name in enumerate(_GENERAL):
+        write(name, 0x1122334455660000 + i)
+        same("regs", engine.regs[i], 0x1122334455660000 + i)
+        write(name, 0)
+    same("eip", engine.eip.value, read("RIP"))
+    for index in (0, 4):
+        same("cr", engine.cr[index], read(f"CR{index}"))
+    for index in (2, 3):
+        write(f"CR{index}", 0x5000 + index * 0x1000)
+        same("cr", engine.cr[index], 0x5000 + index * 0x1000)
+        write(f"CR{index}", 0)
+    flags = read("RFLAGS")
+    write("RFLAGS", 0x3202)  # IOPL 3, IF
+    same("eflags", engine.eflags.value, 0x3202)
+    write("RFLAGS", flags)
+    for i, name in enumerate(("FS", "GS")):
+        write(f"{name}_BASE", 0x7000 + i)
+        same("segs", engine.segment(name.lower()).base, 0x7000 + i)
+        write(f"{name}_BASE", 0)
+    for name, field, value, reset in (
+        ("GDTR", "gdt", (0, 0x123456, 0x7F, 0), (0, 0, 0xFFFF, 0)),
+        ("IDTR", "idt", (0, 0x123456, 0x7F, 0), (0, 0, 0xFFFF, 0)),
+        ("LDTR", "ldt", (0x18, 0x123456, 0x7F, 0x8200), (0, 0, 0, 0)),
+        ("TR", "tr", (0x18, 0x123456, 0x7F, 0x8B00), (0, 0, 0, 0)),
+    ):
+        write(name, value)
+        segment = engine.segment(name.lower())
+        same(field, segment.base << 32 | segment.limit, 0x123456 << 32 | 0x7F)
+        write(name, reset)
+    for field, number in _MSRS.items():
+        kept = uc.msr_read(number)
+        uc.msr_write(number, 0x00010203)
+        same(field, engine.u64(field).value, 0x00010203)
+        uc.msr_write(number, kept)
+    write("DR0", 0x777000)
+    same("dr", engine.dr[0], 0x777000)
+    write("DR0", 0)
+    same("efer", engine.u64("efer").value, uc.msr_read(0xC0000080))
+    same("hflags", engine.hflags.value, _HFLAGS)
+    same("hflags2", engine.hflags2.value, _HFLAGS2)
+    same("features", engine.features[0] << 64 | engine.features[1], _FEATURES[0] << 64 | _FEATURES[1])
+    same("cflags_next_tb", engine.cflags_next_tb.value, 0xFFFFFFFF)
+    same("old_exception", engine.old_exception.value, -1)
+    same("a20_mask", engine.a20_mask.value, -1)
+    same("interrupt_request", engine.interrupt_request.value, 0)
+    if wrong:
+        names = ", ".join(dict.fromkeys(wrong))
+        raise BackendError(f"unicorn's CPU structure is not laid out as 2.1.4's: {names}")
+
+
+_GDT, _IDT, _CODE, _HANDLER, _STACK = 0x1000, 0x2000, 0x4000, 0x5000, 0x7000
+_VECTOR = 0x66
+_PROGRAM = bytes.fromhex(
+    "cd55"  # int 0x55
+    "b8301200008ed8"  # mov eax, 0x1230; mov ds, eax: #GP(0x1230)
+    "b910000000"  # mov ecx, 0x10
+    "0f32"  # rdmsr
+    "fb90"  # sti; nop
+    "0f0b"  # ud2: never reached, the interrupt comes first
+)
+
+
+@cache
+def check_running() -> None:
+    """Watch an engine take an INT, a fault, an MSR intercept and an interrupt, and halt. Raises BackendError."""
+    from emu.engine import EXIT_MSR, INTERRUPT_VIRQ, Engine
+
+    engine = Engine()
+    uc = engine.uc
+    seen: list[tuple[int, ...]] = []
+
+    def on_exception(_uc: object, number: int, _data: object) -> None:
+        is_int, error = engine.u32("exception_is_int").value, engine.error_code.value
+        seen.append((number, is_int, error if number != 0x55 else 0, engine.exception_index.value & 0xFF))
+        if number == 0x55:
+            engine.u32("exception_is_int").value = 0
+            return
+        engine.eip.value += 2
+        if number == EXIT_MSR:
+            engine.interrupt_request.value |= INTERRUPT_VIRQ
+
+    def acknowledge() -> int:
+        seen.append((_VECTOR,))
+        return _VECTOR
+
+    try:
+        uc.mem_map(0, 0x8000)
+        uc.mem_write(_GDT, struct.pack("<QQ", 0, 0x00AF9B000000FFFF))
+        uc.mem_write(_IDT + 16 * _VECTOR, struct.pack("<HHHHQ", _HANDLER, 8, 0x8E00, 0, 0))
+        uc.mem_write(_CODE, _PROGRAM)
+        uc.mem_write(_HANDLER, b"\xf4")  # hlt
+        uc.hook_add(unicorn.UC_HOOK_INTR, on_exception)
+        for name, base in (("gdtr", _GDT), ("idtr", _IDT)):
+            engine.segment(name).base, engine.segment(name).limit = base, 0xFFF
+        code = engine.segment("cs")
+        code.selector, code.limit, code.flags = 8, 0xFFFFFFFF, 0xA09B00
+        engine.regs[4] = _STACK
+        engine.intercept(acknowledge, ())
+        engine.start(_CODE)
+    except unicorn.UcError as error:
+        seen.append((-1, error.errno))
+    halted = engine.halted.value
+    wanted = [(0x55, 1, 0, 0x55), (13, 0, 0x1230, 13), (EXIT_MSR, 0, 0, EXIT_MSR & 0xFF), (_VECTOR,)]
+    engine.close()
+    if seen != wanted or not halted:
+        raise BackendError(f"unicorn 2.1.4 does not run as it should on this host: {seen}, halted {halted}")
