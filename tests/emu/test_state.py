@@ -1,4 +1,4 @@
-"""CPU state in and out of the engine: nothing lost, nothing invented, and refused when the engine is not the one known."""
+"""CPU state in and out of the engine: nothing lost, nothing invented; refused when the engine is another."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_an_event_in_delivery_is_refused_in_words(boot_own_once):
 @pytest.mark.parametrize("name", sorted(engine_module._ENV))
 def test_another_layout_is_refused(monkeypatch, name):
     monkeypatch.setitem(engine_module._ENV, name, engine_module._ENV[name] + 8)
-    with pytest.raises(BackendError, match="laid out|does not run as it should"):
+    with pytest.raises(BackendError, match=r"laid out|does not run as it should"):
         layout.check_running.__wrapped__()
 
 

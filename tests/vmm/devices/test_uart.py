@@ -84,7 +84,7 @@ def test_transmitter_interrupt_follows_enable_write_and_iir(port):
     assert port[IIR] == 2, "enabling sets it again: Linux tests chips for the bug of not doing so"
 
 
-@pytest.mark.parametrize("bits, trigger", enumerate((1, 4, 8, 14)))
+@pytest.mark.parametrize("bits, trigger", list(enumerate((1, 4, 8, 14))))
 def test_receiver_trigger_and_time_out(port, bits, trigger):
     port[FCR] = 1 | bits << 6
     port[IER] = 1
