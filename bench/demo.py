@@ -18,7 +18,7 @@ OWN = Path(__file__).parent.parent / "fixtures" / "guests" / "own" / "own.bin"
 CMDLINE = "console=ttyS0 mitigations=off"
 
 
-def anyhyve(*arguments: str | Path) -> dict[str, Any]:
+def anyhyve(*arguments: str | Path | int) -> dict[str, Any]:
     """One process of ours; its --json answer."""
     command = [sys.executable, "-m", "vmm", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -32,21 +32,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--guest", type=Path, required=True)
     guest = parser.parse_args().guest
-    out = Console()
+    out = Console(soft_wrap=True)
     if (guest / "initrd.img").exists():
         boot = ["--kernel", guest / "vmlinuz", "--initrd", guest / "initrd.img", "--append", CMDLINE]
-        goal, middle, name = "shell ready", "Freeing unused kernel", "Debian"
+        goal, name = "shell ready", "Debian"
     else:
         out.print("[yellow]No Debian guest could be fetched: using the small guest of this repository.")
         boot = ["--kernel", OWN, "--flat", "--memory", "16M"]
-        goal, middle, name = "round 0040", "round 0012", "own guest"
+        goal, name = "round 0040", "own guest"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "middle.snapshot"
         with out.status(f"booting {name} undisturbed"):
             whole = anyhyve("run", *boot, "--until", goal)
         out.print(f"undisturbed   {name} to {goal!r} in {whole['wall_s']:.1f} s, position {whole['position']:,}")
         with out.status("booting again, to save in the middle"):
-            half = anyhyve("run", *boot, "--until", middle, "--save", file)
+            half = anyhyve("run", *boot, "--at", whole["position"] // 2, "--save", file)
         out.print(f"saved         at position {half['position']:,} ({half['position'] / whole['position']:.0%}), "
                   f"{file.stat().st_blocks * 512 / 1e6:.0f} MB on disk; that process has ended")  # fmt: skip
         with out.status("waking in a new process"):

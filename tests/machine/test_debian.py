@@ -60,6 +60,7 @@ def test_cut_fifty_times_over_the_boot(debian, tmp_path):
         chosen = where.find(machine, where.rep, 4, 9_973)
         assert machine.run(until="Run /init") == Stopped("pattern")
         chosen += where.find_handlers(machine, 4, 2) + where.find(machine, where.user, 12, 997)
+    with fresh() as machine:
         assert machine.run(until="shell ready") == Stopped("pattern")
         shell = machine.position
     chosen += where.find_halts(fresh, shell, 2)
