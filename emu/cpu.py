@@ -31,7 +31,6 @@ from emu.engine import (
     HOOK_INSN_INVALID,
     HOOK_INTR,
     INTERRUPT_VIRQ,
-    Engine,
 )
 from vmm import cpu_model
 from vmm.clock import BYTES_PER_NS, GuestClock
@@ -62,8 +61,7 @@ class EmuCpu(Cpu):
     """One emulated CPU over shared RAM."""
 
     def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> None:
-        layout.check_running()
-        self._engine = engine = Engine()
+        self._engine = engine = layout.checked_engine()
         self._clock = clock
         self._words = clock.words
         self._bus = bus

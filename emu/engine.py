@@ -22,7 +22,6 @@ import unicorn
 from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
 
-from emu import layout
 from vmm.errors import BackendError
 
 VERSION = "2.1.4"
@@ -145,7 +144,6 @@ class Engine:
         self.a20_mask = ctypes.c_int32.from_address(self.address("a20_mask"))
         self.features = (ctypes.c_uint64 * 2).from_address(self.address("features"))  # CPUID.1 EDX, ECX
         self._intercept = self.u64("intercept")
-        layout.check_fields(self)
         # Stops happen only at block entries: a stop inside a block re-executes a load or store.
         ctypes.c_uint8.from_address(self._handle + _UC_NO_EXIT_REQUEST).value = 1
 

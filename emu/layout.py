@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import struct
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import unicorn
 from unicorn import x86_const as x86
 
+from emu.engine import EXIT_MSR, INTERRUPT_VIRQ, Engine
 from vmm.errors import BackendError
-
-if TYPE_CHECKING:
-    from emu.engine import Engine
 
 # What the fields without an API hold in a new engine of this build and CPU model.
 _HFLAGS, _HFLAGS2 = 0x40C0B0, 0x1  # CS64 LMA PE ..., GIF
@@ -32,6 +30,14 @@ _MSRS = {
     "tsc_aux": 0xC0000103,
     "pat": 0x277,
 }
+
+
+def checked_engine() -> Engine:
+    """A new engine, found to be the one we know. Raises BackendError."""
+    check_running()
+    engine = Engine()
+    check_fields(engine)
+    return engine
 
 
 def check_fields(engine: Engine) -> None:
@@ -114,9 +120,8 @@ _PROGRAM = bytes.fromhex(
 @cache
 def check_running() -> None:
     """Watch an engine take an INT, a fault, an MSR intercept and an interrupt, and halt. Raises BackendError."""
-    from emu.engine import EXIT_MSR, INTERRUPT_VIRQ, Engine
-
     engine = Engine()
+    check_fields(engine)
     uc = engine.uc
     seen: list[tuple[int, ...]] = []
 

@@ -76,15 +76,15 @@ class Machine:
         self.backend = backend
         self.ram = ram
         self.clock = GuestClock()
-        self.cpu: Cpu | None = None
         self.board = Board(self.clock, self)
+        self._open = True
         self.pace_real = False
         self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
         self._image: Image | None = None
         self._commands: queue.SimpleQueue[Callable[[Machine], Stop | None]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._real_zero: float | None = None
-        self.cpu = backends.factory(backend)(ram, self.board.bus, self.board.pics, self.clock)
+        self.cpu: Cpu = backends.factory(backend)(ram, self.board.bus, self.board.pics, self.clock)
         self.board.console.on_match = self.attention
         self.board.restored()
 
@@ -114,11 +114,9 @@ class Machine:
     def _start(self, image: Image) -> None:
         below = min(self.config.memory_bytes, self.ram.regions[0].size)
         self.board.devices["rtc"].state = rtc.power_on(self.config.epoch_ns, below, self.config.memory_bytes - below)
-        assert self.cpu is not None
         self.cpu.load(load_image(image, self.ram))
 
     def _assign(self, saved: _Saved) -> None:
-        assert self.cpu is not None
         self.clock.load(saved.clock)
         self.board.state = saved.board
         for name, device in self.board.devices.items():
@@ -132,7 +130,6 @@ class Machine:
         """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), the
         console shows the regular expression `until`, or a posted command says so."""
         cpu, board, clock = self.cpu, self.board, self.clock
-        assert cpu is not None
         cpu.stop_at(position)
         board.console.watch(until)
         while (stop := self._drain()) is None:
@@ -229,16 +226,13 @@ class Machine:
     # --- the board's host
 
     def intr(self, level: bool) -> None:
-        if self.cpu is not None:
-            self.cpu.intr(level)
+        self.cpu.intr(level)
 
     def set_a20(self, enabled: bool) -> None:
-        if self.cpu is not None:
-            self.cpu.set_a20(enabled)
+        self.cpu.set_a20(enabled)
 
     def attention(self) -> None:
-        if self.cpu is not None:
-            self.cpu.kick()
+        self.cpu.kick()
 
     # --- state
 
@@ -248,7 +242,6 @@ class Machine:
 
     def parts(self) -> dict[str, Any]:
         """Every declared state by its part name, in the file's order. Changes nothing."""
-        assert self.cpu is not None
         return {
             "config": self.config,
             "board": self.board.state,
@@ -275,7 +268,6 @@ class Machine:
         """Start the guest again, as after power-on. Raises GuestError for a machine that was restored."""
         if self._image is None:
             raise GuestError("a restored machine has no kernel to start again from")
-        assert self.cpu is not None
         for region in self.ram.regions:
             region.view[:] = bytes(region.size)
             self.cpu.discard_code(region.base, region.base + region.size)
@@ -301,14 +293,13 @@ class Machine:
 
     def exits(self) -> dict[str, int]:
         """How often the CPU left the guest's code, by reason."""
-        assert self.cpu is not None
         return self.cpu.exits()
 
     def close(self) -> None:
-        if self.cpu is not None:
+        if self._open:
+            self._open = False
             self.cpu.close()
-            self.cpu = None
-        self.ram.close()
+            self.ram.close()
 
     def __enter__(self) -> Machine:
         return self
