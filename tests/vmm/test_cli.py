@@ -19,7 +19,7 @@ OWN_GUEST = ["run", "--kernel", str(OWN), "--flat", "--memory", "16M"]
 
 def anyhyve(*arguments: object, typed: bytes = b"", **options):
     return subprocess.run(
-        [sys.executable, "-m", "vmm", *map(str, arguments)], input=typed, capture_output=True, timeout=120, **options
+        [sys.executable, "-m", "vmm", *map(str, arguments)], input=typed, capture_output=True, timeout=60, **options
     )
 
 
@@ -42,9 +42,9 @@ def saved(tmp_path_factory) -> Path:
 
 
 def test_the_console_goes_to_standard_output_and_typing_to_the_guest():
-    done = anyhyve(*OWN_GUEST, "--until", r"\[z\]", typed=b"xyz")
+    done = anyhyve(*OWN_GUEST, "--until", r"\[x\]", typed=b"x")
     assert done.returncode == 0
-    assert b"[x]" in done.stdout and b"[y]" in done.stdout
+    assert done.stdout.startswith(b"anyhyve own guest") and b"[x]" in done.stdout
     assert re.search(rb"pattern at position \d+", done.stderr)
 
 

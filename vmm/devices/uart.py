@@ -10,7 +10,8 @@ interrupt comes at once, not four character times later.
 Absent
 * Line speed, word length and parity have no effect; no parity, framing or break is ever received (LSR bits 2 to 4).
 * DMA signalling (the RXRDY and TXRDY pins), the factory test write to LSR, writes to MSR.
-* The far end holds CTS, DSR and DCD on and never rings.
+* The far end holds CTS, DSR and DCD on and never rings; it sends while RTS is on, so what is typed before the guest
+  has set up its port is not lost to the set-up.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ class Uart(Device[UartState]):
 
     def _refill(self) -> None:
         s = self.state
-        if s.host_input and not s.mcr & LOOP:
+        if s.host_input and s.mcr & (RTS | LOOP) == RTS:
             room = max(0, (FIFO if s.fifo else 1) - len(s.received))
             s.received += s.host_input[:room]
             s.host_input = s.host_input[room:]

@@ -12,7 +12,7 @@ from vmm.testing import Rig
 
 DATA, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
 FCR = IIR
-OUT2, LOOP = 0x08, 0x10
+RTS, OUT2, LOOP = 0x02, 0x08, 0x10
 
 
 class Port:
@@ -37,7 +37,7 @@ class Port:
 @pytest.fixture
 def port() -> Port:
     port = Port()
-    port[MCR] = OUT2
+    port[MCR] = RTS | OUT2
     return port
 
 
@@ -101,6 +101,7 @@ def test_receiver_trigger_and_time_out(port, bits, trigger):
 @given(st.lists(st.binary(max_size=40), max_size=12), st.booleans())
 def test_every_byte_typed_is_received_in_order(chunks, fifo):
     port = Port()
+    port[MCR] = RTS
     port[FCR] = int(fifo)
     got, typed = bytearray(), b"".join(chunks)
     for chunk in chunks:
@@ -186,8 +187,17 @@ def test_typed_characters_wait_out_loopback(port):
     port[MCR] = LOOP
     port.device.receive(b"a")
     assert not port[LSR] & 1
-    port[MCR] = OUT2
+    port[MCR] = RTS
     assert port[LSR] & 1 and port[DATA] == ord("a")
+
+
+def test_what_is_typed_before_set_up_is_not_lost_to_it():
+    port = Port()
+    port.device.receive(b"early")
+    port[FCR] = 7
+    assert not port[LSR] & 1
+    port[MCR] = RTS
+    assert bytes(port[DATA] for _ in range(5)) == b"early"
 
 
 def test_reset_keeps_scratch_divisor_and_what_was_typed(port):
