@@ -1,6 +1,9 @@
 """Debian's unmodified cloud kernel: boots to a shell that answers, twice alike, and survives a cut anywhere."""
 
+import json
 import random
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -47,9 +50,37 @@ def test_saved_at_the_shell_it_answers_in_its_next_life(debian, tmp_path):
             ask(machine, "echo kept=$secret", "kept=anyhyve")
 
 
+@pytest.mark.parametrize("kernel", ["vmlinuz", "vmlinux"])
+def test_two_processes_boot_alike(debian, kernel):
+    command = [sys.executable, "-m", "vmm", "run", "--kernel", debian / kernel, "--initrd", debian / "initrd.img",
+               "--append", CMDLINE, "--until", "shell ready", "--json"]  # fmt: skip
+    first, second = (
+        json.loads(subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL).stdout)
+        for _ in range(2)
+    )
+    assert first["stopped"] == "pattern" and first["exits"]["port_in"] > 1000
+    for volatile in (first, second):
+        volatile.pop("wall_s")
+    assert first == second
+
+
 def test_cut_at_random_over_the_boot(debian, tmp_path):
     pick = random.Random(7)
     cut_at(partial(boot, debian), [pick.randrange(SHELL) for _ in range(4)], tmp_path, fresh={0, 1, 2, 3})
+
+
+@pytest.mark.slow
+def test_generation_three(debian, tmp_path):
+    machine = boot(debian)
+    for generation, position in enumerate((1_000_000_001, 2_000_000_001, 4_000_000_001)):
+        assert machine.run(position=position) == Stopped("position")
+        machine.save(tmp_path / f"{generation}")
+        machine.close()
+        machine = Machine.restore(tmp_path / f"{generation}")
+    with machine, boot(debian) as undisturbed:
+        for each in (machine, undisturbed):
+            assert each.run(until="shell ready") == Stopped("pattern")
+        assert machine.digests() == undisturbed.digests() and machine.position == undisturbed.position
 
 
 @pytest.mark.slow
