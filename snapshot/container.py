@@ -20,23 +20,24 @@ MAJOR, MINOR = 1, 0
 FILE_HEADER = struct.Struct("<12sHH16s")  # magic, major, minor, reserved
 CHUNK_HEADER = struct.Struct("<4sHHIIQ32s32s8s")  # kind .. reserved, the fields of Chunk in order
 INDEX = struct.Struct("<QQIIQ")  # base, region size, block size, codec, count of present blocks
-ENTRY = struct.Struct("<II32s")  # block number, reserved, digest
+ENTRY = struct.Struct("<II32s")  # block number, stored length (0 when raw), digest
 END_PAYLOAD = struct.Struct("<QQ32s")  # count of chunks before END, file length, digest of all headers before END
 NO_DIGEST = bytes(32)
 
 CHUNK_ALIGN, PAGE = 16, 4096
 BLOCK = 65536
-CODEC_RAW = 0
+CODEC_RAW, CODEC_ZSTD = 0, 1
 OPTIONAL = 1 << 0  # the only flag
 
 MAX_CHUNKS = 4096  # before END
 MAX_JSON = 16 << 20  # also of an optional chunk we do not know
 MAX_JSON_TOTAL = 64 << 20  # all parts and optional chunks together
 MAX_REGION = 1 << 40
+MAX_CHAIN = 64  # files
 
-PART, RAMD, RAMI, META, END = b"PART", b"RAMD", b"RAMI", b"META", b"END "
+PART, BASE, RAMD, RAMI, META, END = b"PART", b"BASE", b"RAMD", b"RAMI", b"META", b"END "
 FIRST_PART = "config"
-META_NAME = "meta"
+NAMES = {BASE: "parent", META: "meta"}  # kinds of which there is one
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ class Kind:
     alignment: int = CHUNK_ALIGN
 
 
-OPTIONAL_RANK = 2
+OPTIONAL_RANK = 3
 KINDS = {
     PART: Kind(rank=0),
-    RAMD: Kind(rank=1, alignment=PAGE),
-    RAMI: Kind(rank=1),
+    BASE: Kind(rank=1),
+    RAMD: Kind(rank=2, alignment=PAGE),
+    RAMI: Kind(rank=2),
     META: Kind(rank=OPTIONAL_RANK, flags=OPTIONAL),
-    END: Kind(rank=3),
+    END: Kind(rank=4),
 }
 
 _NAME = re.compile(r"[a-z0-9._-]{1,32}")
@@ -177,6 +179,29 @@ class Part:
         if not isinstance(state, dict) or state.keys() != set(names):
             raise SnapshotError("state is not an object of exactly the fields of the schema")
         return cls(name, schema, state)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The snapshot a difference is to: its identity and the name of its file in the same folder."""
+
+    digest: bytes
+    file: str
+
+    def to_json(self) -> Json:
+        return {"digest": self.digest.hex(), "file": self.file}
+
+    @classmethod
+    def from_json(cls, value: Json) -> Parent:
+        """Raises SnapshotError."""
+        if not isinstance(value, dict) or value.keys() != {"digest", "file"}:
+            raise SnapshotError("not an object of exactly digest and file")
+        digest, file = value["digest"], value["file"]
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise SnapshotError("digest is not 64 lower-case hex digits")
+        if not isinstance(file, str) or not re.fullmatch("[ -.0-~]{1,255}", file) or file in (".", ".."):
+            raise SnapshotError("file is not the name of a file, 1 to 255 printable ASCII characters without /")
+        return cls(bytes.fromhex(digest), file)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+import zstandard
 from blake3 import blake3
 
 from snapshot import canon
 from snapshot.container import (
+    BASE,
     BLOCK,
     CHUNK_HEADER,
     CODEC_RAW,
+    CODEC_ZSTD,
     END,
     END_PAYLOAD,
     ENTRY,
@@ -41,8 +44,7 @@ from snapshot.container import (
     MAX_JSON,
     MAX_JSON_TOTAL,
     MAX_REGION,
-    META,
-    META_NAME,
+    NAMES,
     NO_DIGEST,
     OPTIONAL_RANK,
     PAGE,
@@ -51,6 +53,7 @@ from snapshot.container import (
     RAMI,
     Chunk,
     Extra,
+    Parent,
     Part,
 )
 from snapshot.errors import SnapshotError
@@ -60,28 +63,32 @@ from snapshot.schema import Json, declared, decode, schema_of
 __all__ = ["Part", "RamImage", "Reader", "decode_part"]
 
 _ENTRIES = 16384  # of an index, read at a time
-_ZEROS = bytes(BLOCK)
+_UNPACK = zstandard.ZstdDecompressor()
 
 
 @dataclass(frozen=True)
 class RamImage:
-    """One RAM region in the file; `blocks` has the digest of each block that is not all zero, by its number."""
+    """One RAM region in the file; `blocks` has the digest of each present block by its number, `places` where it lies
+    (offset in the payload, stored length) when the region is packed."""
 
     name: str
     base: int
     size: int
     file_offset: int
     blocks: Mapping[int, bytes]
+    places: Mapping[int, tuple[int, int]] | None = None
 
-    def extents(self) -> list[tuple[int, int]]:
-        """The byte extents that may be non-zero, as Writer.ram takes them."""
-        return [(number * BLOCK, min((number + 1) * BLOCK, self.size)) for number in self.blocks]
+    def span(self, number: int) -> tuple[int, int]:
+        """(start, end) of a block in the region."""
+        return number * BLOCK, min((number + 1) * BLOCK, self.size)
 
 
 class Reader:
     """An opened snapshot, wholly checked but for the contents of RAM."""
 
+    identity: bytes
     parts: dict[str, Part]
+    parent: Parent | None  # whose RAM this one's blocks replace
     rams: tuple[RamImage, ...]
     meta: Json
     extras: tuple[Extra, ...]  # optional chunks this program does not know, for a rewrite
@@ -95,20 +102,40 @@ class Reader:
             raise
 
     def map_ram(self, image: RamImage) -> mmap.mmap:
-        """The region as private memory: pages come in when touched, writes never reach the file. Outlives close()."""
+        """A raw region as private memory: pages come in when touched, writes never reach the file. Outlives close()."""
+        assert image.places is None, "a packed region cannot be mapped"
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(self._fd, image.size, mmap.MAP_PRIVATE, protection, offset=image.file_offset)
+
+    def block(self, image: RamImage, number: int) -> bytes:
+        """The bytes of a present block, as stored: not compared with its digest. Raises SnapshotError."""
+        start, end = image.span(number)
+        offset, length = image.places[number] if image.places is not None else (start, end - start)
+        data = self._read(image.file_offset + offset, length, f"RAMD {image.name}")
+        if length == end - start:
+            return data
+        where = f"offset {image.file_offset + offset:#x}, RAMD {image.name}"
+        try:
+            if zstandard.frame_content_size(data) != end - start:
+                self._fault(where, f"block {number} is not a zstd frame of {end - start} bytes")
+            return _UNPACK.decompress(data, allow_extra_data=False)
+        except zstandard.ZstdError:
+            self._fault(where, f"block {number} is not one whole zstd frame")
 
     def verify_ram(self) -> None:
         """Check every block of every region against its digest, and the blocks without one to be zero."""
         for image in self.rams:
             for number in _blocks_with_data(self._fd, image):
-                start = number * BLOCK
-                data = self._read(image.file_offset + start, min(BLOCK, image.size - start), "RAM")
+                start, end = image.span(number)
                 want = image.blocks.get(number)
-                if data != _ZEROS[: len(data)] if want is None else blake3(data).digest() != want:
-                    where = f"offset {image.file_offset + start:#x}, RAMD {image.name}"
-                    rule = "is absent and must be zero" if want is None else "does not match its digest"
+                where = f"offset {image.file_offset + start:#x}, RAMD {image.name}"
+                if want is not None:
+                    wrong = blake3(self.block(image, number)).digest() != want
+                    rule = "does not match its digest"
+                else:
+                    wrong = any(self._read(image.file_offset + start, end - start, where))
+                    rule = "is absent and must be zero"
+                if wrong:
                     self._fault(where, f"block {number} at address {image.base + start:#x} {rule}")
 
     def close(self) -> None:
@@ -136,16 +163,18 @@ class Reader:
         if not stat.S_ISREG(status.st_mode):
             self._fault("offset 0x0", "not a regular file")
         self._size = status.st_size
-        chunks = self._load_structure(max_ram)
+        chunks = self._load_structure()
         parts: dict[str, Part] = {}
         rams: list[RamImage] = []
         extras: list[Extra] = []
-        self.meta = None
+        self.meta = self.parent = None
         for chunk in chunks:
             if chunk.kind == RAMD:
                 data = chunk
             elif chunk.kind == RAMI:
                 rams.append(self._load_index(data, chunk, rams[-1] if rams else None))
+                if sum(image.size for image in rams) > max_ram:
+                    self._fault(chunk, f"RAM of {rams[-1].size} bytes and before is over the limit of {max_ram}")
             else:
                 payload = self._read(chunk.payload, chunk.length, chunk)
                 if blake3(payload).digest() != chunk.digest:
@@ -157,13 +186,15 @@ class Reader:
                     value = canon.decode(payload)
                     if chunk.kind == PART:
                         parts[chunk.name] = Part.from_json(chunk.name, value)
+                    elif chunk.kind == BASE:
+                        self.parent = Parent.from_json(value)
                     else:
                         self.meta = value
                 except SnapshotError as error:
                     self._fault(chunk, str(error))
         self.parts, self.rams, self.extras = parts, tuple(rams), tuple(extras)
 
-    def _load_structure(self, max_ram: int) -> list[Chunk]:
+    def _load_structure(self) -> list[Chunk]:
         """Every chunk before END, all headers, padding, order and sizes checked. Reads no payload but END's."""
         header = self._read(0, FILE_HEADER.size, "offset 0x0, file header")
         magic, major, _minor, reserved = FILE_HEADER.unpack(header)
@@ -176,7 +207,7 @@ class Reader:
         seal = blake3(header)
         chunks: list[Chunk] = []
         names: set[tuple[bytes, str]] = set()
-        ram_total = json_total = 0
+        json_total = 0
         offset = FILE_HEADER.size
         while True:
             raw = self._read(offset, CHUNK_HEADER.size, f"offset {offset:#x}, chunk header")
@@ -190,16 +221,13 @@ class Reader:
             if (chunk.kind, chunk.name) in names:
                 self._fault(chunk, "a second chunk of this kind and name")
             if chunk.kind == RAMD:
-                ram_total += chunk.length
-                if not 0 < chunk.length <= MAX_REGION or chunk.length % PAGE:
-                    self._fault(chunk, f"RAM region of {chunk.length} bytes is not whole pages up to {MAX_REGION}")
-                if ram_total > max_ram:
-                    self._fault(chunk, f"RAM of {ram_total} bytes or more is over the limit of {max_ram}")
+                if chunk.length > MAX_REGION:
+                    self._fault(chunk, f"{chunk.length} bytes are over {MAX_REGION}")
                 if chunk.digest != NO_DIGEST:
                     self._fault(chunk, "RAM data has a digest in its header")
             elif chunk.kind == RAMI:
-                if chunk.length > INDEX.size + ENTRY.size * -(-chunks[-1].length // BLOCK):
-                    self._fault(chunk, "the index is longer than the region has blocks")
+                if chunk.length > INDEX.size + ENTRY.size * (MAX_REGION // BLOCK):
+                    self._fault(chunk, "the index is longer than the largest region has blocks")
             else:
                 json_total += chunk.length
                 if chunk.length > MAX_JSON or json_total > MAX_JSON_TOTAL:
@@ -215,8 +243,8 @@ class Reader:
         return chunks
 
     def _check_order(self, before: Chunk | None, chunk: Chunk) -> None:
-        if chunk.kind == META and chunk.known and chunk.name != META_NAME:
-            self._fault(chunk, f"the name is not {META_NAME}")
+        if chunk.known and chunk.name != NAMES.get(chunk.kind, chunk.name):
+            self._fault(chunk, f"the name is not {NAMES[chunk.kind]}")
         if before is None:
             if (chunk.kind, chunk.name) != (PART, FIRST_PART):
                 self._fault(chunk, f"the first chunk is not PART {FIRST_PART}")
@@ -243,38 +271,52 @@ class Reader:
             self._fault(chunk, f"the file is {self._size} bytes, END says {said_size} and ends at {chunk.end}")
         if said_seal != seal:
             self._fault(chunk, "the headers do not match their digest")
+        self.identity = seal
 
     def _load_index(self, data: Chunk, chunk: Chunk, below: RamImage | None) -> RamImage:
         if chunk.length < INDEX.size:
             self._fault(chunk, f"{chunk.length} bytes are no index")
         head = self._read(chunk.payload, INDEX.size, chunk)
         base, size, block, codec, count = INDEX.unpack(head)
-        if size != data.length:
+        if not 0 < size <= MAX_REGION or size % PAGE:
+            self._fault(chunk, f"RAM region of {size} bytes is not whole pages up to {MAX_REGION}")
+        if codec == CODEC_RAW and size != data.length:
             self._fault(chunk, f"it says {size} bytes of RAM, RAMD has {data.length}")
-        if block != BLOCK or codec != CODEC_RAW:
-            self._fault(chunk, f"block size {block} and codec {codec} are not {BLOCK} and {CODEC_RAW}")
+        if block != BLOCK or codec not in (CODEC_RAW, CODEC_ZSTD):
+            self._fault(chunk, f"block size {block} or codec {codec} is not {BLOCK} or known")
         if chunk.length != INDEX.size + ENTRY.size * count:
             self._fault(chunk, f"{chunk.length} bytes are not an index of {count} blocks")
+        if count > -(-size // BLOCK):
+            self._fault(chunk, f"an index of {count} blocks is longer than the region has blocks")
         if base % PAGE or base + size > 1 << 64:
             self._fault(chunk, f"RAM at {base:#x} of {size} bytes is not on a page or goes past 2^64")
         if below is not None and base < below.base + below.size:
             self._fault(chunk, f"RAM at {base:#x} is below the end of {below.name}")
         digest = blake3(head)
         blocks: dict[int, bytes] = {}
-        last = -1
+        places: dict[int, tuple[int, int]] = {}
+        last, at = -1, 0
         for start in range(chunk.payload + INDEX.size, chunk.end, _ENTRIES * ENTRY.size):
             entries = self._read(start, min(_ENTRIES * ENTRY.size, chunk.end - start), chunk)
             digest.update(entries)
-            for number, reserved, block_digest in ENTRY.iter_unpack(entries):
-                if number <= last or number * BLOCK >= size or reserved:
-                    self._fault(
-                        chunk, f"block {number} is not above {last}, or past the region, or reserved bits are set"
-                    )
+            for number, stored, block_digest in ENTRY.iter_unpack(entries):
+                if number <= last or number * BLOCK >= size:
+                    self._fault(chunk, f"block {number} is not above {last}, or past the region")
+                if codec == CODEC_RAW:
+                    if stored:
+                        self._fault(chunk, f"reserved bytes of block {number} are not zero")
+                elif not 0 < stored <= min(BLOCK, size - number * BLOCK):
+                    self._fault(chunk, f"block {number} is stored in {stored} bytes")
+                else:
+                    places[number] = at, stored
+                    at += stored
                 blocks[number] = block_digest
                 last = number
         if digest.digest() != chunk.digest:
             self._fault(chunk, "the payload does not match its digest")
-        return RamImage(data.name, base, size, data.payload, blocks)
+        if codec == CODEC_ZSTD and at != data.length:
+            self._fault(chunk, f"its blocks are {at} bytes, RAMD has {data.length}")
+        return RamImage(data.name, base, size, data.payload, blocks, places if codec == CODEC_ZSTD else None)
 
 
 def decode_part(part: Part, want: type) -> Any:
@@ -318,6 +360,8 @@ def _rank(chunk: Chunk) -> int:
 def _blocks_with_data(fd: int, image: RamImage) -> Iterator[int]:
     """Blocks the index names or the file does not leave as holes; a hole reads as zeros."""
     numbers = set(image.blocks)
+    if image.places is not None:
+        return iter(sorted(numbers))
     for start, end in present_extents(fd, image.size, image.file_offset):
         numbers.update(range(start // BLOCK, -(-end // BLOCK)))
     return iter(sorted(numbers))

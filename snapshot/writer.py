@@ -19,19 +19,23 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import zstandard
 from blake3 import blake3
 
 from snapshot import canon
 from snapshot.container import (
+    BASE,
     BLOCK,
     CHUNK_ALIGN,
+    CHUNK_HEADER,
     CODEC_RAW,
+    CODEC_ZSTD,
     END,
     END_PAYLOAD,
     ENTRY,
@@ -46,8 +50,8 @@ from snapshot.container import (
     MAX_JSON_TOTAL,
     MAX_REGION,
     META,
-    META_NAME,
     MINOR,
+    NAMES,
     NO_DIGEST,
     OPTIONAL,
     OPTIONAL_RANK,
@@ -57,24 +61,30 @@ from snapshot.container import (
     RAMI,
     Chunk,
     Extra,
+    Parent,
     Part,
+    align,
     good_name,
 )
 from snapshot.errors import SnapshotError
 from snapshot.schema import Json, encode, schema_of
 
 _ZEROS = bytes(BLOCK)
+_PACK = zstandard.ZstdCompressor(level=3)
 _HASH_BLOCKS = 16  # read at a time when hashing
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Image:
     """A region whose blocks are written and whose index is still to come."""
 
     data: Chunk
     index: int  # of its RAMI in Writer._chunks
     base: int
+    size: int
+    codec: int
     blocks: list[int]
+    known: dict[int, tuple[int, bytes]] = field(default_factory=dict)  # stored length, digest; where already worked out
 
 
 class Writer:
@@ -101,33 +111,65 @@ class Writer:
         Part.from_json(name, value)
         self._write_chunk(PART, name, canon.encode(value))
 
-    def ram(self, name: str, base: int, memory: memoryview, present: Iterable[tuple[int, int]] | None) -> None:
+    def base(self, parent: Parent) -> None:
+        """The RAM that follows is a difference to this snapshot's."""
+        self._write_chunk(BASE, NAMES[BASE], canon.encode(parent.to_json()))
+
+    def ram(
+        self,
+        name: str,
+        base: int,
+        memory: memoryview,
+        present: Iterable[tuple[int, int]] | None,
+        *,
+        packed: bool = False,
+        parent: Mapping[int, bytes] | None = None,
+    ) -> None:
         """Write the RAM region at guest physical `base`.
 
         `present` is every byte extent of it that may be non-zero, in any order; None is all of it, which reads, and so
-        may make the kernel allocate, every page: give extents where they are known (snapshot.pages).
+        may make the kernel allocate, every page: give extents where they are known (snapshot.pages). `packed` packs
+        each block with zstd. `parent` has the digests of the parent's blocks: only those that differ are written.
         """
         if memory.format != "B" or memory.ndim != 1:
             memory = memory.cast("B")
         size = memory.nbytes
         assert base % PAGE == 0 and size % PAGE == 0 and 0 < size <= MAX_REGION and base + size <= 1 << 64
-        assert not self._images or base >= self._images[-1].base + self._images[-1].data.length, "RAM in order of base"
-        data = self._add(RAMD, name, size)
-        self._pwrite(data.pack(), data.offset)
+        assert not self._images or base >= self._images[-1].base + self._images[-1].size, "RAM in order of base"
         blocks = list(_nonzero_blocks(memory, [(0, size)] if present is None else present))
-        for first, stop in _runs(blocks):
-            start = first * BLOCK
-            self._pwrite(memory[start : min(stop * BLOCK, size)], data.payload + start)
-        self._images.append(_Image(data, len(self._chunks), base, blocks))
+        nonzero, known = set(blocks), {}
+        if parent is not None:
+            digests = {n: blake3(memory[n * BLOCK : (n + 1) * BLOCK]).digest() for n in sorted(nonzero | set(parent))}
+            zeros = {n: blake3(_ZEROS[: min(BLOCK, size - n * BLOCK)]).digest() for n in nonzero - set(parent)}
+            blocks = [n for n in digests if digests[n] != (parent[n] if n in parent else zeros[n])]
+            known = {n: (0, digests[n]) for n in blocks}
+        place = align(self._end + CHUNK_HEADER.size, PAGE)
+        length = size
+        if packed:
+            length = 0
+            for number in blocks:
+                block = memory[number * BLOCK : (number + 1) * BLOCK]
+                stored = _PACK.compress(block)
+                stored = stored if len(stored) < len(block) else bytes(block)
+                self._pwrite(stored, place + length)
+                known[number] = len(stored), blake3(block).digest()
+                length += len(stored)
+        else:
+            for first, stop in _runs([number for number in blocks if number in nonzero]):
+                self._pwrite(memory[first * BLOCK : min(stop * BLOCK, size)], place + first * BLOCK)
+        data = self._add(RAMD, name, length)
+        self._pwrite(data.pack(), data.offset)
+        codec = CODEC_ZSTD if packed else CODEC_RAW
+        self._images.append(_Image(data, len(self._chunks), base, size, codec, blocks, known))
         self._add(RAMI, name, INDEX.size + ENTRY.size * len(blocks))
 
     def meta(self, value: Json) -> None:
         """Write free information for people, which a restore does not look at."""
-        self._write_chunk(META, META_NAME, canon.encode(value), flags=OPTIONAL)
+        self._write_chunk(META, NAMES[META], canon.encode(value), flags=OPTIONAL)
 
     def extra(self, extra: Extra) -> None:
         """Write an optional chunk as it was read."""
-        assert extra.kind not in (PART, RAMD, RAMI, END)
+        assert extra.kind not in (PART, BASE, RAMD, RAMI, END)
         self._write_chunk(extra.kind, extra.name, extra.payload, extra.version, OPTIONAL, extra.alignment)
 
     def commit(self) -> None:
@@ -201,22 +243,28 @@ class Writer:
         self._pwrite(chunk.pack() + gap + payload, chunk.offset)
 
     def _write_index(self, image: _Image) -> None:
-        buffer = bytearray(_HASH_BLOCKS * BLOCK)
-        view = memoryview(buffer)
-        entries = [INDEX.pack(image.base, image.data.length, BLOCK, CODEC_RAW, len(image.blocks))]
-        for first, stop in _runs(image.blocks):
-            for number in range(first, stop, _HASH_BLOCKS):
-                start = number * BLOCK
-                end = min(start + len(buffer), stop * BLOCK, image.data.length)
-                if os.preadv(self._fd, [view[: end - start]], image.data.payload + start) != end - start:
-                    raise OSError(f"{self._temporary}: short read of what was just written")
-                for at in range(0, end - start, BLOCK):
-                    digest = blake3(view[at : min(at + BLOCK, end - start)]).digest()
-                    entries.append(ENTRY.pack(number + at // BLOCK, 0, digest))
+        known = image.known or self._hash(image)
+        entries = [INDEX.pack(image.base, image.size, BLOCK, image.codec, len(image.blocks))]
+        entries += [ENTRY.pack(number, *known[number]) for number in image.blocks]
         payload = b"".join(entries)
         chunk = replace(self._chunks[image.index], digest=blake3(payload).digest())
         self._chunks[image.index] = chunk
         self._pwrite(chunk.pack() + payload, chunk.offset)
+
+    def _hash(self, image: _Image) -> dict[int, tuple[int, bytes]]:
+        """Stored length (none: raw) and digest of each block, out of the file."""
+        buffer = bytearray(_HASH_BLOCKS * BLOCK)
+        view = memoryview(buffer)
+        known = {}
+        for first, stop in _runs(image.blocks):
+            for number in range(first, stop, _HASH_BLOCKS):
+                start = number * BLOCK
+                end = min(start + len(buffer), stop * BLOCK, image.size)
+                if os.preadv(self._fd, [view[: end - start]], image.data.payload + start) != end - start:
+                    raise OSError(f"{self._temporary}: short read of what was just written")
+                for at in range(0, end - start, BLOCK):
+                    known[number + at // BLOCK] = 0, blake3(view[at : min(at + BLOCK, end - start)]).digest()
+        return known
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)

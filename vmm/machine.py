@@ -8,6 +8,7 @@ other = Machine.restore(path)
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -19,8 +20,10 @@ from typing import Annotated, Any, assert_never
 import blake3
 
 from snapshot import canon
+from snapshot.chain import Chain
+from snapshot.container import Parent
 from snapshot.errors import SnapshotError
-from snapshot.reader import Part, RamImage, Reader, decode_part
+from snapshot.reader import Part, decode_part
 from snapshot.schema import OneOf, Range, encode, state, u64
 from snapshot.writer import Writer
 from vmm import backends, cpu_model
@@ -99,14 +102,17 @@ class Machine:
         return machine
 
     @classmethod
-    def restore(cls, path: Path, backend: str = "emu", *, verify: bool = False) -> Machine:
-        """A paused machine from a snapshot. Nothing is created before the whole file's structure and state have
-        been checked; RAM contents only with `verify`. Raises SnapshotError or BackendError."""
-        with Reader(path, max_ram=MAX_MEMORY) as reader:
-            saved = _Saved.decode(reader)
+    def restore(
+        cls, path: Path, backend: str = "emu", *, verify: bool = False, max_memory: int | None = None
+    ) -> Machine:
+        """A paused machine from a snapshot, or from a chain of them. Nothing is created before the structure and state
+        of every file have been checked; RAM contents only with `verify`. `max_memory` bytes of RAM are accepted, by
+        default as much as the host has. Raises SnapshotError or BackendError."""
+        with Chain(path, max_ram=host_memory() if max_memory is None else max_memory) as chain:
+            saved = _Saved.decode(chain)
             if verify:
-                reader.verify_ram()
-            regions = [_map(reader, image) for image in reader.rams]
+                chain.verify_ram()
+            regions = _map(chain)
         machine = cls(saved.config, backend, Ram(regions))
         machine._assign(saved)
         return machine
@@ -250,16 +256,27 @@ class Machine:
             **{name: device.state for name, device in self.board.devices.items()},
         }
 
-    def save(self, path: Path) -> None:
-        """Write a snapshot; `path` is replaced only by a whole new one. Raises BackendError when the host cannot
-        write it; the machine is unchanged either way."""
+    def save(self, path: Path, *, packed: bool = False, parent: Path | None = None) -> None:
+        """Write a snapshot; `path` is replaced only by a whole new one. `packed` packs RAM with zstd. With `parent`, a
+        snapshot in the same folder, only the blocks of RAM that differ from its are written. Raises SnapshotError for a
+        parent that cannot be one, BackendError when the host cannot write; the machine is unchanged either way."""
         parts = self.parts()
+        known: list[dict[int, bytes]] = []
+        identity = b""
+        if parent is not None:
+            layout = [(region.name, region.base, region.size) for region in self.ram.regions]
+            with Chain.for_child(parent, path, layout) as chain:
+                known = [chain.digests(i) for i in range(len(layout))]
+                identity = chain.identity
         try:
             with Writer(path) as writer:
                 for name, value in parts.items():
                     writer.part(name, value)
-                for region in self.ram.regions:
-                    writer.ram(region.name, region.base, region.view, region.touched())
+                if parent is not None:
+                    writer.base(Parent(identity, parent.name))
+                for i, region in enumerate(self.ram.regions):
+                    before = known[i] if known else None
+                    writer.ram(region.name, region.base, region.view, region.touched(), packed=packed, parent=before)
                 writer.commit()
         except OSError as error:
             raise BackendError(f"cannot save to {path}: {error.strerror or error}") from None
@@ -319,8 +336,9 @@ class _Saved:
     devices: dict[str, Any]
 
     @classmethod
-    def decode(cls, reader: Reader) -> _Saved:
-        parts: dict[str, Part] = dict(reader.parts)
+    def decode(cls, chain: Chain) -> _Saved:
+        """Raises SnapshotError, naming the part or field that cannot be used here."""
+        parts: dict[str, Part] = dict(chain.parts)
 
         def take(name: str, want: type) -> Any:
             if name not in parts:
@@ -337,7 +355,7 @@ class _Saved:
         )
         if parts:
             raise SnapshotError(f"the snapshot has a part this machine does not know: {next(iter(parts))}")
-        found = [(image.base, image.size) for image in reader.rams]
+        found = [(image.base, image.size) for image in chain.rams]
         try:
             wanted = layout(config.memory_bytes)
         except GuestError as error:
@@ -347,6 +365,14 @@ class _Saved:
         return saved
 
 
-def _map(reader: Reader, image: RamImage) -> Region:
-    memory = reader.map_ram(image)
-    return Region(image.name, image.base, image.size, memory, memoryview(memory), stored=image.extents())
+def _map(chain: Chain) -> list[Region]:
+    regions = []
+    for i, image in enumerate(chain.rams):
+        memory = chain.map_ram(i)
+        regions.append(Region(image.name, image.base, image.size, memory, memoryview(memory), stored=chain.stored(i)))
+    return regions
+
+
+def host_memory() -> int:
+    """Bytes of RAM this computer has: a snapshot that declares more is refused rather than tried."""
+    return min(MAX_MEMORY, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

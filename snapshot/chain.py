@@ -1,0 +1,155 @@
+"""A snapshot with all it stands on: itself, its parent, the parent's parent, to one that is whole.
+
+RAM is loaded as it stands, without a merge step: the root is mapped, and each difference puts its blocks over it.
+A parent that is missing, is another or was changed is SnapshotError, by name.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from snapshot.container import BLOCK, MAX_CHAIN, Parent
+from snapshot.errors import SnapshotError
+from snapshot.reader import Part, RamImage, Reader
+from snapshot.schema import Json
+
+
+class Chain:
+    """Opened and checked but for the contents of RAM. Parts and META are the leaf's."""
+
+    def __init__(self, path: Path, *, max_ram: int = 1 << 40) -> None:
+        """Raises SnapshotError; OSError when the host will not open or read `path` itself."""
+        self.readers = [Reader(path, max_ram=max_ram)]  # from the leaf to the root
+        try:
+            folder = Path(path).parent
+            while (parent := self.readers[-1].parent) is not None:
+                if len(self.readers) == MAX_CHAIN:
+                    raise SnapshotError(f"a chain of more than {MAX_CHAIN} snapshots")
+                self.readers.append(_open_parent(folder / parent.file, max_ram))
+                self._check(parent.digest, parent.file)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def for_child(cls, parent: Path, child: Path, regions: list[tuple[str, int, int]]) -> Chain:
+        """The chain a difference `child`, with these (name, base, size) of RAM, is to stand on. Raises SnapshotError,
+        naming why it cannot."""
+        try:
+            chain = cls(parent)
+        except OSError as error:
+            raise SnapshotError(f"parent {parent}: {error.strerror or error}") from None
+        try:
+            if len(chain.readers) == MAX_CHAIN:
+                raise SnapshotError(f"parent {parent}: the chain has {MAX_CHAIN} snapshots already")
+            if parent.resolve().parent != child.resolve().parent:
+                raise SnapshotError(f"parent {parent}: it is not in the folder of {child}")
+            if child.name in [parent.name, *(reader.parent.file for reader in chain.readers if reader.parent)]:
+                raise SnapshotError(f"parent {parent}: {child} is part of its chain, and would be replaced")
+            if [(image.name, image.base, image.size) for image in chain.rams] != regions:
+                raise SnapshotError(f"parent {parent}: its RAM is laid out otherwise")
+            Parent.from_json(Parent(chain.identity, parent.name).to_json())
+        except BaseException:
+            chain.close()
+            raise
+        return chain
+
+    def _check(self, identity: bytes, file: str) -> None:
+        child, parent = self.readers[-2:]
+        if parent.identity != identity:
+            raise SnapshotError(f"parent {file}: it is not the snapshot this one was made from, or was changed")
+        if [(r.name, r.base, r.size) for r in parent.rams] != [(r.name, r.base, r.size) for r in child.rams]:
+            raise SnapshotError(f"parent {file}: its RAM is laid out otherwise")
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        return self.readers[0].parts
+
+    @property
+    def meta(self) -> Json:
+        return self.readers[0].meta
+
+    @property
+    def identity(self) -> bytes:
+        return self.readers[0].identity
+
+    @property
+    def rams(self) -> tuple[RamImage, ...]:
+        """The leaf's regions: their blocks are those of the leaf alone."""
+        return self.readers[0].rams
+
+    def map_ram(self, index: int) -> mmap.mmap:
+        """Region `index` whole, as private memory. Outlives close()."""
+        *differences, root = self.readers
+        image = root.rams[index]
+        if image.places is None:
+            memory = root.map_ram(image)
+        else:
+            memory = mmap.mmap(-1, image.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            differences.append(root)
+        for reader in reversed(differences):
+            image = reader.rams[index]
+            for number in image.blocks:
+                start, end = image.span(number)
+                memory[start:end] = reader.block(image, number)
+        return memory
+
+    def stored(self, index: int) -> list[tuple[int, int]]:
+        """The extents of what `map_ram` maps from the root's file: all else in it was written, or is zero."""
+        image = self.readers[-1].rams[index]
+        return [] if image.places is not None else [image.span(number) for number in image.blocks]
+
+    def digests(self, index: int) -> dict[int, bytes]:
+        """The digest of each block of region `index` that is present anywhere in the chain."""
+        found: dict[int, bytes] = {}
+        for reader in reversed(self.readers):
+            found |= reader.rams[index].blocks
+        return found
+
+    def block(self, index: int, number: int) -> bytes:
+        """The bytes of one block, from the nearest that has it."""
+        for reader in self.readers:
+            image = reader.rams[index]
+            if number in image.blocks:
+                return reader.block(image, number)
+        start, end = self.rams[index].span(number)
+        return bytes(end - start)
+
+    def pages(self, index: int, page: int = 4096) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes) of each page of the present blocks, in order of offset."""
+        for number in sorted(self.digests(index)):
+            data = self.block(index, number)
+            for at in range(0, len(data), page):
+                yield number * BLOCK + at, data[at : at + page]
+
+    def verify_ram(self) -> None:
+        """Check the RAM of every file of the chain. Raises SnapshotError."""
+        for i, reader in enumerate(self.readers):
+            try:
+                reader.verify_ram()
+            except SnapshotError as error:
+                parent = self.readers[i - 1].parent if i else None
+                raise SnapshotError(f"parent {parent.file}: {error}" if parent else str(error)) from None
+
+    def close(self) -> None:
+        for reader in self.readers:
+            reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | Any | None) -> None:
+        self.close()
+
+
+def _open_parent(path: Path, max_ram: int) -> Reader:
+    try:
+        return Reader(path, max_ram=max_ram)
+    except SnapshotError as error:
+        raise SnapshotError(f"parent {path.name}: {error}") from None
+    except OSError as error:
+        raise SnapshotError(f"parent {path.name}: {error.strerror or error}") from None
