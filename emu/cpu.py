@@ -141,11 +141,17 @@ class EmuCpu(Cpu):
         return state.save(self._engine, self._tsc(), self._halted)
 
     def load(self, saved: CpuState) -> None:
-        if saved.event is not None:
-            raise BackendError(f"emu cannot yet take over an event in delivery ({saved.event.kind})")
+        if (why := self.refusal(saved)) is not None:
+            raise BackendError(why)
         self._halted = saved.halted
         self._set_tsc(saved.tsc)
         state.load(self._engine, saved)
+
+    @staticmethod
+    def refusal(state: CpuState) -> str | None:
+        if state.event is not None:
+            return f"cpu.event: emu cannot yet take over an event in delivery ({state.event.kind})"
+        return None
 
     def discard_code(self, start: int, end: int) -> None:
         self._engine.discard_code(start, end)

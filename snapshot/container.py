@@ -12,6 +12,7 @@ import re
 import struct
 from dataclasses import dataclass
 
+from snapshot.describe import record
 from snapshot.errors import SnapshotError
 from snapshot.schema import Json
 
@@ -154,7 +155,7 @@ class Part:
 
     @classmethod
     def from_json(cls, name: str, value: Json) -> Part:
-        """The part in a PART payload. Raises SnapshotError unless the schema names exactly the fields of the state."""
+        """The part in a PART payload. Raises SnapshotError unless the state is what the schema says."""
         if not isinstance(value, dict) or value.keys() != {"schema", "state"}:
             raise SnapshotError("not an object of exactly schema and state")
         schema, state = value["schema"], value["state"]
@@ -165,19 +166,8 @@ class Part:
             raise SnapshotError("schema name and doc are not text")
         if type(version) is not int or version < 1:
             raise SnapshotError("schema version is not a positive integer")
-        if not isinstance(fields, list):
-            raise SnapshotError("schema fields are not a list")
-        names: list[str] = []
-        for field in fields:
-            if not isinstance(field, dict) or field.keys() != {"name", "type", "doc"}:
-                raise SnapshotError("schema field is not an object of exactly name, type and doc")
-            if not isinstance(field["name"], str) or not isinstance(field["doc"], str):
-                raise SnapshotError("schema field name and doc are not text")
-            names.append(field["name"])
-        if len(set(names)) != len(names):
-            raise SnapshotError("schema names a field twice")
-        if not isinstance(state, dict) or state.keys() != set(names):
-            raise SnapshotError("state is not an object of exactly the fields of the schema")
+        record(fields).decode(state, name)
+        assert isinstance(state, dict)
         return cls(name, schema, state)
 
 

@@ -58,7 +58,7 @@ from snapshot.container import (
 )
 from snapshot.errors import SnapshotError
 from snapshot.pages import present_extents
-from snapshot.schema import Json, declared, decode, schema_of
+from snapshot.schema import Json, declared, decode, schema_of, without_docs
 
 __all__ = ["Part", "RamImage", "Reader", "decode_part"]
 
@@ -87,11 +87,13 @@ class Reader:
     """An opened snapshot, wholly checked but for the contents of RAM."""
 
     identity: bytes
+    minor: int
     parts: dict[str, Part]
     parent: Parent | None  # whose RAM this one's blocks replace
     rams: tuple[RamImage, ...]
     meta: Json
     extras: tuple[Extra, ...]  # optional chunks this program does not know, for a rewrite
+    meta_at: int  # how many of them come before META
 
     def __init__(self, path: Path, *, max_ram: int = 1 << 40) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: it may be a FIFO
@@ -106,6 +108,14 @@ class Reader:
         assert image.places is None, "a packed region cannot be mapped"
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(self._fd, image.size, mmap.MAP_PRIVATE, protection, offset=image.file_offset)
+
+    def entries(self, image: RamImage) -> list[tuple[int, int, bytes]]:
+        """(number, stored length or 0 when raw, digest) of each present block."""
+        places = image.places or {}
+        return [(number, places.get(number, (0, 0))[1], digest) for number, digest in image.blocks.items()]
+
+    def fileno(self) -> int:
+        return self._fd
 
     def block(self, image: RamImage, number: int) -> bytes:
         """The bytes of a present block, as stored: not compared with its digest. Raises SnapshotError."""
@@ -168,6 +178,7 @@ class Reader:
         rams: list[RamImage] = []
         extras: list[Extra] = []
         self.meta = self.parent = None
+        self.meta_at = 0
         for chunk in chunks:
             if chunk.kind == RAMD:
                 data = chunk
@@ -189,7 +200,7 @@ class Reader:
                     elif chunk.kind == BASE:
                         self.parent = Parent.from_json(value)
                     else:
-                        self.meta = value
+                        self.meta, self.meta_at = value, len(extras)
                 except SnapshotError as error:
                     self._fault(chunk, str(error))
         self.parts, self.rams, self.extras = parts, tuple(rams), tuple(extras)
@@ -197,7 +208,7 @@ class Reader:
     def _load_structure(self) -> list[Chunk]:
         """Every chunk before END, all headers, padding, order and sizes checked. Reads no payload but END's."""
         header = self._read(0, FILE_HEADER.size, "offset 0x0, file header")
-        magic, major, _minor, reserved = FILE_HEADER.unpack(header)
+        magic, major, self.minor, reserved = FILE_HEADER.unpack(header)
         if magic != MAGIC:
             self._fault("offset 0x0, file header", "not an anyhyve snapshot (bad magic)")
         if major != MAJOR:
@@ -340,17 +351,11 @@ def _first_difference(known: dict[str, Json], found: dict[str, Json]) -> str | N
     ours, theirs = known["fields"], found["fields"]
     assert isinstance(ours, list) and isinstance(theirs, list)
     for our, their in zip_longest(ours, theirs):
-        if _without_docs(our) != _without_docs(their):
+        if without_docs(our) != without_docs(their):
             field = their or our
             assert isinstance(field, dict)
             return str(field["name"])
     return None
-
-
-def _without_docs(value: Json) -> Json:
-    if isinstance(value, dict):
-        return {key: _without_docs(item) for key, item in value.items() if key != "doc"}
-    return [_without_docs(item) for item in value] if isinstance(value, list) else value
 
 
 def _rank(chunk: Chunk) -> int:

@@ -258,6 +258,7 @@ class Schema:
 _SCHEMAS: dict[type, Schema] = {}
 _BY_NAME: dict[tuple[str, int], type] = {}
 _UPGRADES: dict[type, Callable[[Any], Any]] = {}
+_DOWNGRADES: dict[type, Callable[[Any], Any]] = {}
 
 C = TypeVar("C", bound=type)
 
@@ -290,16 +291,68 @@ U = TypeVar("U", bound=Callable[[Any], Any])
 
 def upgrade(function: U) -> U:
     """Register `function(old: StateV1) -> StateV2`, found by its annotation, as the way to the next version."""
+    source, target = _step(function)
+    old, new = _SCHEMAS[source], _SCHEMAS[target]
+    if source in _UPGRADES or old.name != new.name or old.version >= new.version:  # so a chain of upgrades ends
+        raise TypeError(f"{function.__name__}: not the one upgrade from an older version of {new.name}")
+    _UPGRADES[source] = function
+    return function
+
+
+def downgrade(function: U) -> U:
+    """Register `function(new: StateV2) -> StateV1` as the way back, for writing what an older release reads. It raises
+    SnapshotError, naming the field, for what the older version cannot say."""
+    source, target = _step(function)
+    new, old = _SCHEMAS[source], _SCHEMAS[target]
+    if source in _DOWNGRADES or old.name != new.name or old.version >= new.version:
+        raise TypeError(f"{function.__name__}: not the one downgrade from a newer version of {old.name}")
+    _DOWNGRADES[source] = function
+    return function
+
+
+def _step(function: Callable[[Any], Any]) -> tuple[type, type]:
     hints = get_type_hints(function)
     target = hints.pop("return")
     (source,) = hints.values()
-    if source not in _SCHEMAS or target not in _SCHEMAS or source in _UPGRADES:
-        raise TypeError(f"{function.__name__}: not the one upgrade from a declared state to another")
-    old, new = _SCHEMAS[source], _SCHEMAS[target]
-    if old.name != new.name or old.version >= new.version:  # so a chain of upgrades ends
-        raise TypeError(f"{function.__name__}: not from an older version of {new.name}")
-    _UPGRADES[source] = function
-    return function
+    if source not in _SCHEMAS or target not in _SCHEMAS:
+        raise TypeError(f"{function.__name__}: not from a declared state to another")
+    return source, target
+
+
+def upgrades() -> list[tuple[str, int, int]]:
+    """(name, from, to) of each registered upgrade."""
+    return _steps(_UPGRADES)
+
+
+def downgrades() -> list[tuple[str, int, int]]:
+    """(name, from, to) of each registered downgrade."""
+    return _steps(_DOWNGRADES)
+
+
+def _steps(functions: Mapping[type, Callable[[Any], Any]]) -> list[tuple[str, int, int]]:
+    pairs = [(_SCHEMAS[source], _SCHEMAS[_step(function)[1]]) for source, function in functions.items()]
+    return sorted((old.name, old.version, new.version) for old, new in pairs)
+
+
+def lower(value: Any, version: int) -> Any:
+    """`value` as a state of an older `version` of its name. Raises SnapshotError when no way leads there."""
+    name = schema_of(type(value)).name
+    while (found := schema_of(type(value)).version) > version:
+        step = _DOWNGRADES.get(type(value))
+        if step is None:
+            raise SnapshotError(f"{name}: no downgrade from version {found} to version {version}")
+        value = step(value)
+        StructType(type(value)).encode(value, name)
+    if found != version:
+        raise SnapshotError(f"{name}: version {version} is not among those a downgrade leads to")
+    return value
+
+
+def without_docs(value: Json) -> Json:
+    """A schema, or a part of one, without its doc lines: what a released version promises."""
+    if isinstance(value, dict):
+        return {key: without_docs(item) for key, item in value.items() if key != "doc"}
+    return [without_docs(item) for item in value] if isinstance(value, list) else value
 
 
 def _type_of(hint: Any, where: str) -> tuple[Type, str]:

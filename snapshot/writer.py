@@ -67,10 +67,12 @@ from snapshot.container import (
     good_name,
 )
 from snapshot.errors import SnapshotError
+from snapshot.pages import present_extents
 from snapshot.schema import Json, encode, schema_of
 
 _ZEROS = bytes(BLOCK)
 _PACK = zstandard.ZstdCompressor(level=3)
+_COPY = 1 << 20
 _HASH_BLOCKS = 16  # read at a time when hashing
 
 
@@ -90,8 +92,9 @@ class _Image:
 class Writer:
     """Builds one snapshot file and puts it in place with commit()."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, minor: int = MINOR) -> None:
         self._path = Path(path)
+        self._minor = minor
         self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}-{secrets.token_hex(8)}")
         self._chunks: list[Chunk] = []
         self._images: list[_Image] = []
@@ -163,6 +166,21 @@ class Writer:
         self._images.append(_Image(data, len(self._chunks), base, size, codec, blocks, known))
         self._add(RAMI, name, INDEX.size + ENTRY.size * len(blocks))
 
+    def stored_ram(
+        self, name: str, base: int, size: int, packed: bool, entries: list[tuple[int, int, bytes]], fd: int, offset: int
+    ) -> None:
+        """Write a region as it is stored at `offset` of another file: `entries` are (number, stored length, digest)."""
+        length = sum(stored for _, stored, _ in entries) if packed else size
+        data = self._add(RAMD, name, length)
+        self._pwrite(data.pack(), data.offset)
+        for start, end in present_extents(fd, length, offset):
+            for at in range(start, end, _COPY):
+                self._pwrite(os.pread(fd, min(_COPY, end - at), offset + at), data.payload + at)
+        known = {number: (stored, digest) for number, stored, digest in entries}
+        codec = CODEC_ZSTD if packed else CODEC_RAW
+        self._images.append(_Image(data, len(self._chunks), base, size, codec, list(known), known))
+        self._add(RAMI, name, INDEX.size + ENTRY.size * len(known))
+
     def meta(self, value: Json) -> None:
         """Write free information for people, which a restore does not look at."""
         self._write_chunk(META, NAMES[META], canon.encode(value), flags=OPTIONAL)
@@ -177,7 +195,7 @@ class Writer:
         assert self._open and self._chunks, "nothing to commit"
         for image in self._images:
             self._write_index(image)
-        header = FILE_HEADER.pack(MAGIC, MAJOR, MINOR, b"")
+        header = FILE_HEADER.pack(MAGIC, MAJOR, self._minor, b"")
         seal = blake3(header)
         for chunk in self._chunks:
             seal.update(chunk.pack())

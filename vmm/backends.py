@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from vmm.clock import GuestClock
-from vmm.cpu import Cpu, Intr, IoBus
+from vmm.cpu import Cpu, CpuState, Intr, IoBus
 from vmm.errors import BackendError
 from vmm.ram import Ram
 
-Factory = Callable[[Ram, IoBus, Intr, GuestClock], Cpu]
+
+class Factory(Protocol):
+    """A backend's CPU class."""
+
+    def __call__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> Cpu: ...
+    def refusal(self, state: CpuState) -> str | None: ...
+
 
 # name -> (module, class); None where a backend is planned and not there yet
 BACKENDS: dict[str, tuple[str, str] | None] = {

@@ -17,14 +17,14 @@ from typing import Any
 
 import click
 from rich.console import Console as Rich
-from rich.markup import escape
 from rich.table import Table
 
 from snapshot.errors import SnapshotError
-from vmm import backends
+from vmm import backends, releases
 from vmm.boot import Image
 from vmm.errors import BackendError, GuestError
 from vmm.machine import DEFAULT_EPOCH_NS, Fault, Machine, MachineConfig, Stop, Stopped
+from vmm.snapshot_cli import snapshot
 from vmm.terminal import Terminal
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -62,6 +62,9 @@ class Goal:
     until: str | None
     at: int | None
     save: Path | None
+    pack: bool
+    parent: Path | None
+    for_version: str | None
     pace: str | None
     as_json: bool
 
@@ -73,6 +76,10 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--at", type=click.IntRange(0), metavar="POSITION",
                          help="Stop at this many bytes of code executed."),
             click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Save when the run stops."),
+            click.option("--pack", is_flag=True, help="Pack the RAM of what is saved with zstd."),
+            click.option("--parent", type=click.Path(path_type=Path),
+                         help="Save only what differs from this snapshot, in the same folder."),
+            click.option("--for-version", metavar="RELEASE", help="Save what this older release can wake."),
             click.option("--pace", type=click.Choice(["real", "max"]),
                          help="Guest time: as the clock on the wall, or as fast as it can. "
                               "[default: real at a terminal, else max]"),
@@ -149,6 +156,9 @@ def _config(**values: Any) -> MachineConfig:
 
 def _drive(machine: Machine, goal: Goal) -> int:
     """Run to the goal, save, report. The exit status."""
+    versions = None if goal.for_version is None else releases.versions(goal.for_version)
+    if goal.save is not None:
+        machine.can_save(goal.save, goal.parent)  # said now, not after an hour's run
     terminal = None if goal.as_json else Terminal(machine, goal.save)
     interactive = terminal is not None and terminal.interactive
     machine.pace_real = goal.pace == "real" or (goal.pace is None and interactive)
@@ -160,7 +170,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
             stop = machine.run(position=goal.at, until=goal.until)
     wall = time.perf_counter() - started
     if goal.save is not None and isinstance(stop, Stopped) and stop.reason != "quit":
-        machine.save(goal.save)
+        machine.save(goal.save, packed=goal.pack, parent=goal.parent, versions=versions)
     if goal.as_json:
         click.echo(json.dumps(report(machine, stop, wall)))
     else:
@@ -204,51 +214,7 @@ def status(stop: Stop, goal: Goal) -> int:
             return 3 if goal.until is not None or goal.at is not None else 0
 
 
-@main.group()
-def snapshot() -> None:
-    """Look into saved machines."""
-
-
-@snapshot.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
-def show(file: Path, as_json: bool) -> None:
-    """Every field of a snapshot, by the schema in the file."""
-    from snapshot.reader import Reader
-
-    with Reader(file) as reader:
-        if as_json:
-            click.echo(json.dumps({
-                "parts": {n: {"schema": p.schema, "state": p.state} for n, p in reader.parts.items()},
-                "ram": [{"name": r.name, "base": r.base, "size": r.size, "blocks": len(r.blocks)} for r in reader.rams],
-            }))  # fmt: skip
-            return
-        rich = Rich()
-        for name, part in reader.parts.items():
-            title = f"{name}  ({part.schema['name']} version {part.schema['version']})"
-            table = Table("field", "value", "meaning", title=escape(title), title_justify="left")
-            fields: Any = part.schema["fields"]
-            for field in fields:
-                value = part.state[field["name"]]
-                text = f"{value:#x}" if type(value) is int and value > 9 else json.dumps(value)
-                text = text if len(text) < 400 else text[:400] + "…"
-                table.add_row(*map(escape, (field["name"], text, field["doc"])))
-            rich.print(table)
-        for image in reader.rams:
-            rich.print(
-                f"{escape(image.name)}: {image.size >> 10} KiB at {image.base:#x}, {len(image.blocks)} blocks stored"
-            )
-
-
-@snapshot.command()
-@click.argument("file", type=click.Path(path_type=Path))
-def verify(file: Path) -> None:
-    """Check the whole file, RAM included."""
-    from snapshot.reader import Reader
-
-    with Reader(file) as reader:
-        reader.verify_ram()
-        click.echo(f"{file}: good; {len(reader.parts)} parts, {sum(len(r.blocks) for r in reader.rams)} RAM blocks")
+main.add_command(snapshot)
 
 
 @main.group()

@@ -198,6 +198,8 @@ class Cpu(Protocol):
     def stop_at(self, position: int | None) -> None: ...  # run() returns Reached at the first boundary not before it
     def save(self) -> CpuState: ...  # architectural state, no backend's layout
     def load(self, state: CpuState) -> None: ...
+    @staticmethod
+    def refusal(state: CpuState) -> str | None: ...  # why load() would refuse it, naming the field; None: it would not
     def discard_code(self, start: int, end: int) -> None: ...  # RAM behind these addresses was changed by the host
     def exits(self) -> dict[str, int]: ...  # how often it left the guest's code, by reason
     def close(self) -> None: ...

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, assert_never
@@ -24,7 +24,7 @@ from snapshot.chain import Chain
 from snapshot.container import Parent
 from snapshot.errors import SnapshotError
 from snapshot.reader import Part, decode_part
-from snapshot.schema import OneOf, Range, encode, state, u64
+from snapshot.schema import OneOf, Range, encode, lower, schema_of, state, u64
 from snapshot.writer import Writer
 from vmm import backends, cpu_model
 from vmm.board import SLOTS, Board, BoardState
@@ -110,12 +110,19 @@ class Machine:
         default as much as the host has. Raises SnapshotError or BackendError."""
         with Chain(path, max_ram=host_memory() if max_memory is None else max_memory) as chain:
             saved = _Saved.decode(chain)
+            _admit(saved, backend)
             if verify:
                 chain.verify_ram()
             regions = _map(chain)
         machine = cls(saved.config, backend, Ram(regions))
         machine._assign(saved)
         return machine
+
+    @staticmethod
+    def check(path: Path, backend: str = "emu", *, max_memory: int | None = None) -> None:
+        """Raises what `restore` would raise, SnapshotError or BackendError, and makes nothing."""
+        with Chain(path, max_ram=host_memory() if max_memory is None else max_memory) as chain:
+            _admit(_Saved.decode(chain), backend)
 
     def _start(self, image: Image) -> None:
         below = min(self.config.memory_bytes, self.ram.regions[0].size)
@@ -256,17 +263,38 @@ class Machine:
             **{name: device.state for name, device in self.board.devices.items()},
         }
 
-    def save(self, path: Path, *, packed: bool = False, parent: Path | None = None) -> None:
+    def can_save(self, path: Path, parent: Path | None = None) -> None:
+        """Raises what `save` would raise as far as it can be told now: SnapshotError, BackendError."""
+        if not path.parent.is_dir():
+            raise BackendError(f"cannot save to {path}: {path.parent} is not a folder")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise BackendError(f"cannot save to {path}: {'it is a folder' if path.is_dir() else 'permission denied'}")
+        if parent is not None:
+            Chain.for_child(parent, path, self._layout()).close()
+
+    def _layout(self) -> list[tuple[str, int, int]]:
+        return [(region.name, region.base, region.size) for region in self.ram.regions]
+
+    def save(
+        self,
+        path: Path,
+        *,
+        packed: bool = False,
+        parent: Path | None = None,
+        versions: Mapping[str, int] | None = None,
+    ) -> None:
         """Write a snapshot; `path` is replaced only by a whole new one. `packed` packs RAM with zstd. With `parent`, a
-        snapshot in the same folder, only the blocks of RAM that differ from its are written. Raises SnapshotError for a
-        parent that cannot be one, BackendError when the host cannot write; the machine is unchanged either way."""
+        snapshot in the same folder, only the blocks of RAM that differ from its are written. `versions` (by state name)
+        writes what an older release reads. Raises SnapshotError for a parent that cannot be one or a state an older
+        version cannot say, BackendError when the host cannot write; the machine is unchanged either way."""
         parts = self.parts()
+        if versions is not None:
+            parts = {name: lower(value, versions.get(schema_of(type(value)).name, 0)) for name, value in parts.items()}
         known: list[dict[int, bytes]] = []
         identity = b""
         if parent is not None:
-            layout = [(region.name, region.base, region.size) for region in self.ram.regions]
-            with Chain.for_child(parent, path, layout) as chain:
-                known = [chain.digests(i) for i in range(len(layout))]
+            with Chain.for_child(parent, path, self._layout()) as chain:
+                known = [chain.digests(i) for i in range(len(chain.rams))]
                 identity = chain.identity
         try:
             with Writer(path) as writer:
@@ -363,6 +391,12 @@ class _Saved:
         if found != wanted:
             raise SnapshotError("the RAM in the snapshot is not laid out as its config says")
         return saved
+
+
+def _admit(saved: _Saved, backend: str) -> None:
+    """Raises BackendError when the backend is not here or cannot take the CPU's state."""
+    if (why := backends.factory(backend).refusal(saved.cpu)) is not None:
+        raise BackendError(why)
 
 
 def _map(chain: Chain) -> list[Region]:

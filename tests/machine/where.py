@@ -7,30 +7,13 @@ from collections.abc import Callable
 import capstone
 
 from vmm.machine import Machine, Stopped
-
-_PRESENT, _LARGE = 0x01, 0x80
-_ADDRESS = 0x000F_FFFF_FFFF_F000
-
-
-def physical(machine: Machine, address: int) -> int:
-    """Walk the 4-level page tables (SDM vol. 3, 4.5)."""
-    state = machine.cpu.save()
-    if not state.cr0 >> 31:
-        return address
-    table = state.cr3 & _ADDRESS
-    for shift in (39, 30, 21, 12):
-        entry = int.from_bytes(machine.ram.regions[0].view[table + (address >> shift & 511) * 8 :][:8], "little")
-        assert entry & _PRESENT, f"{address:#x} is not mapped"
-        if shift == 12 or (shift < 39 and entry & _LARGE):
-            return entry & _ADDRESS & -1 << shift | address & (1 << shift) - 1
-        table = entry & _ADDRESS
-    raise AssertionError
+from vmm.paging import read_virtual
 
 
 def instruction(machine: Machine) -> capstone.CsInsn:
-    """The one at RIP. May end early where it crosses a page."""
-    at = physical(machine, machine.cpu.save().rip)
-    code = bytes(machine.ram.regions[0].view[at : at + min(15, 4096 - at % 4096)])
+    """The one at RIP."""
+    state = machine.cpu.save()
+    code = read_virtual(state, lambda address, size: bytes(machine.ram.slice(address, size)), state.rip, 15)
     return next(capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64).disasm(code, 0))
 
 

@@ -1,0 +1,77 @@
+"""Make one snapshot of another: some state changed, a chain merged into one file, RAM put on another parent.
+
+What is not asked to change is kept to the byte, chunks this program does not know among it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from snapshot.chain import Chain
+from snapshot.container import Parent, Part
+from snapshot.reader import Reader
+from snapshot.writer import Writer
+
+
+def with_parts(source: Path, target: Path, parts: Mapping[str, Part]) -> None:
+    """Copy `source`, some of its parts replaced; `target` may be `source`. Raises SnapshotError, OSError."""
+    with Reader(source) as reader, Writer(target, minor=reader.minor) as writer:
+        _parts(reader, writer, parts)
+        if reader.parent is not None:
+            writer.base(reader.parent)
+        for image in reader.rams:
+            packed = image.places is not None
+            entries = reader.entries(image)
+            writer.stored_ram(image.name, image.base, image.size, packed, entries, reader.fileno(), image.file_offset)
+        optional(reader, writer)
+        writer.commit()
+
+
+def merge(source: Path, target: Path, *, packed: bool = False) -> None:
+    """A snapshot that stands alone, of a chain. Raises SnapshotError, OSError."""
+    _with_ram(source, target, None, packed)
+
+
+def rebase(source: Path, parent: Path, target: Path, *, packed: bool = False) -> None:
+    """`source` as a difference to `parent`, which lies in the folder of `target`. Raises SnapshotError, OSError."""
+    _with_ram(source, target, parent, packed)
+
+
+def _with_ram(source: Path, target: Path, parent: Path | None, packed: bool) -> None:
+    with ExitStack() as stack:
+        chain = stack.enter_context(Chain(source))
+        chain.verify_ram()  # its digests are about to be made anew: damage must not become good
+        base = None
+        if parent is not None:
+            layout = [(image.name, image.base, image.size) for image in chain.rams]
+            base = stack.enter_context(Chain.for_child(parent, target, layout))
+        leaf = chain.readers[0]
+        writer = stack.enter_context(Writer(target, minor=leaf.minor))
+        _parts(leaf, writer, {})
+        if base is not None and parent is not None:
+            writer.base(Parent(base.identity, parent.name))
+        for i, image in enumerate(chain.rams):
+            known = None if base is None else base.digests(i)
+            extents = [image.span(number) for number in chain.digests(i)]
+            with chain.map_ram(i) as memory, memoryview(memory) as view:
+                writer.ram(image.name, image.base, view, extents, packed=packed, parent=known)
+        optional(leaf, writer)
+        writer.commit()
+
+
+def _parts(reader: Reader, writer: Writer, changed: Mapping[str, Part]) -> None:
+    for name, part in reader.parts.items():
+        part = changed.get(name, part)
+        writer.raw_part(name, part.schema, part.state)
+
+
+def optional(reader: Reader, writer: Writer) -> None:
+    """META and unknown optional chunks, in their order."""
+    for i, extra in enumerate(reader.extras):
+        if i == reader.meta_at and reader.meta is not None:
+            writer.meta(reader.meta)
+        writer.extra(extra)
+    if reader.meta_at == len(reader.extras) and reader.meta is not None:
+        writer.meta(reader.meta)

@@ -1,0 +1,230 @@
+"""`anyhyve snapshot`: look into saved machines, compare them, take them apart, change them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import capstone
+import click
+from rich.console import Console as Rich
+from rich.markup import escape
+from rich.table import Table
+
+from snapshot import diff as differences
+from snapshot import edit as editing
+from snapshot import lock, rewrite
+from snapshot import unpack as unpacking
+from snapshot.chain import Chain
+from snapshot.container import BLOCK, Part
+from snapshot.errors import SnapshotError
+from snapshot.reader import decode_part
+from snapshot.schema import Json
+from vmm.cpu import CpuState
+from vmm.machine import Machine
+from vmm.paging import code_bits, read_virtual
+from vmm.symbols import Symbols
+
+_FILE = click.Path(path_type=Path)
+_JSON = click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
+
+
+@click.group()
+def snapshot() -> None:
+    """Look into saved machines."""
+
+
+@snapshot.command()
+@click.argument("file", type=_FILE)
+@_JSON
+def show(file: Path, as_json: bool) -> None:
+    """Every field of a snapshot, by the schema in the file, and the code at RIP."""
+    with Chain(file) as chain:
+        code = _code(chain)
+        if as_json:
+            click.echo(json.dumps(_tree(chain, code)))
+            return
+        rich = Rich()
+        for name, part in chain.parts.items():
+            rich.print(_table(name, part))
+        for i, image in enumerate(chain.rams):
+            stored = "packed" if image.places is not None else "raw"
+            blocks = f"{len(chain.digests(i))} blocks of {BLOCK >> 10} KiB, {len(image.blocks)} of them here, {stored}"
+            rich.print(f"{image.name}: {image.size >> 10} KiB at {image.base:#x}, {blocks}")
+        for reader in chain.readers[1:]:
+            rich.print(f"on parent {reader.identity.hex()[:16]}")
+        if code:
+            rich.print("code at RIP:")
+            for line in code:
+                rich.print("  " + escape(line))
+
+
+def _tree(chain: Chain, code: list[str]) -> dict[str, Any]:
+    leaf = chain.readers[0]
+    return {
+        "identity": chain.identity.hex(),
+        "parent": None if leaf.parent is None else leaf.parent.to_json(),
+        "parts": {name: {"schema": part.schema, "state": part.state} for name, part in chain.parts.items()},
+        "ram": [
+            {"name": r.name, "base": r.base, "size": r.size, "blocks": len(r.blocks), "packed": r.places is not None}
+            for r in chain.rams
+        ],
+        "meta": chain.meta,
+        "code": code,
+    }
+
+
+def _table(name: str, part: Part) -> Table:
+    title = f"{name}  ({part.schema['name']} version {part.schema['version']})"
+    table = Table("field", "value", "meaning", title=escape(title), title_justify="left")
+    fields: Any = part.schema["fields"]
+    for field in fields:
+        text = _value(part.state[field["name"]])
+        text = text if len(text) < 400 else text[:400] + "…"
+        table.add_row(*map(escape, (field["name"], text, field["doc"])))
+    return table
+
+
+def _value(value: Json) -> str:
+    return f"{value:#x}" if type(value) is int and value > 9 else json.dumps(value)
+
+
+def _code(chain: Chain, count: int = 6) -> list[str]:
+    """The next instructions of CPU 0; none where it is not the CPU we know, or its code is not in RAM."""
+    try:
+        state: CpuState = decode_part(chain.parts["cpu.0"], CpuState)
+    except (KeyError, SnapshotError):
+        return []
+
+    def read(address: int, size: int) -> bytes:
+        for i, image in enumerate(chain.rams):
+            at = address - image.base
+            if 0 <= at < image.size:
+                block = chain.block(i, at // BLOCK)
+                return block[at % BLOCK : at % BLOCK + size]
+        return b""
+
+    modes = {64: capstone.CS_MODE_64, 32: capstone.CS_MODE_32, 16: capstone.CS_MODE_16}
+    bits = code_bits(state)
+    start = state.rip if bits == 64 else state.cs.base + state.rip
+    engine = capstone.Cs(capstone.CS_ARCH_X86, modes[bits])
+    code = read_virtual(state, read, start, 15 * count)
+    return [f"{i.address:#x}: {i.mnemonic} {i.op_str}".rstrip() for i in engine.disasm(code, state.rip, count)]
+
+
+@snapshot.command()
+@click.argument("file", type=_FILE)
+def verify(file: Path) -> None:
+    """Check a whole snapshot, RAM and parents included."""
+    with Chain(file) as chain:
+        chain.verify_ram()
+        blocks = sum(len(chain.digests(i)) for i in range(len(chain.rams)))
+        parents = f"; on {len(chain.readers) - 1} parents, good too" if len(chain.readers) > 1 else ""
+        click.echo(f"{file}: good; {len(chain.parts)} parts, {blocks} RAM blocks{parents}")
+
+
+@snapshot.command()
+@click.argument("file", type=_FILE)
+@click.option("--backend", default="emu", show_default=True, help="Which CPU: emu or kvm.")
+def check(file: Path, backend: str) -> None:
+    """Say whether a snapshot will load here, and if not why. Nothing is made or changed."""
+    Machine.check(file, backend)
+    click.echo(f"{file}: will load on {backend}")
+
+
+@snapshot.command()
+@click.argument("first", type=_FILE)
+@click.argument("second", type=_FILE)
+@click.option("--symbols", type=_FILE, help="The kernel's System.map, to name what lies where in RAM.")
+@_JSON
+def diff(first: Path, second: Path, symbols: Path | None, as_json: bool) -> None:
+    """What differs: state by field name, RAM by runs of pages. Exit status 1 when something does."""
+    names = Symbols.load(symbols) if symbols is not None else Symbols([])
+    with Chain(first) as a, Chain(second) as b:
+        states, runs = list(differences.state(a, b)), list(differences.ram(a, b))
+    if as_json:
+        click.echo(json.dumps({
+            "state": [vars(d) for d in states],
+            "ram": [{**vars(run), "symbol": names.at(run.at)} for run in runs],
+        }))  # fmt: skip
+    else:
+        for d in states:
+            field = f"{d.part}.{d.field}" if d.field else d.part
+            click.echo(f"{field}: {_value(d.first)} -> {_value(d.second)}")
+        for run in runs:
+            pages = (run.end - run.start) // 4096
+            where = names.at(run.at)
+            click.echo(f"{run.region}: {pages} page{'s' if pages > 1 else ''} at {run.start:#x}, first byte {run.at:#x}"
+                       + (f" ({where})" if where else ""))  # fmt: skip
+    sys.exit(1 if states or runs else 0)
+
+
+@snapshot.command()
+@click.argument("file", type=_FILE)
+@click.argument("folder", type=_FILE)
+def unpack(file: Path, folder: Path) -> None:
+    """Take a snapshot apart: all state as text."""
+    unpacking.unpack(file, folder)
+
+
+@snapshot.command()
+@click.argument("folder", type=_FILE)
+@click.argument("file", type=_FILE)
+def pack(folder: Path, file: Path) -> None:
+    """Make a snapshot of what `unpack` wrote, byte for byte the same if nothing was changed."""
+    unpacking.pack(folder, file)
+
+
+@snapshot.command()
+@click.argument("file", type=_FILE)
+@click.option("--set", "assignments", multiple=True, required=True, metavar="PART.FIELD=VALUE", help="May be repeated.")
+@click.option("--out", type=_FILE, help="Write here; by default FILE is replaced.")
+def edit(file: Path, assignments: tuple[str, ...], out: Path | None) -> None:
+    """Change fields, such as --set com1.lcr=0x83, checked against the schema in the file."""
+    with Chain(file) as chain:
+        parts = dict(chain.parts)
+    for assignment in assignments:
+        part = editing.set_field(parts, assignment)
+        parts[part.name] = part
+    rewrite.with_parts(file, out or file, parts)
+
+
+_PACK = click.option("--pack", "packed", is_flag=True, help="Pack RAM with zstd.")
+
+
+@snapshot.command()
+@click.argument("file", type=_FILE)
+@click.argument("out", type=_FILE)
+@_PACK
+def merge(file: Path, out: Path, packed: bool) -> None:
+    """A snapshot that stands alone, of one that stands on parents."""
+    rewrite.merge(file, out, packed=packed)
+
+
+@snapshot.command()
+@click.argument("file", type=_FILE)
+@click.argument("out", type=_FILE)
+@click.option("--parent", required=True, type=_FILE, help="In the folder of OUT.")
+@_PACK
+def rebase(file: Path, out: Path, parent: Path, packed: bool) -> None:
+    """The same machine as a difference to another snapshot."""
+    rewrite.rebase(file, parent, out, packed=packed)
+
+
+@snapshot.command()
+def schemas() -> None:
+    """Print the schemas of this version, as one JSON object."""
+    click.echo(json.dumps(lock.dump(), indent=1))
+
+
+@snapshot.command("check-schemas")
+@click.argument("old", type=_FILE)
+@click.argument("new", type=_FILE)
+def check_schemas(old: Path, new: Path) -> None:
+    """Compare two dumps of schemas; name each change that would orphan a snapshot. Exit status 1 if there is one."""
+    complaints = lock.complaints(lock.load(old), lock.load(new))
+    for complaint in complaints:
+        click.echo(complaint)
+    sys.exit(1 if complaints else 0)
