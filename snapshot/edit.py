@@ -18,6 +18,7 @@ def set_field(parts: Mapping[str, Part], assignment: str) -> Part:
     """The part that `PART.FIELD=VALUE` changes, changed; FIELD may go on with .NAME or [INDEX]. Raises SnapshotError,
     naming the part or field that is not there or what its type refuses."""
     path, equals, text = assignment.partition("=")
+    path = path.strip()
     name = next((n for n in sorted(parts, key=len, reverse=True) if path.startswith(n + ".")), None)
     if not equals or name is None:
         raise SnapshotError(f"{assignment!r} is not PART.FIELD=VALUE with one of {', '.join(parts)}")

@@ -267,8 +267,8 @@ class Machine:
         """Raises what `save` would raise as far as it can be told now: SnapshotError, BackendError."""
         if not path.parent.is_dir():
             raise BackendError(f"cannot save to {path}: {path.parent} is not a folder")
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise BackendError(f"cannot save to {path}: {'it is a folder' if path.is_dir() else 'permission denied'}")
+        if not os.access(path.parent, os.W_OK):
+            raise BackendError(f"cannot save to {path}: permission denied")
         if parent is not None:
             Chain.for_child(parent, path, self._layout()).close()
 

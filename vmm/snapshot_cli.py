@@ -48,7 +48,8 @@ def show(file: Path, as_json: bool) -> None:
             return
         rich = Rich()
         for name, part in chain.parts.items():
-            rich.print(_table(name, part))
+            rich.print(escape(f"{name}  ({part.schema['name']} version {part.schema['version']})"), soft_wrap=True)
+            rich.print(_table(part))
         for i, image in enumerate(chain.rams):
             stored = "packed" if image.places is not None else "raw"
             blocks = f"{len(chain.digests(i))} blocks of {BLOCK >> 10} KiB, {len(image.blocks)} of them here, {stored}"
@@ -76,9 +77,8 @@ def _tree(chain: Chain, code: list[str]) -> dict[str, Any]:
     }
 
 
-def _table(name: str, part: Part) -> Table:
-    title = f"{name}  ({part.schema['name']} version {part.schema['version']})"
-    table = Table("field", "value", "meaning", title=escape(title), title_justify="left")
+def _table(part: Part) -> Table:
+    table = Table("field", "value", "meaning")
     fields: Any = part.schema["fields"]
     for field in fields:
         text = _value(part.state[field["name"]])
