@@ -73,7 +73,7 @@ def test_an_unversioned_change_is_found():
 
 
 def test_a_release_there_is_not():
-    with pytest.raises(BackendError, match="there is no release '9.9.9'"):
+    with pytest.raises(BackendError, match="there is no release"):
         releases.versions("9.9.9")
 
 
