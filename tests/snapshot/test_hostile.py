@@ -1,0 +1,90 @@
+"""Hostile files, in a process of their own: a crash of the engine would otherwise take the tests with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from snapshot.errors import SnapshotError
+from snapshot.reader import Reader
+from tests.snapshot.hostile import File, Raw, originals
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(module: str, *arguments: object, folder: Path, timeout: int) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def hostile(count: int, seed: int, folder: Path, timeout: int) -> dict[str, int]:
+    report = json.loads(run("tests.snapshot.hostile", count, seed, folder=folder, timeout=timeout))
+    assert report["files"] == count == sum(report["outcomes"].values())
+    assert report["grown_kib"] < 64 << 10
+    return report["outcomes"]
+
+
+def test_mutated_files_are_refused_or_run(tmp_path):
+    outcomes = hostile(1500, 1, tmp_path, timeout=300)
+    # the mutations reach every depth
+    assert outcomes["structure: ran"] > 50 and outcomes["structure: refused by the machine"] > 10
+    assert outcomes["structure: refused"] > 200 and outcomes["bytes: refused"] > 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_two_hundred_thousand_mutated_files(tmp_path, seed):
+    hostile(25_000, 100 + seed, tmp_path, timeout=3000)
+
+
+def test_the_mutator_writes_what_it_read(tmp_path):
+    for file in originals(tmp_path):
+        assert File.parse(file.read_bytes()).build() == file.read_bytes()
+
+
+def test_a_crash_would_be_seen(tmp_path):
+    """Planted: the driver itself must not swallow what is neither a refusal nor a machine."""
+    script = "from tests.snapshot import hostile; hostile.Machine.restore = lambda *a, **k: 1 / 0; hostile.main(50, 1)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode != 0 and b"ZeroDivisionError" in done.stderr
+
+
+def test_nothing_is_created_from_a_file_that_is_bad_at_its_end(tmp_path, monkeypatch):
+    from vmm import ram
+    from vmm.machine import Machine
+
+    file = originals(tmp_path)[0]
+    whole = File.parse(file.read_bytes())
+    parts = [i for i, raw in enumerate(whole.chunks) if raw.kind == b"PART"]
+    last = whole.chunks[parts[-1]]
+    broken = Raw(**{**vars(last), "payload": last.payload.replace(b'"version":1', b'"version":9')})
+    chunks = [broken if i == parts[-1] else raw for i, raw in enumerate(whole.chunks)]
+    file.write_bytes(File(whole.header, chunks).build())
+    made: list[object] = []
+    monkeypatch.setattr(Reader, "map_ram", lambda *a: made.append(a))
+    monkeypatch.setattr(ram, "Ram", lambda *a: made.append(a))
+    monkeypatch.setattr(Machine, "__init__", lambda *a: made.append(a))
+    with pytest.raises(SnapshotError, match="version 9 is not known here"):
+        Machine.restore(file)
+    assert not made
+
+
+@pytest.mark.slow
+def test_coverage_guided(tmp_path):
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("no atheris here: pip install atheris")
+    report = run("tests.fuzz.fuzz_reader", "-runs=200000", "-max_total_time=120", "-rss_limit_mb=2048",
+                 folder=tmp_path, timeout=600)  # fmt: skip
+    assert "Done" in report and "ERROR" not in report
