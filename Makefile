@@ -21,7 +21,9 @@ demo: guest
 test: guest
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
+# Atheris, for fuzzing by coverage, has no build for every Python: where there is none the test says so.
 test-full: guest
+	-$(BIN)/pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: guest

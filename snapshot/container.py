@@ -164,6 +164,8 @@ class Part:
         version, fields = schema["version"], schema["fields"]
         if type(schema["name"]) is not str or type(schema["doc"]) is not str:
             raise SnapshotError("schema name and doc are not text")
+        if "\n" in schema["doc"] or "\r" in schema["doc"]:
+            raise SnapshotError("schema doc is more than one line")
         if type(version) is not int or version < 1:
             raise SnapshotError("schema version is not a positive integer")
         record(fields).decode(state, name)

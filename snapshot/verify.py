@@ -1,9 +1,14 @@
-"""Is this a good snapshot? Written from docs/snapshot-format.md alone; shares no code with reader or writer.
+"""Is a file a good snapshot? An independent reader, written from docs/snapshot-format.md alone.
+
+Source: docs/snapshot-format.md, version 1.0. Nothing is imported from this project, and nothing here is imported by the
+code that reads and writes snapshots: where this and they differ, one of the three is wrong.
 
     python -m snapshot.verify FILE
 
-Exit status 0: good. 1: bad; one line names the offset and the rule. 2: cannot tell, and why.
-A difference is checked with the chain of parents it stands on.
+Exit status 0: good. 1: not good; one line tells the offset and the rule. 2: cannot tell; one line tells why.
+
+Everything is checked, the RAM and the chain of parents too. What is held in memory at once is one JSON payload or one
+block of RAM; holes of the file are not read.
 """
 
 from __future__ import annotations
@@ -16,547 +21,593 @@ import stat
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
-
-MAGIC = b"\x89ANYHYVE\r\n\x1a\n"
-BLOCK, PAGE = 65536, 4096
-MAX_JSON, MAX_JSON_TOTAL, MAX_REGION = 1 << 20, 4 << 20, 1 << 40
-MAX_CHUNKS, MAX_CHAIN, MAX_DEPTH = 4096, 64, 32
-MAX_NUMBER_DIGITS = 20
-
-# kind -> (place in the order, optional flag, alignment, fixed name)
-KINDS: dict[bytes, tuple[int, int, int, str | None]] = {
-    b"PART": (1, 0, 16, None),
-    b"BASE": (2, 0, 16, "parent"),
-    b"RAMD": (3, 0, PAGE, None),
-    b"RAMI": (3, 0, 16, None),
-    b"META": (4, 1, 16, "meta"),
-    b"END ": (5, 0, 16, ""),
-}
-_NEVER_OPTIONAL = (b"PART", b"BASE", b"RAMD", b"RAMI", b"END ")
-
-
-class BadError(Exception):
-    """The file breaks a rule."""
-
-
-class CannotTellError(Exception):
-    """Something that is needed to know is not here."""
-
+from typing import Any
 
 try:
     import zstandard
     from blake3 import blake3
-except ImportError as missing:  # pragma: no cover - said in words when it is used
-    _missing: ImportError | None = missing
-else:
-    _missing = None
+except ImportError as missing:
+    if __name__ != "__main__":
+        raise
+    print(f"verify: {missing}", file=sys.stderr)
+    sys.exit(2)
+
+MAGIC = b"\x89ANYHYVE\r\n\x1a\n"
+HEADER = struct.Struct("<4sHHIIQ32s32sQ")
+INDEX, ENTRY, END = struct.Struct("<QQIIQ"), struct.Struct("<II32s"), struct.Struct("<QQ32s")
+PAGE, BLOCK, REGION = 4096, 65536, 1 << 40
+CHUNKS, FILES, DEPTH = 4096, 64, 32
+PAYLOAD, PAYLOADS = 1 << 20, 1 << 22
+PIECE = 8192 * ENTRY.size  # what is read at once of anything long; whole entries of an index
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # of a frame with content; skippable frames have others
+
+KINDS: dict[bytes, tuple[int, int, bytes | None]] = {  # of version 1: flags, alignment, name when there is but one
+    b"PART": (0, 16, None),
+    b"BASE": (0, 16, b"parent"),
+    b"RAMD": (0, PAGE, None),
+    b"RAMI": (0, 16, None),
+    b"META": (1, 16, b"meta"),
+    b"END ": (0, 16, b""),
+}
+LIMITS = {b"RAMD": REGION, b"RAMI": INDEX.size + REGION // BLOCK * ENTRY.size, b"END ": END.size}  # others: PAYLOAD
+STAGES = {b"PART": 0, b"BASE": 1, b"RAMD": 2, b"RAMI": 2, b"END ": 4}  # optional chunks: 3
 
 
-@dataclass
+class Bad(Exception):
+    """The file breaks a rule of the page."""
+
+    def __init__(self, offset: int, rule: str) -> None:
+        super().__init__(f"offset {offset:#x}: {rule}")
+
+
+class CannotTell(Exception):
+    """Nothing is known about the file: it, or a parent of it, cannot be read."""
+
+
+class _NotRegular(CannotTell):
+    pass
+
+
+@dataclass(frozen=True)
 class Region:
-    """One RAM region as its index gives it: entries are (number, stored length, digest)."""
-
     name: str
     base: int
     size: int
-    codec: int
-    data: int  # where the payload starts
-    entries: list[tuple[int, int, bytes]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Summary:
-    """What a good file holds."""
-
-    identity: bytes = b""
-    parts: int = 0
-    regions: list[Region] = field(default_factory=list)
-    parent: tuple[bytes, str] | None = None
-
-    def __str__(self) -> str:
-        blocks = sum(len(region.entries) for region in self.regions)
-        kind = "" if self.parent is None else f", a difference to {self.parent[1]}"
-        return f"{self.parts} parts, {len(self.regions)} RAM regions, {blocks} blocks{kind}"
+    identity: bytes
+    parts: int
+    regions: tuple[Region, ...]
+    blocks: int  # present in this file
+    parent: tuple[str, bytes, int] | None  # its name and identity, and the offset that tells them
+    files: int = 1  # in the chain, this one too
 
 
-def verify(path: Path) -> Summary:
-    """Check a snapshot and what it stands on. Raises BadError or CannotTellError, each in one line."""
-    if _missing is not None:
-        raise CannotTellError(str(_missing))
-    summary = child = _File(path).check()
-    name = ""
-    for _ in range(MAX_CHAIN - 1):
-        if child.parent is None:
-            return summary
-        identity, name = child.parent
-        try:
-            parent = _File(path.parent / name).check()
-        except FileNotFoundError:
-            raise CannotTellError(f"parent {name} is not here") from None
-        except BadError as error:
-            raise BadError(f"parent {name}: {error}") from None
-        if parent.identity != identity:
-            raise BadError(f"parent {name}: its identity is another")
-        if [(r.name, r.base, r.size) for r in parent.regions] != [(r.name, r.base, r.size) for r in child.regions]:
-            raise BadError(f"parent {name}: its regions are others")
-        child = parent
-    if child.parent is not None:
-        raise BadError(f"parent {name}: a chain of more than {MAX_CHAIN} files")
-    return summary
+@dataclass(frozen=True)
+class _Chunk:
+    raw: bytes
+    at: int
+    kind: bytes
+    known: bool
+    name: bytes
+    digest: bytes
+    start: int
+    length: int
+
+    @property
+    def stage(self) -> int:
+        return STAGES.get(self.kind, 3)
 
 
 class _File:
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.fd = -1
-        self.size = 0
-        self.json_total = 0
-
-    def check(self) -> Summary:
-        self.fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            status = os.fstat(self.fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise BadError("offset 0x0: not a regular file")
-            self.size = status.st_size
-            return self._check()
-        finally:
-            os.close(self.fd)
+            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)  # a FIFO must not hang us
+        except (OSError, ValueError) as error:
+            raise CannotTell(getattr(error, "strerror", None) or str(error)) from None
+        status = os.fstat(self.fd)
+        self.size = status.st_size
+        self._hole = (0, 0)  # no data from the first offset to the second
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise _NotRegular("not a regular file")
 
-    def bad(self, offset: int, rule: str) -> NoReturn:
-        raise BadError(f"offset {offset:#x}: {rule}")
+    def close(self) -> None:
+        os.close(self.fd)
 
     def read(self, offset: int, length: int) -> bytes:
-        if offset + length > self.size:
-            self.bad(offset, "the file is cut")
-        data = b""
-        while len(data) < length:
-            piece = os.pread(self.fd, length - len(data), offset + len(data))
+        pieces = []
+        while length:
+            piece = os.pread(self.fd, length, offset)
             if not piece:
-                self.bad(offset, "the file is cut")
-            data += piece
-        return data
+                raise CannotTell("became shorter while it was read")
+            pieces.append(piece)
+            offset, length = offset + len(piece), length - len(piece)
+        return b"".join(pieces)
 
-    def zeros(self, start: int, end: int, what: str) -> None:
-        if any(self.read(start, end - start)):
-            self.bad(start, f"{what} is not zero")
+    def pieces(self, offset: int, length: int) -> Iterator[bytes]:
+        for at in range(offset, offset + length, PIECE):
+            yield self.read(at, min(PIECE, offset + length - at))
 
-    # --- the file
+    def digest(self, offset: int, length: int) -> bytes:
+        hasher = blake3()
+        for piece in self.pieces(offset, length):
+            hasher.update(piece)
+        return hasher.digest()
 
-    def _check(self) -> Summary:
-        header = self.read(0, 32)
-        if header[:12] != MAGIC:
-            self.bad(0, "the magic is not that of a snapshot")
-        if header[12:14] != b"\1\0":
-            self.bad(12, "the major version is not 1")
-        if any(header[16:]):
-            self.bad(16, "reserved bytes are not zero")
-        seal = blake3(header)
-        summary = Summary()
-        names: set[tuple[bytes, bytes]] = set()
-        data: tuple[bytes, int, int] | None = None  # the RAMD whose RAMI must follow: name, payload, length
-        at, count, place = 32, 0, 0
-        while True:
-            raw = self.read(at, 96)
-            kind, version, flags, alignment, zero, length, name, digest, tail = struct.unpack("<4sHHIIQ32s32s8s", raw)
-            known = self._header(at, kind, version, flags, alignment, zero, name, tail)
-            rank = KINDS[kind][0] if known or kind in KINDS else 4
-            if count == 0 and (kind, name.rstrip(b"\0")) != (b"PART", b"config"):
-                self.bad(at, "the first chunk is not PART config")
-            if (kind == b"RAMI") != (data is not None) or (data is not None and data[0] != name):
-                self.bad(at, "RAMD and RAMI of one name must follow each other")
-            if rank < place:
-                self.bad(at, "the chunk is out of order")
-            place = rank
-            start = _up(at + 96, alignment)
-            if kind not in (b"RAMD", b"RAMI", b"END "):
-                self.json_total += length
-                if length > MAX_JSON or self.json_total > MAX_JSON_TOTAL:
-                    self.bad(at, "the payload is over its limit")
-            if (kind == b"END " and length != 48) or (kind == b"RAMD" and length > MAX_REGION):
-                self.bad(at, "the length is not one of this kind")
-            if start + length > self.size:
-                self.bad(at, "the payload goes past the end of the file")
-            self.zeros(at + 96, start, "padding")
-            if kind == b"END ":
-                self._end(at, start, self.read(start, 48), digest, count, seal.digest())
-                summary.identity = seal.digest()
-                return summary
-            if count == MAX_CHUNKS:
-                self.bad(at, f"more than {MAX_CHUNKS} chunks before END")
-            if (kind, name) in names:
-                self.bad(at, "a second chunk of this kind and name")
-            names.add((kind, name))
-            text = name.rstrip(b"\0").decode("ascii")
-            if kind == b"RAMD":
-                if any(digest):
-                    self.bad(at + 56, "the digest of RAMD is not zero")
-                data = (name, start, length)
-            elif kind == b"RAMI":
-                assert data is not None
-                region = self._index(at, start, length, digest, text, data[1], data[2])
-                self._regions(at, summary, region)
-                data = None
-            else:
-                payload = self.read(start, length)
-                if blake3(payload).digest() != digest:
-                    self.bad(at + 56, "the digest is not that of the payload")
-                if known:
-                    self._payload(start, kind, payload, summary)
-            after = _up(start + length, 16)
-            self.zeros(start + length, after, "padding")
-            seal.update(raw)
-            at, count = after, count + 1
-
-    def _header(
-        self, at: int, kind: bytes, version: int, flags: int, alignment: int, zero: int, name: bytes, tail: bytes
-    ) -> bool:
-        """Each field by itself. True for a known kind and version."""
-        if not all(0x20 <= byte <= 0x7E for byte in kind):
-            self.bad(at, "the kind is not printable ASCII")
-        if flags & ~1:
-            self.bad(at + 6, "reserved flags are set")
-        if zero or any(tail):
-            self.bad(at + 12, "reserved bytes of the chunk header are not zero")
-        if alignment not in (16, PAGE):
-            self.bad(at + 8, "the alignment is neither 16 nor 4096")
-        text = name.rstrip(b"\0")
-        if not re.fullmatch(rb"[a-z0-9._-]{1,32}", text) and not (kind == b"END " and not text):
-            self.bad(at + 24, "the name is not 1 to 32 of a-z 0-9 . _ -")
-        known = kind in KINDS and version == 1
-        if not known:
-            if not flags & 1 or kind in _NEVER_OPTIONAL:
-                self.bad(at, "an unknown chunk that is not optional")
-            return False
-        _, optional, wanted, fixed = KINDS[kind]
-        if flags != optional or alignment != wanted:
-            self.bad(at + 6, "the flags or alignment are not those of the kind")
-        if fixed is not None and text != fixed.encode():
-            self.bad(at + 24, "the name is not that of the kind")
-        return True
-
-    def _end(self, at: int, start: int, payload: bytes, digest: bytes, count: int, seal: bytes) -> None:
-        if blake3(payload).digest() != digest:
-            self.bad(at + 56, "the digest is not that of the payload")
-        said_count, said_size, said_seal = struct.unpack("<QQ32s", payload)
-        if said_count != count:
-            self.bad(start, "the number of chunks is another")
-        if said_size != self.size or start + 48 != self.size:
-            self.bad(start + 8, "the length of the file is another")
-        if said_seal != seal:
-            self.bad(start + 16, "the digest of the headers is another")
-
-    def _payload(self, start: int, kind: bytes, payload: bytes, summary: Summary) -> None:
-        try:
-            value = _json(payload)
-            if kind == b"PART":
-                _part(value)
-                summary.parts += 1
-            elif kind == b"BASE":
-                summary.parent = _base(value)
-        except _RuleError as error:
-            self.bad(start, str(error))
-
-    # --- RAM
-
-    def _index(self, at: int, start: int, length: int, digest: bytes, name: str, data: int, data_length: int) -> Region:
-        if length < 32:
-            self.bad(at, "the index is shorter than its head")
-        head = self.read(start, 32)
-        base, size, block, codec, count = struct.unpack("<QQIIQ", head)
-        if not 0 < size <= MAX_REGION or size % PAGE:
-            self.bad(start + 8, "the region is not whole pages, at least one")
-        if block != BLOCK:
-            self.bad(start + 16, "the size of a block is not 65536")
-        if codec not in (0, 1):
-            self.bad(start + 20, "the codec is neither 0 nor 1")
-        if base % PAGE or base + size > 1 << 64:
-            self.bad(start, "the base is not at a page, or the region goes past 2^64")
-        if length != 32 + 40 * count or count > -(-size // BLOCK):
-            self.bad(start + 24, "the number of blocks is not that of the payload")
-        region = Region(name, base, size, codec, data, [])
-        hashed, last, stored_total = blake3(head), -1, 0
-        for offset in range(start + 32, start + length, 40 << 10):
-            piece = self.read(offset, min(40 << 10, start + length - offset))
-            hashed.update(piece)
-            for number, stored, block_digest in struct.iter_unpack("<II32s", piece):
-                if number <= last or number * BLOCK >= size:
-                    self.bad(offset, f"block {number} is not above the one before, or is outside the region")
-                if (codec == 0 and stored) or (codec == 1 and not 1 <= stored <= min(BLOCK, size - number * BLOCK)):
-                    self.bad(offset, f"the stored length of block {number} is not one it can have")
-                region.entries.append((number, stored, block_digest))
-                last = number
-                stored_total += stored
-        if hashed.digest() != digest:
-            self.bad(at + 56, "the digest is not that of the payload")
-        if data_length != (size if codec == 0 else stored_total):
-            self.bad(at, "the length of RAMD is not what the index says")
-        self._blocks(region)
-        return region
-
-    def _regions(self, at: int, summary: Summary, region: Region) -> None:
-        if summary.regions and region.base < summary.regions[-1].base + summary.regions[-1].size:
-            self.bad(at, "regions overlap or are out of order")
-        summary.regions.append(region)
-
-    def _blocks(self, region: Region) -> None:
-        at = region.data
-        for number, stored, digest in region.entries:
-            size = min(BLOCK, region.size - number * BLOCK)
-            offset = at if region.codec == 1 else region.data + number * BLOCK
-            data = self.read(offset, stored if region.codec == 1 else size)
-            at += stored
-            if len(data) < size:
-                data = self._unpacked(offset, number, data, size)
-            if blake3(data).digest() != digest:
-                self.bad(offset, f"block {number} of {region.name} does not match its digest")
-        if region.codec == 0:
-            self._absent(region)
-
-    def _unpacked(self, offset: int, number: int, data: bytes, size: int) -> bytes:
-        try:
-            if data[:4] == b"\x28\xb5\x2f\xfd" and zstandard.frame_content_size(data) == size:
-                plain = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-                if len(plain) == size and zstandard.get_frame_parameters(data).dict_id == 0:
-                    return plain
-        except zstandard.ZstdError:
-            pass
-        self.bad(offset, f"block {number} is not one zstd frame of {size} bytes")
-
-    def _absent(self, region: Region) -> None:
-        """Blocks that are not in the index are zero. Holes of the file are zero without looking."""
-        present = {number for number, _, _ in region.entries}
-        for start, end in self._extents(region.data, region.data + region.size):
-            for number in range((start - region.data) // BLOCK, -(-(end - region.data) // BLOCK)):
-                if number not in present:
-                    at = region.data + number * BLOCK
-                    self.zeros(
-                        at, min(at + BLOCK, region.data + region.size), f"absent block {number} of {region.name}"
-                    )
-
-    def _extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        while start < end:
+    def data(self, offset: int, end: int) -> int:
+        """The first offset, not after `end`, before which there are holes only."""
+        if not self._hole[0] <= offset < self._hole[1]:
             try:
-                data = os.lseek(self.fd, start, os.SEEK_DATA)
-                hole = os.lseek(self.fd, data, os.SEEK_HOLE)
+                found = os.lseek(self.fd, offset, os.SEEK_DATA)
             except OSError as error:
-                if error.errno != errno.ENXIO:
-                    yield start, end
-                return
-            if data < end:
-                yield data, min(hole, end)
-            start = hole
+                found = self.size if error.errno == errno.ENXIO else offset  # no data there; or no such seek here
+            self._hole = (offset, found)
+        return min(self._hole[1], end)
+
+    def zeros(self, offset: int, end: int, rule: str) -> None:
+        while (offset := self.data(offset, end)) < end:
+            piece = self.read(offset, min(BLOCK, end - offset))
+            if rest := piece.lstrip(b"\0"):
+                raise Bad(offset + len(piece) - len(rest), rule)
+            offset += len(piece)
+
+
+def verify(path: Path) -> Summary:
+    """Check the file and all its parents. `Bad` when one is not good, `CannotTell` when one cannot be read."""
+    first = last = _verify_one(path)
+    where, files = "", 1
+    while last.parent:
+        name, identity, at = last.parent
+        if files == FILES:
+            raise Bad(at, f"{where}more than {FILES} files in the chain")
+        try:
+            parent = _verify_one(path.parent / name)
+        except _NotRegular as error:
+            raise Bad(at, f"{where}parent {name!r}: {error}") from None
+        except Bad as error:
+            raise Bad(at, f"{where}parent {name!r}: {error}") from None
+        except CannotTell as error:
+            raise CannotTell(f"parent {name!r}: {error}") from None
+        if parent.identity != identity:
+            raise Bad(at, f"{where}parent {name!r} has another identity")
+        if parent.regions != last.regions:
+            raise Bad(at, f"{where}parent {name!r} has other regions")
+        last, where, files = parent, f"in {name!r}: ", files + 1
+    return Summary(first.identity, first.parts, first.regions, first.blocks, first.parent, files)
+
+
+def _verify_one(path: Path) -> Summary:
+    file = _File(path)
+    try:
+        return _contents(file)
+    except OSError as error:
+        raise CannotTell(error.strerror or str(error)) from None
+    finally:
+        file.close()
+
+
+def _contents(file: _File) -> Summary:
+    chunks = _chunks(file)
+    _order(chunks)
+    identity = _end(file, chunks)
+    regions: list[Region] = []
+    blocks, parent = 0, None
+    for before, chunk in pairwise([chunks[0], *chunks]):
+        if chunk.kind == b"RAMD":
+            continue
+        if file.digest(chunk.start, chunk.length) != chunk.digest:
+            raise Bad(chunk.start, "the digest of the payload is another")
+        if chunk.kind == b"RAMI":
+            region, present = _ram(file, before, chunk, regions[-1] if regions else None)
+            regions.append(region)
+            blocks += present
+        elif chunk.known and chunk.kind != b"END ":
+            try:
+                value = _canonical(file.read(chunk.start, chunk.length))
+                if chunk.kind == b"PART":
+                    _part(value)
+                elif chunk.kind == b"BASE":
+                    parent = (*_base(value), chunk.start)
+            except ValueError as error:
+                raise Bad(chunk.start, str(error)) from None
+    return Summary(identity, sum(chunk.kind == b"PART" for chunk in chunks), tuple(regions), blocks, parent)
+
+
+def _chunks(file: _File) -> list[_Chunk]:
+    """All headers, each good in itself, and the padding around them."""
+    if file.size < 32:
+        raise Bad(file.size, "cut in the file header")
+    magic, major, _minor, reserved = struct.unpack("<12sHH16s", file.read(0, 32))
+    if magic != MAGIC:
+        raise Bad(0, "not the magic of a snapshot")
+    if major != 1:
+        raise Bad(12, f"major version {major}")
+    if any(reserved):
+        raise Bad(16, "reserved bytes of the file header are not zero")
+    chunks: list[_Chunk] = []
+    names: set[tuple[bytes, bytes]] = set()
+    at, total = 32, 0
+    while True:
+        chunk = _header(file, at)
+        chunks.append(chunk)
+        end = chunk.start + chunk.length
+        if chunk.kind == b"END ":
+            if end != file.size:
+                raise Bad(end, "something after END")
+            return chunks
+        if len(chunks) > CHUNKS:
+            raise Bad(at, f"more than {CHUNKS} chunks")
+        if (chunk.kind, chunk.name) in names:
+            raise Bad(at, "two chunks of the same kind and name")
+        names.add((chunk.kind, chunk.name))
+        total += 0 if chunk.kind in LIMITS else chunk.length
+        if total > PAYLOADS:
+            raise Bad(at + 16, "payloads together longer than 4 MiB")
+        at = _up(end, 16)
+        if at > file.size:
+            raise Bad(file.size, "cut in padding")
+        file.zeros(end, at, "padding is not zero")
 
 
 def _up(offset: int, alignment: int) -> int:
-    return (offset + alignment - 1) // alignment * alignment
+    return -(-offset // alignment) * alignment
 
 
-# --- JSON, parts and parents
+def _header(file: _File, at: int) -> _Chunk:
+    if file.size - at < HEADER.size:
+        raise Bad(at, "the file ends without END")
+    raw = file.read(at, HEADER.size)
+    kind, version, flags, alignment, reserved, length, field, digest, reserved_2 = HEADER.unpack(raw)
+    if not all(0x20 <= byte <= 0x7E for byte in kind):
+        raise Bad(at, "the kind is not printable ASCII")
+    if flags > 1:
+        raise Bad(at + 6, "reserved flags are not zero")
+    if alignment not in (16, PAGE):
+        raise Bad(at + 8, f"alignment {alignment}")
+    if reserved or reserved_2:
+        raise Bad(at + (12 if reserved else 88), "reserved bytes of the header are not zero")
+    name = field.rstrip(b"\0")
+    if kind != b"END " and not re.fullmatch(rb"[a-z0-9._-]{1,32}", name):
+        raise Bad(at + 24, "no good name")
+    known = kind in KINDS and version == 1
+    if known:
+        _as_in_table(at, kind, flags, alignment, name)
+    elif not flags:
+        raise Bad(at, f"unknown kind {kind!r}, version {version}, and not optional")
+    elif kind in KINDS and kind != b"META":
+        raise Bad(at + 6, f"{kind.decode()} is optional")
+    if kind == b"RAMD" and any(digest):
+        raise Bad(at + 56, "the digest of RAMD is not zero")
+    start = _up(at + HEADER.size, alignment)
+    if length > LIMITS.get(kind, PAYLOAD):
+        raise Bad(at + 16, "the payload is longer than its limit")
+    if start + length > file.size:
+        raise Bad(at + 16, "the payload is longer than the file")
+    file.zeros(at + HEADER.size, start, "padding is not zero")
+    return _Chunk(raw, at, kind, known, name, digest, start, length)
 
 
-class _RuleError(Exception):
-    pass
+def _as_in_table(at: int, kind: bytes, flags: int, alignment: int, name: bytes) -> None:
+    its_flags, its_alignment, its_name = KINDS[kind]
+    if flags != its_flags:
+        raise Bad(at + 6, f"{kind.decode()} is {'optional' if flags else 'not optional'}")
+    if alignment != its_alignment:
+        raise Bad(at + 8, f"{kind.decode()} is aligned to {alignment}")
+    if its_name is not None and name != its_name:
+        raise Bad(at + 24, f"{kind.decode()} has another name")
 
 
-def _json(payload: bytes) -> Any:
-    """The value of canonical JSON."""
-    text = payload.decode("latin-1")
-    depth = deepest = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]|-?[0-9]+', text):
-        word = token[0]
-        if word in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif word in "]}":
-            depth -= 1
-        elif word[0] != '"' and len(word) > MAX_NUMBER_DIGITS:
-            raise _RuleError("a number of more digits than any allowed has")
-    if deepest > MAX_DEPTH:
-        raise _RuleError(f"JSON nests deeper than {MAX_DEPTH}")
-    try:
-        value = json.loads(text)
-        again = _encode(value)
-    except (ValueError, RecursionError):
-        raise _RuleError("the payload is not JSON") from None
-    if again != payload:
-        raise _RuleError("the JSON is not canonical")
+def _order(chunks: list[_Chunk]) -> None:
+    if (chunks[0].kind, chunks[0].name) != (b"PART", b"config"):
+        raise Bad(chunks[0].at, "the first chunk is not PART config")
+    for before, chunk in pairwise(chunks):
+        if before.stage > chunk.stage:
+            raise Bad(chunk.at, f"{chunk.kind.decode()} comes after {before.kind.decode()}")
+        if (before.kind == b"RAMD") != (chunk.kind == b"RAMI") or (chunk.kind == b"RAMI" and before.name != chunk.name):
+            raise Bad(chunk.at, "RAMD and RAMI are not in pairs")
+
+
+def _end(file: _File, chunks: list[_Chunk]) -> bytes:
+    *others, end = chunks
+    if end.length != END.size:
+        raise Bad(end.at + 16, "END is not 48 bytes long")
+    count, size, digest = END.unpack(file.read(end.start, END.size))
+    if count != len(others):
+        raise Bad(end.start, "END tells another number of chunks")
+    if size != file.size:
+        raise Bad(end.start + 8, "END tells another length of the file")
+    hasher = blake3(file.read(0, 32))
+    for chunk in others:
+        hasher.update(chunk.raw)
+    if digest != hasher.digest():
+        raise Bad(end.start + 16, "END tells another digest of the headers")
+    return hasher.digest()
+
+
+def _canonical(text: bytes) -> Any:
+    """Decode, encode, compare. The depth is found first: the decoder is recursive."""
+    # A string goes to its end or, where it has none, to that of the text: each byte is looked at once.
+    outside = re.sub(rb'(?s)"[^"\\]*+(?:\\.[^"\\]*+)*+"?', b"", text)
+    depth = 0
+    for byte in re.sub(rb"[^][{}]+", b"", outside):
+        depth += 1 if byte in b"[{" else -1
+        if depth > DEPTH:
+            raise ValueError(f"JSON nests deeper than {DEPTH}")
+    del outside
+    value = json.loads(text.decode("ascii"), parse_int=_number, parse_float=_fraction, parse_constant=_fraction)
+    if json.dumps(value, sort_keys=True, separators=(",", ":")).encode() != text:
+        raise ValueError("JSON is not in its canonical form")
+    if rb"\ud" in text:
+        marked = re.sub(rb"\\ud[89ab]..\\ud[c-f]..", b"_", text.replace(rb"\\", b"__"))
+        if re.search(rb"\\ud[89a-f]", marked):
+            raise ValueError("JSON has a lone surrogate")
     return value
 
 
-def _encode(value: Any) -> bytes:
-    match value:
-        case None | True | False:
-            return {None: b"null", True: b"true", False: b"false"}[value]
-        case int() if -(1 << 63) <= value < 1 << 64:
-            return str(value).encode()
-        case str():
-            return _encode_text(value)
-        case list():
-            return b"[" + b",".join(map(_encode, value)) + b"]"
-        case dict():
-            pairs = (_encode_text(key) + b":" + _encode(value[key]) for key in sorted(value))
-            return b"{" + b",".join(pairs) + b"}"
-    raise _RuleError("a number that is not an integer from -(2^63) to 2^64-1")
+def _number(digits: str) -> int:
+    if len(digits) > 20 or not -(1 << 63) <= int(digits) < 1 << 64:
+        raise ValueError("JSON has a number out of range")
+    return int(digits)
 
 
-_SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+def _fraction(text: str) -> None:
+    raise ValueError("JSON has a number that is not an integer")
 
 
-def _encode_text(text: str) -> bytes:
-    found = []
-    for character in text:
-        code = ord(character)
-        if character in _SHORT:
-            found.append(_SHORT[character])
-        elif 0x20 <= code <= 0x7E:
-            found.append(character)
-        elif 0xD800 <= code <= 0xDFFF:
-            raise _RuleError("text has a lone surrogate")
-        elif code > 0xFFFF:
-            code -= 0x10000
-            found.append(f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}")
-        else:
-            found.append(f"\\u{code:04x}")
-    return ('"' + "".join(found) + '"').encode("ascii")
+def _object(value: Any, *keys: str) -> list[Any]:
+    if not isinstance(value, dict) or value.keys() != set(keys):
+        raise ValueError(f"not an object of the keys {', '.join(keys)}")
+    return [value[key] for key in keys]
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is not text")
+    return value
 
 
 def _part(value: Any) -> None:
-    _keys(value, {"schema", "state"}, "a part")
-    schema = value["schema"]
-    _keys(schema, {"name", "version", "doc", "fields"}, "a schema")
-    if not isinstance(schema["name"], str) or not isinstance(schema["doc"], str):
-        raise _RuleError("name or doc of the schema is not text")
-    if type(schema["version"]) is not int or schema["version"] < 1:
-        raise _RuleError("the version of the schema is not an integer from 1")
-    _struct(schema["fields"])(value["state"])
+    schema, state = _object(value, "schema", "state")
+    name, version, doc, fields = _object(schema, "name", "version", "doc", "fields")
+    _text(name, "name of a schema")
+    if type(version) is not int or version < 1:
+        raise ValueError("version of a schema is not an integer from 1")
+    if re.search(r"[\r\n]", _text(doc, "doc of a schema")):
+        raise ValueError("doc of a schema is more than one line")
+    checks = _fields(fields)
+    if not isinstance(state, dict) or state.keys() != checks.keys():
+        raise ValueError("the keys of the state are not the names of the fields")
+    for name, check in checks.items():
+        if not check(state[name]):
+            raise ValueError(f"the value of {ascii(name)[:80]} is not of its type")
 
 
-Check = Callable[[Any], None]
+Check = Callable[[Any], bool]
+
+
+def _fields(fields: Any) -> dict[str, Check]:
+    if not isinstance(fields, list):
+        raise ValueError("fields are not a list")
+    checks: dict[str, Check] = {}
+    for field in fields:
+        name, described, doc = _object(field, "name", "type", "doc")
+        _text(doc, "doc of a field")
+        if _text(name, "name of a field") in checks:
+            raise ValueError("two fields of one name")
+        checks[name] = _type(described)
+    return checks
+
+
+def _type(described: Any) -> Check:
+    """What tells whether a value is of the type. Made once for a type, as a list may hold a million values of it."""
+    if described == "bool":
+        return lambda value: isinstance(value, bool)
+    if described == "i64":
+        return _between(-(1 << 63), (1 << 63) - 1)
+    if isinstance(described, str) and re.fullmatch(r"u([1-9]|[1-5][0-9]|6[0-4])", described):
+        return _between(0, (1 << int(described[1:])) - 1)
+    if isinstance(described, dict):
+        key = next((key for key in described if key not in ("count", "max")), "")
+        if key in _TYPES and described.keys() == {key}:
+            return _TYPES[key](described[key])
+        if described.keys() == {"count", "list"}:
+            return _list(_type(described["list"]), _amount(described["count"]), exact=True)
+        if described.keys() == {"max", "list"}:
+            return _list(_type(described["list"]), _amount(described["max"]), exact=False)
+    raise ValueError("there is no such type")
+
+
+def _between(low: int, high: int) -> Check:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _amount(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("a size in a type is not an integer from 0")
+    return value
+
+
+def _range(ends: Any) -> Check:
+    if not isinstance(ends, list) or [type(end) for end in ends] != [int, int]:
+        raise ValueError("a range is not two integers")
+    return _between(*ends)
+
+
+def _one_of(texts: Any) -> Check:
+    if not isinstance(texts, list):
+        raise ValueError("one_of is not a list")
+    these = frozenset(_text(text, "a choice of one_of") for text in texts)
+    return lambda value: isinstance(value, str) and value in these
+
+
+def _text_max(most: Any) -> Check:
+    limit = _amount(most)
+    return lambda value: isinstance(value, str) and len(value) <= limit and value.isprintable()
+
+
+def _bytes(length: Any) -> Check:
+    size = _amount(length)
+    return lambda value: _hex(value) and len(value) == 2 * size
+
+
+def _bytes_max(most: Any) -> Check:
+    limit = _amount(most)
+    return lambda value: _hex(value) and len(value) <= 2 * limit
+
+
+def _hex(value: Any) -> bool:
+    return isinstance(value, str) and len(value) % 2 == 0 and bool(re.fullmatch("[0-9a-f]*", value))
+
+
+def _list(check: Check, size: int, exact: bool) -> Check:
+    def is_list(value: Any) -> bool:
+        if not isinstance(value, list) or len(value) > size or (exact and len(value) < size):
+            return False
+        return all(map(check, value))
+
+    return is_list
+
+
+def _optional(described: Any) -> Check:
+    check = _type(described)
+    return lambda value: value is None or check(value)
 
 
 def _struct(fields: Any) -> Check:
-    if not isinstance(fields, list):
-        raise _RuleError("fields are not a list")
-    checks: dict[str, Check] = {}
-    for one in fields:
-        _keys(one, {"name", "type", "doc"}, "a field")
-        if not isinstance(one["name"], str) or not isinstance(one["doc"], str) or one["name"] in checks:
-            raise _RuleError("name or doc of a field is not text, or the name is there twice")
-        checks[one["name"]] = _type(one["type"])
+    checks = _fields(fields)
 
-    def check(value: Any) -> None:
-        _keys(value, set(checks), "the state")
-        for name, of_type in checks.items():
-            of_type(value[name])
+    def is_struct(value: Any) -> bool:
+        if not isinstance(value, dict) or value.keys() != checks.keys():
+            return False
+        return all(check(value[name]) for name, check in checks.items())
 
-    return check
+    return is_struct
 
 
-def _type(description: Any) -> Check:
-    """What checks a value of the type. Raises for what describes none."""
-    if isinstance(description, str):
-        if description == "bool":
-            return _must(lambda v: type(v) is bool, description)
-        if description == "i64":
-            return _integer(-(1 << 63), (1 << 63) - 1)
-        width = re.fullmatch("u([1-9][0-9]?)", description)
-        if width and int(width[1]) <= 64:
-            return _integer(0, (1 << int(width[1])) - 1)
-    if isinstance(description, dict):
-        keys = set(description)
-        if keys == {"range"}:
-            limits = description["range"]
-            pair = isinstance(limits, list) and len(limits) == 2 and all(type(n) is int for n in limits)
-            if pair and limits[0] <= limits[1]:
-                return _integer(*limits)
-        elif keys == {"one_of"}:
-            words = description["one_of"]
-            if isinstance(words, list) and all(isinstance(word, str) for word in words):
-                return _must(lambda v: isinstance(v, str) and v in words, "one of")
-        elif keys == {"text_max"} and _size(description["text_max"]):
-            most = description["text_max"]
-            return _must(lambda v: isinstance(v, str) and len(v) <= most and v.isprintable(), "text")
-        elif keys in ({"bytes"}, {"bytes_max"}) and _size(most := next(iter(description.values()))):
-            least = most if keys == {"bytes"} else 0
-            return _must(lambda v: _is_hex(v, least, most), "bytes")
-        elif keys in ({"list", "count"}, {"list", "max"}) and _size(
-            most := description.get("count", description.get("max"))
-        ):
-            return _list(_type(description["list"]), most if "count" in keys else 0, most)
-        elif keys == {"optional"}:
-            inner = _type(description["optional"])
-            return lambda v: None if v is None else inner(v)
-        elif keys == {"struct"}:
-            return _struct(description["struct"])
-    raise _RuleError(f"an unknown type {json.dumps(description)[:80]}")
+_TYPES: dict[str, Callable[[Any], Check]] = {
+    "range": _range,
+    "one_of": _one_of,
+    "text_max": _text_max,
+    "bytes": _bytes,
+    "bytes_max": _bytes_max,
+    "optional": _optional,
+    "struct": _struct,
+}
 
 
-def _must(holds: Callable[[Any], bool], what: str) -> Check:
-    def check(value: Any) -> None:
-        if not holds(value):
-            raise _RuleError(f"{json.dumps(value)[:80]} is not of its type ({what})")
-
-    return check
-
-
-def _integer(low: int, high: int) -> Check:
-    return _must(lambda v: type(v) is int and low <= v <= high, f"{low}..{high}")
+def _base(value: Any) -> tuple[str, bytes]:
+    digest, name = _object(value, "digest", "file")
+    if not _hex(digest) or len(digest) != 64:
+        raise ValueError("digest of the parent is not 64 hex digits")
+    if not isinstance(name, str) or not re.fullmatch("[ -.0-~]{1,255}", name) or name in (".", ".."):
+        raise ValueError("no good name of a parent's file")
+    return name, bytes.fromhex(digest)
 
 
-def _list(item: Check, least: int, most: int) -> Check:
-    def check(value: Any) -> None:
-        if not isinstance(value, list) or not least <= len(value) <= most:
-            raise _RuleError(f"not a list of {least}..{most}")
-        for one in value:
-            item(one)
+def _ram(file: _File, data: _Chunk, index: _Chunk, below: Region | None) -> tuple[Region, int]:
+    """Check index and RAM of a region; the region, and how many blocks are present."""
+    if index.length < INDEX.size:
+        raise Bad(index.at + 16, "RAMI is shorter than 32 bytes")
+    base, size, block, codec, present = INDEX.unpack(file.read(index.start, INDEX.size))
+    if base % PAGE:
+        raise Bad(index.start, "base is not a multiple of 4096")
+    if not size or size % PAGE or size > REGION:
+        raise Bad(index.start + 8, "size is not from 4096 to 2^40 in steps of 4096")
+    if base + size > 1 << 64:
+        raise Bad(index.start, "the region ends above 2^64")
+    if below and base < below.base + below.size:
+        raise Bad(index.start, "the region is not above the one before")
+    if block != BLOCK:
+        raise Bad(index.start + 16, "size of a block is not 65536")
+    if codec > 1:
+        raise Bad(index.start + 20, f"codec {codec}")
+    if present > -(-size // BLOCK) or index.length != INDEX.size + ENTRY.size * present:
+        raise Bad(index.start + 24, "the number of present blocks does not fit")
+    if codec == 0 and data.length != size:
+        raise Bad(data.at + 16, "RAMD is not as long as the region")
+    end = (_raw if codec == 0 else _packed)(file, data, index, size)
+    if codec == 0:
+        file.zeros(end, data.start + size, "a block that is not present is not zero")
+    elif end != data.start + data.length:
+        raise Bad(data.at + 16, "RAMD is not as long as the stored forms")
+    return Region(data.name.decode(), base, size), present
 
-    return check
+
+def _entries(file: _File, index: _Chunk, size: int) -> Iterator[tuple[int, int, int, int, bytes]]:
+    """Of each present block: offset of its entry, offset in the region, length, second field, digest."""
+    at, last = index.start + INDEX.size, -1
+    for piece in file.pieces(at, index.length - INDEX.size):
+        for number, field, digest in ENTRY.iter_unpack(piece):
+            if number <= last or number * BLOCK >= size:
+                raise Bad(at, "numbers of blocks do not ascend" if number <= last else "no such block in the region")
+            yield at, number * BLOCK, min(BLOCK, size - number * BLOCK), field, digest
+            at, last = at + ENTRY.size, number
 
 
-def _is_hex(value: Any, least: int, most: int) -> bool:
-    if not isinstance(value, str) or len(value) % 2 or not 2 * least <= len(value) <= 2 * most:
-        return False
-    return re.fullmatch("[0-9a-f]*", value) is not None
+def _raw(file: _File, data: _Chunk, index: _Chunk, size: int) -> int:
+    """Codec 0; the offset behind the last present block."""
+    end = data.start
+    nothing = blake3(bytes(BLOCK)).digest()
+    for at, offset, length, reserved, digest in _entries(file, index, size):
+        if reserved:
+            raise Bad(at + 4, "reserved bytes of an entry are not zero")
+        start = data.start + offset
+        file.zeros(end, start, "a block that is not present is not zero")
+        end = start + length
+        hole = length == BLOCK and file.data(start, end) == end
+        if (nothing if hole else file.digest(start, length)) != digest:
+            raise Bad(start, "the digest of a block is another")
+    return end
 
 
-def _size(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _packed(file: _File, data: _Chunk, index: _Chunk, size: int) -> int:
+    """Codec 1; the offset behind the last stored form."""
+    start, end = data.start, data.start + data.length
+    for at, _, length, stored, digest in _entries(file, index, size):
+        if not 1 <= stored <= length:
+            raise Bad(at + 4, "a stored form is empty or longer than its block")
+        if stored > end - start:
+            raise Bad(at + 4, "RAMD is not as long as the stored forms")
+        form = file.read(start, stored)
+        if blake3(form if stored == length else _frame(form, start, length)).digest() != digest:
+            raise Bad(start, "the digest of a block is another")
+        start += stored
+    return start
 
 
-def _keys(value: Any, wanted: set[str], what: str) -> None:
-    if not isinstance(value, dict) or set(value) != wanted:
-        raise _RuleError(f"{what} is not an object of exactly {', '.join(sorted(wanted)) or 'nothing'}"[:200])
-
-
-def _base(value: Any) -> tuple[bytes, str]:
-    _keys(value, {"digest", "file"}, "BASE")
-    digest, name = value["digest"], value["file"]
-    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-        raise _RuleError("digest is not 64 lower-case hex digits")
-    if not isinstance(name, str) or not re.fullmatch("[ -~]{1,255}", name) or "/" in name or name in (".", ".."):
-        raise _RuleError("file is not the name of a file")
-    return bytes.fromhex(digest), name
+def _frame(form: bytes, at: int, length: int) -> bytes:
+    try:
+        told = zstandard.get_frame_parameters(form)
+        if not form.startswith(ZSTD_MAGIC) or told.dict_id:
+            raise Bad(at, "a stored form is not a zstd frame without a dictionary")
+        if told.content_size != length:  # also when it is not told; asked before that much is allocated
+            raise Bad(at, "content size of a zstd frame is not that of the block")
+        return zstandard.ZstdDecompressor().decompress(form, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise Bad(at, f"zstd: {error}") from None
 
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m snapshot.verify FILE", file=sys.stderr)
         return 2
+    shown = ascii(arguments[0])[1:-1]  # one line, whatever the name holds
     try:
-        print(f"{arguments[0]}: good, {verify(Path(arguments[0]))}")
-        return 0
-    except BadError as error:
-        print(f"{arguments[0]}: bad: {error}", file=sys.stderr)
-        return 1
-    except CannotTellError as error:
-        print(f"{arguments[0]}: cannot tell: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"{arguments[0]}: cannot tell: {error.strerror or error}", file=sys.stderr)
-    return 2
+        found = verify(Path(arguments[0]))
+    except (Bad, CannotTell) as error:
+        print(f"{shown}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, Bad) else 2
+    counts = ((found.parts, "part"), (len(found.regions), "region"), (found.blocks, "block"))
+    told = ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for count, what in counts)
+    chain = f", difference, chain of {found.files} files" if found.parent else ""
+    print(f"{shown}: good, {told}{chain}")
+    return 0
 
 
 if __name__ == "__main__":

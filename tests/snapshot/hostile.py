@@ -329,9 +329,9 @@ def outcome(path: Path) -> str:
     try:
         verify.verify(path)
         verified = "good"
-    except verify.BadError:
+    except verify.Bad:
         verified = "bad"
-    except verify.CannotTellError:
+    except verify.CannotTell:
         verified = "bad" if read == "bad" else "cannot tell"  # a parent that is not there
     if read != verified and not _only_too_large(path, read):
         raise AssertionError(f"the reader says {read}, the verifier {verified}")
