@@ -128,9 +128,14 @@ class Chain:
 
     def verify_ram(self) -> None:
         """Check the RAM of every file of the chain. Raises SnapshotError."""
+        for _ in self.verify_blocks():
+            pass
+
+    def verify_blocks(self) -> Iterator[None]:
+        """The same, a block at a time."""
         for i, reader in enumerate(self.readers):
             try:
-                reader.verify_ram()
+                yield from reader.verify_blocks()
             except SnapshotError as error:
                 parent = self.readers[i - 1].parent if i else None
                 raise SnapshotError(f"parent {parent.file}: {error}" if parent else str(error)) from None

@@ -77,6 +77,7 @@ class RamImage:
     file_offset: int
     blocks: Mapping[int, bytes]
     places: Mapping[int, tuple[int, int]] | None = None
+    stored_digest: bytes = NO_DIGEST  # of the packed region as it is stored
 
     def span(self, number: int) -> tuple[int, int]:
         """(start, end) of a block in the region."""
@@ -134,12 +135,21 @@ class Reader:
 
     def verify_ram(self) -> None:
         """Check every block of every region against its digest, and the blocks without one to be zero."""
+        for _ in self.verify_blocks():
+            pass
+
+    def verify_blocks(self) -> Iterator[None]:
+        """The same, a block at a time."""
         for image in self.rams:
+            stored = blake3()
             for number in _blocks_with_data(self._fd, image):
                 start, end = image.span(number)
                 want = image.blocks.get(number)
                 where = f"offset {image.file_offset + start:#x}, RAMD {image.name}"
                 if want is not None:
+                    if image.places is not None:
+                        offset, length = image.places[number]
+                        stored.update(self._read(image.file_offset + offset, length, where))
                     wrong = blake3(self.block(image, number)).digest() != want
                     rule = "does not match its digest"
                 else:
@@ -147,6 +157,11 @@ class Reader:
                     rule = "is absent and must be zero"
                 if wrong:
                     self._fault(where, f"block {number} at address {image.base + start:#x} {rule}")
+                yield
+            if image.places is not None and stored.digest() != image.stored_digest:
+                self._fault(
+                    f"offset {image.file_offset:#x}, RAMD {image.name}", "the payload does not match its digest"
+                )
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -234,8 +249,6 @@ class Reader:
             if chunk.kind == RAMD:
                 if chunk.length > MAX_REGION:
                     self._fault(chunk, f"{chunk.length} bytes are over {MAX_REGION}")
-                if chunk.digest != NO_DIGEST:
-                    self._fault(chunk, "RAM data has a digest in its header")
             elif chunk.kind == RAMI:
                 if chunk.length > INDEX.size + ENTRY.size * (MAX_REGION // BLOCK):
                     self._fault(chunk, "the index is longer than the largest region has blocks")
@@ -293,6 +306,8 @@ class Reader:
             self._fault(chunk, f"RAM region of {size} bytes is not whole pages up to {MAX_REGION}")
         if codec == CODEC_RAW and size != data.length:
             self._fault(chunk, f"it says {size} bytes of RAM, RAMD has {data.length}")
+        if codec == CODEC_RAW and data.digest != NO_DIGEST:
+            self._fault(data, "raw RAM data has a digest in its header")
         if block != BLOCK or codec not in (CODEC_RAW, CODEC_ZSTD):
             self._fault(chunk, f"block size {block} or codec {codec} is not {BLOCK} or known")
         if chunk.length != INDEX.size + ENTRY.size * count:
@@ -327,7 +342,9 @@ class Reader:
             self._fault(chunk, "the payload does not match its digest")
         if codec == CODEC_ZSTD and at != data.length:
             self._fault(chunk, f"its blocks are {at} bytes, RAMD has {data.length}")
-        return RamImage(data.name, base, size, data.payload, blocks, places if codec == CODEC_ZSTD else None)
+        if codec == CODEC_RAW:
+            return RamImage(data.name, base, size, data.payload, blocks)
+        return RamImage(data.name, base, size, data.payload, blocks, places, data.digest)
 
 
 def decode_part(part: Part, want: type) -> Any:

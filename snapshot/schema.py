@@ -138,8 +138,8 @@ class TextType(Type):
     most: int
 
     def encode(self, value: Any, path: str) -> Json:
-        if type(value) is not str or len(value) > self.most or not value.isprintable():
-            raise SnapshotError(f"{path}: not printable text of at most {self.most} characters")
+        if type(value) is not str or len(value) > self.most or not (value.isascii() and value.isprintable()):
+            raise SnapshotError(f"{path}: not printable ASCII text of at most {self.most} characters")
         return value
 
     decode = encode

@@ -282,8 +282,6 @@ def _header(file: _File, at: int) -> _Chunk:
         raise Bad(at, f"unknown kind {kind!r}, version {version}, and not optional")
     elif kind in KINDS and kind != b"META":
         raise Bad(at + 6, f"{kind.decode()} is optional")
-    if kind == b"RAMD" and any(digest):
-        raise Bad(at + 56, "the digest of RAMD is not zero")
     start = _up(at + HEADER.size, alignment)
     if length > LIMITS.get(kind, PAYLOAD):
         raise Bad(at + 16, "the payload is longer than its limit")
@@ -436,6 +434,8 @@ def _amount(value: Any) -> int:
 def _range(ends: Any) -> Check:
     if not isinstance(ends, list) or [type(end) for end in ends] != [int, int]:
         raise ValueError("a range is not two integers")
+    if ends[0] > ends[1]:
+        raise ValueError("a range ends before it begins")
     return _between(*ends)
 
 
@@ -448,7 +448,7 @@ def _one_of(texts: Any) -> Check:
 
 def _text_max(most: Any) -> Check:
     limit = _amount(most)
-    return lambda value: isinstance(value, str) and len(value) <= limit and value.isprintable()
+    return lambda value: isinstance(value, str) and len(value) <= limit and value.isascii() and value.isprintable()
 
 
 def _bytes(length: Any) -> Check:
@@ -536,6 +536,8 @@ def _ram(file: _File, data: _Chunk, index: _Chunk, below: Region | None) -> tupl
         file.zeros(end, data.start + size, "a block that is not present is not zero")
     elif end != data.start + data.length:
         raise Bad(data.at + 16, "RAMD is not as long as the stored forms")
+    if data.digest != (bytes(32) if codec == 0 else file.digest(data.start, data.length)):
+        raise Bad(data.at + 56, "the digest of RAMD is not zero" if codec == 0 else "the digest of RAMD is another")
     return Region(data.name.decode(), base, size), present
 
 

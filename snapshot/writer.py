@@ -147,20 +147,22 @@ class Writer:
             blocks = [n for n in digests if digests[n] != (parent[n] if n in parent else zeros[n])]
             known = {n: (0, digests[n]) for n in blocks}
         place = align(self._end + CHUNK_HEADER.size, PAGE)
-        length = size
+        length, digest = size, NO_DIGEST
         if packed:
-            length = 0
+            length, hashed = 0, blake3()
             for number in blocks:
                 block = memory[number * BLOCK : (number + 1) * BLOCK]
                 stored = _PACK.compress(block)
                 stored = stored if len(stored) < len(block) else bytes(block)
                 self._pwrite(stored, place + length)
+                hashed.update(stored)
                 known[number] = len(stored), blake3(block).digest()
                 length += len(stored)
+            digest = hashed.digest()
         else:
             for first, stop in _runs([number for number in blocks if number in nonzero]):
                 self._pwrite(memory[first * BLOCK : min(stop * BLOCK, size)], place + first * BLOCK)
-        data = self._add(RAMD, name, length)
+        data = self._add(RAMD, name, length, digest)
         self._pwrite(data.pack(), data.offset)
         codec = CODEC_ZSTD if packed else CODEC_RAW
         self._images.append(_Image(data, len(self._chunks), base, size, codec, blocks, known))
@@ -171,11 +173,14 @@ class Writer:
     ) -> None:
         """Write a region as it is stored at `offset` of another file: `entries` are (number, stored length, digest)."""
         length = sum(stored for _, stored, _ in entries) if packed else size
-        data = self._add(RAMD, name, length)
-        self._pwrite(data.pack(), data.offset)
-        for start, end in present_extents(fd, length, offset):
+        place, hashed = align(self._end + CHUNK_HEADER.size, PAGE), blake3()
+        for start, end in [(0, length)] if packed else present_extents(fd, length, offset):
             for at in range(start, end, _COPY):
-                self._pwrite(os.pread(fd, min(_COPY, end - at), offset + at), data.payload + at)
+                piece = os.pread(fd, min(_COPY, end - at), offset + at)
+                hashed.update(piece)
+                self._pwrite(piece, place + at)
+        data = self._add(RAMD, name, length, hashed.digest() if packed else NO_DIGEST)
+        self._pwrite(data.pack(), data.offset)
         known = {number: (stored, digest) for number, stored, digest in entries}
         codec = CODEC_ZSTD if packed else CODEC_RAW
         self._images.append(_Image(data, len(self._chunks), base, size, codec, list(known), known))

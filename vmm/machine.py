@@ -35,6 +35,7 @@ from vmm.cpu import Cpu, CpuState, Crashed, Expired, Halted, Kicked, Reached, Sh
 from vmm.devices import rtc
 from vmm.errors import BackendError, GuestError
 from vmm.ram import Ram, Region, layout
+from vmm.scrub import Scrub
 
 MAX_MEMORY = 1 << 38
 _SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
@@ -81,6 +82,7 @@ class Machine:
         self.clock = GuestClock()
         self.board = Board(self.clock, self)
         self._open = True
+        self._scrub: Scrub | None = None
         self.pace_real = False
         self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
         self._image: Image | None = None
@@ -106,16 +108,23 @@ class Machine:
         cls, path: Path, backend: str = "emu", *, verify: bool = False, max_memory: int | None = None
     ) -> Machine:
         """A paused machine from a snapshot, or from a chain of them. Nothing is created before the structure and state
-        of every file have been checked; RAM contents only with `verify`. `max_memory` bytes of RAM are accepted, by
-        default as much as the host has. Raises SnapshotError or BackendError."""
-        with Chain(path, max_ram=host_memory() if max_memory is None else max_memory) as chain:
+        of every file have been checked; RAM contents only with `verify`, else while the machine runs. `max_memory`
+        bytes of RAM are accepted, by default as much as the host has. Raises SnapshotError or BackendError."""
+        chain = Chain(path, max_ram=host_memory() if max_memory is None else max_memory)
+        try:
             saved = _Saved.decode(chain)
             _admit(saved, backend)
             if verify:
                 chain.verify_ram()
-            regions = _map(chain)
-        machine = cls(saved.config, backend, Ram(regions))
-        machine._assign(saved)
+            machine = cls(saved.config, backend, Ram(_map(chain)))
+            machine._assign(saved)
+        except BaseException:
+            chain.close()
+            raise
+        if verify:
+            chain.close()
+        else:
+            machine._scrub = Scrub(chain, machine.attention)
         return machine
 
     @staticmethod
@@ -141,7 +150,8 @@ class Machine:
 
     def run(self, *, position: int | None = None, until: str | None = None) -> Stop:
         """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), the
-        console shows the regular expression `until`, or a posted command says so."""
+        console shows the regular expression `until`, or a posted command says so. Raises SnapshotError when the RAM
+        the machine was woken with turns out to be damaged."""
         cpu, board, clock = self.cpu, self.board, self.clock
         cpu.stop_at(position)
         board.console.watch(until)
@@ -186,6 +196,8 @@ class Machine:
 
     def _drain(self) -> Stop | None:
         """The only safe point. Inside a block nothing may change: the block is finished first."""
+        if self._scrub is not None:
+            self._scrub.check()
         if self.clock.prepaid:
             return None
         for _ in range(self._commands.qsize()):
@@ -287,6 +299,8 @@ class Machine:
         snapshot in the same folder, only the blocks of RAM that differ from its are written. `versions` (by state name)
         writes what an older release reads. Raises SnapshotError for a parent that cannot be one or a state an older
         version cannot say, BackendError when the host cannot write; the machine is unchanged either way."""
+        if self._scrub is not None:
+            self._scrub.wait()
         parts = self.parts()
         if versions is not None:
             parts = {name: lower(value, versions.get(schema_of(type(value)).name, 0)) for name, value in parts.items()}
@@ -343,6 +357,8 @@ class Machine:
     def close(self) -> None:
         if self._open:
             self._open = False
+            if self._scrub is not None:
+                self._scrub.leave()
             self.cpu.close()
             self.ram.close()
 

@@ -1,0 +1,54 @@
+"""Mapped RAM is checked while the guest already runs: waking is at once, damage is found soon after.
+
+The digests are compared with the file, not with the guest's memory, which has moved on. Until the check is through, a
+save waits for it: damaged RAM must not be given new digests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from snapshot.chain import Chain
+from snapshot.errors import SnapshotError
+
+
+class Scrub:
+    """Owns the chain: it is closed when the check ends. `found` is called from another thread when it finds damage."""
+
+    def __init__(self, chain: Chain, found: Callable[[], None]) -> None:
+        self._chain = chain
+        self._found = found
+        self._left = threading.Event()
+        self._error: SnapshotError | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="scrub")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises SnapshotError when damage was found so far."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Until the whole RAM has been checked. Raises SnapshotError when it is damaged."""
+        self._thread.join()
+        self.check()
+
+    def leave(self) -> None:
+        """Nobody needs to know any more."""
+        self._left.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for _ in self._chain.verify_blocks():
+                if self._left.is_set():
+                    return
+        except SnapshotError as error:
+            self._error = SnapshotError(f"the RAM of the snapshot is damaged: {error}")
+        except OSError as error:
+            self._error = SnapshotError(f"the RAM of the snapshot cannot be read: {error.strerror or error}")
+        finally:
+            self._chain.close()
+        if self._error is not None:
+            self._found()
