@@ -10,6 +10,7 @@ Rules
   folder without even a magic. Leaving the block without commit(), by an exception or not, removes the temporary.
 * ram() only finds and writes the blocks that are not zero. They are hashed in commit(), out of the file, when the
   machine no longer waits. The file is read, not mapped: a disk error is then an OSError and not a SIGBUS.
+* One writer to a name: a second is refused with EBUSY while the first is at work. What a killed one left is reused.
 * Parts first, "config" before all others; then RAM in order of base; then optional chunks.
 * What does not fit the format is SnapshotError; what the host refuses is OSError; calls out of order are our fault.
 """
@@ -17,8 +18,9 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,13 +97,13 @@ class Writer:
     def __init__(self, path: Path, *, minor: int = MINOR) -> None:
         self._path = Path(path)
         self._minor = minor
-        self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}-{secrets.token_hex(8)}")
+        self._temporary = self._path.with_name(f"{self._path.name}.tmp")
         self._chunks: list[Chunk] = []
         self._images: list[_Image] = []
         self._end = FILE_HEADER.size
         self._json_total = 0
         self._open = True
-        self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._fd = _open_alone(self._temporary)
 
     def part(self, name: str, value: object) -> None:
         """Write a @state value with its schema."""
@@ -294,6 +296,28 @@ class Writer:
         while view:
             written = os.pwrite(self._fd, view, offset)
             view, offset = view[written:], offset + written
+
+
+def _open_alone(path: Path) -> int:
+    """The file at `path`, empty, ours alone until it is closed. OSError EBUSY while it is somebody else's."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours, named = os.fstat(fd), path.stat()
+            # Between open and lock its last owner may have finished: then this is a good snapshot by another name.
+            if (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino):
+                os.ftruncate(fd, 0)
+                return fd
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(fd)
+            raise OSError(errno.EBUSY, "another is writing a snapshot of this name", str(path)) from None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 def _rank(kind: bytes) -> int:

@@ -1,5 +1,6 @@
 """The container: writer against reader, and both against `build` below, made from docs/snapshot-format.md alone."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -423,9 +424,49 @@ def test_kill_9_at_any_operation_leaves_the_old_file_or_the_new(tmp_path: Path) 
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 9
         seen.add((tmp_path / "s").read_bytes())
-        for temporary in tmp_path.glob("s.tmp-*"):
+        for temporary in tmp_path.glob("s.tmp"):
             assert temporary.read_bytes()[:12] != MAGIC or temporary.read_bytes() == after
     assert seen == {before, after}
+
+
+def test_a_name_has_one_writer(tmp_path: Path) -> None:
+    with Writer(tmp_path / "s") as first:
+        first.part("config", Config())
+        with pytest.raises(OSError, match="another is writing a snapshot of this name") as error:
+            Writer(tmp_path / "s")
+        assert error.value.errno == errno.EBUSY
+        with Writer(tmp_path / "other") as second:
+            second.part("config", Config())
+            second.commit()
+        first.commit()
+    save(tmp_path / "s")
+    assert sorted(os.listdir(tmp_path)) == ["other", "s"]
+
+
+def test_what_a_killed_writer_left_is_reused(tmp_path: Path) -> None:
+    (tmp_path / "s.tmp").write_bytes(MAGIC + b"\1" * 100_000)
+    save(tmp_path / "s")
+    Reader(tmp_path / "s").close()
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_many_writers_of_one_name_leave_one_whole_snapshot(tmp_path: Path) -> None:
+    """Whoever comes second is refused; no interleaving damages what is there."""
+    children = []
+    for worker in range(4):
+        child = os.fork()
+        if child == 0:
+            done = 0
+            while done < 20:
+                with contextlib.suppress(OSError):
+                    save(tmp_path / "s", bytes((worker + 1,)) * PAGE)
+                    done += 1
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    with Reader(tmp_path / "s") as reader:
+        reader.verify_ram()
 
 
 # Round trips
