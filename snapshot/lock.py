@@ -1,6 +1,7 @@
 """What a release promised: its schemas as one JSON value, and what a later one must not do to them.
 
-    {"states": [schema, ...], "upgrades": [[name, from, to], ...], "downgrades": [[name, from, to], ...]}
+    {"states": [schema, ...], "upgrades": [[name, from, to], ...], "downgrades": [[name, from, to], ...],
+     "renames": {old: new, ...}}
 
 A change of a released version orphans the snapshots it is in; so does a version with no way to the newest.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 from snapshot.describe import record
 from snapshot.errors import SnapshotError
-from snapshot.schema import Json, declared, downgrades, schema_of, upgrades, without_docs
+from snapshot.schema import Json, declared, downgrades, renames, schema_of, upgrades, without_docs
 
 Dump = dict[str, Any]
 
@@ -27,6 +28,7 @@ def dump(prefixes: tuple[str, ...] = ()) -> Dump:
         "states": kept,
         "upgrades": [step for step in upgrades() if step[0] in names],
         "downgrades": [step for step in downgrades() if step[0] in names],
+        "renames": {old: new for old, new in renames().items() if new in names},
     }
 
 
@@ -38,6 +40,7 @@ def load(path: Path) -> Dump:
             record(state["fields"])
             _ = state["name"], state["version"]
         _ = [(name, old, new) for name, old, new in value["upgrades"]]
+        _ = dict(value["renames"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SnapshotError(f"{path}: not a dump of schemas ({error})") from None
     return dict(value)
@@ -49,6 +52,7 @@ def complaints(old: Dump, new: Dump) -> list[str]:
     newest = {name: max(v for n, v in after if n == name) for name, _ in after}
     found = []
     for (name, version), fields in before.items():
+        name = new["renames"].get(name, name)
         if name not in newest:
             found.append(f"{name}: no version of it is left")
         elif (name, version) not in after:

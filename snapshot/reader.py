@@ -58,7 +58,7 @@ from snapshot.container import (
 )
 from snapshot.errors import SnapshotError
 from snapshot.pages import present_extents
-from snapshot.schema import Json, declared, decode, schema_of, without_docs
+from snapshot.schema import Json, decode, find, schema_of, without_docs
 
 __all__ = ["Part", "RamImage", "Reader", "decode_part"]
 
@@ -355,7 +355,7 @@ def decode_part(part: Part, want: type) -> Any:
     """
     name, version = part.schema["name"], part.schema["version"]
     assert isinstance(name, str) and isinstance(version, int)  # Part.from_json has seen to it
-    cls = declared().get((name, version))
+    cls = find(name, version)
     try:
         if cls is not None and (field := _first_difference(schema_of(cls).describe(), part.schema)):
             raise SnapshotError(f"{name} version {version}: field {field} is declared otherwise in this program")

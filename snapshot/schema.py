@@ -258,6 +258,7 @@ class Schema:
 _SCHEMAS: dict[type, Schema] = {}
 _BY_NAME: dict[tuple[str, int], type] = {}
 _UPGRADES: dict[type, Callable[[Any], Any]] = {}
+_RENAMED: dict[str, str] = {}
 _DOWNGRADES: dict[type, Callable[[Any], Any]] = {}
 
 C = TypeVar("C", bound=type)
@@ -308,6 +309,18 @@ def downgrade(function: U) -> U:
         raise TypeError(f"{function.__name__}: not the one downgrade from a newer version of {old.name}")
     _DOWNGRADES[source] = function
     return function
+
+
+def renamed(old: str, new: str) -> None:
+    """Declare that the state `new` was called `old`: snapshots that say `old` are read as it, versions and all."""
+    if old in {name for name, _ in _BY_NAME} or old in _RENAMED:
+        raise TypeError(f"{old}: it is a state of its own, or was renamed before")
+    _RENAMED[old] = new
+
+
+def renames() -> dict[str, str]:
+    """New name by old name."""
+    return dict(_RENAMED)
 
 
 def _step(function: Callable[[Any], Any]) -> tuple[type, type]:
@@ -404,6 +417,11 @@ def declared() -> dict[tuple[str, int], type]:
     return dict(_BY_NAME)
 
 
+def find(name: str, version: int) -> type | None:
+    """The state of this name and version, or of the name it has now."""
+    return _BY_NAME.get((_RENAMED.get(name, name), version))
+
+
 def encode(value: Any) -> dict[str, Json]:
     """`value` as JSON-shaped data. Raises SnapshotError naming the field that does not fit its own schema."""
     cls = type(value)
@@ -414,9 +432,9 @@ def encode(value: Any) -> dict[str, Json]:
 
 def decode(name: str, version: int, data: Mapping[str, Json], want: type) -> Any:
     """The state `want` from `data` written as `name` version `version`, upgraded step by step where it is older."""
-    cls: type | None = _BY_NAME.get((name, version))
+    cls = find(name, version)
     target = schema_of(want)
-    if name != target.name:
+    if _RENAMED.get(name, name) != target.name:
         raise SnapshotError(f"{name}: expected a {target.name}")
     if cls is None or version > target.version:
         raise SnapshotError(f"{name}: version {version} is not known here (this program has {target.version})")

@@ -25,6 +25,7 @@ from snapshot.schema import (
     encode,
     i64,
     lower,
+    renamed,
     schema_of,
     state,
     u2,
@@ -227,7 +228,7 @@ def dump(*fields, version=1, name="chip", upgrades=()):
     return {
         "states": [{"name": name, "version": version, "doc": "", "fields": [
             {"name": n, "type": t, "doc": d} for n, t, d in fields]}],
-        "upgrades": list(upgrades), "downgrades": [],
+        "upgrades": list(upgrades), "downgrades": [], "renames": {},
     }  # fmt: skip
 
 
@@ -236,7 +237,12 @@ NEXT = dump(("a", "u8", "doc"), ("c", "u8", ""), version=2)
 
 
 def both(*dumps, upgrades=()):
-    return {"states": [s for d in dumps for s in d["states"]], "upgrades": list(upgrades), "downgrades": []}
+    return {
+        "states": [s for d in dumps for s in d["states"]],
+        "upgrades": list(upgrades),
+        "downgrades": [],
+        "renames": {},
+    }
 
 
 @pytest.mark.parametrize(
@@ -254,6 +260,8 @@ def both(*dumps, upgrades=()):
         (both(OLD, NEXT, upgrades=[["chip", 1, 2]]), None),
         (both(OLD, NEXT, upgrades=[["chop", 1, 2]]), "no upgrade leads to version 2"),
         (both(OLD, NEXT, upgrades=[["chip", 1, 1]]), "no upgrade leads to version 2"),
+        ({**dump(("a", "u8", ""), ("b", "bool", ""), name="chop"), "renames": {"chip": "chop"}}, None),
+        ({**dump(("a", "u8", ""), name="chop"), "renames": {"chip": "chop"}}, "chop version 1: field b is gone"),
     ],
 )
 def test_complaints(new, complaint):
@@ -333,6 +341,17 @@ def test_what_an_older_version_cannot_say():
         lower(V1(), 0)
     with pytest.raises(SnapshotError, match="version 4 is not among"):
         lower(V3(), 4)
+
+
+def test_a_state_that_was_renamed_is_read_under_its_old_name():
+    renamed("test.tools.raised", "test.tools.lowered")
+    assert decode("test.tools.raised", 1, {"seconds": 2}, V3) == V3(nanos=2 * 10**9)
+    assert lock.dump(("test.tools.",))["renames"] == {"test.tools.raised": "test.tools.lowered"}
+    for old in ("test.tools.raised", "test.tools.inner"):
+        with pytest.raises(TypeError, match="renamed before"):
+            renamed(old, "test.tools.lowered")
+    with pytest.raises(SnapshotError, match="expected a"):
+        decode("test.tools.another", 1, {"seconds": 2}, V3)
 
 
 def test_a_step_that_leads_nowhere_is_our_mistake():
