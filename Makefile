@@ -23,7 +23,7 @@ test: guest
 
 # Atheris, for fuzzing by coverage, has no build for every Python: where there is none the test says so.
 test-full: guest
-	-$(BIN)/pip install --quiet --disable-pip-version-check atheris
+	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: guest
