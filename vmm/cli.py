@@ -22,8 +22,9 @@ from rich.table import Table
 from snapshot.errors import SnapshotError
 from vmm import backends, releases
 from vmm.boot import Image
+from vmm.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.errors import BackendError, GuestError
-from vmm.machine import DEFAULT_EPOCH_NS, Fault, Machine, MachineConfig, Stop, Stopped
+from vmm.machine import Fault, Machine, Stop, Stopped
 from vmm.snapshot_cli import snapshot
 from vmm.terminal import Terminal
 

@@ -15,42 +15,31 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, assert_never
+from typing import Any, assert_never
 
 import blake3
 
 from snapshot import canon
 from snapshot.chain import Chain
 from snapshot.container import Parent
-from snapshot.errors import SnapshotError
-from snapshot.reader import Part, decode_part
-from snapshot.schema import OneOf, Range, encode, lower, schema_of, state, u64
+from snapshot.schema import encode, lower, schema_of
 from snapshot.writer import Writer
-from vmm import backends, cpu_model
-from vmm.board import SLOTS, Board, BoardState
+from vmm import backends
+from vmm.board import Board
 from vmm.boot import Image
 from vmm.boot import load as load_image
 from vmm.clock import ClockState, GuestClock
-from vmm.cpu import Cpu, CpuState, Crashed, Expired, Halted, Kicked, Reached, Shutdown
+from vmm.config import MachineConfig
+from vmm.cpu import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown
 from vmm.devices import rtc
 from vmm.errors import BackendError, GuestError
-from vmm.ram import Ram, Region, layout
+from vmm.ram import Ram
+from vmm.saved import Saved, admit, host_memory, map_ram
 from vmm.scrub import Scrub
 
-MAX_MEMORY = 1 << 38
+__all__ = ["Fault", "Machine", "MachineConfig", "Stop", "Stopped"]
+
 _SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
-DEFAULT_EPOCH_NS = 1_577_836_800 * 10**9  # 2020-01-01: a fixed wall clock, so that boots are equal
-
-
-@state("machine", version=1)
-class MachineConfig:
-    """What the machine is built from, and all a restore needs."""
-
-    memory_bytes: Annotated[int, Range(4096, MAX_MEMORY), "RAM, a multiple of 4096"] = 256 << 20
-    cpus: Annotated[int, Range(1, 1), "number of CPUs"] = 1
-    cpu_model: Annotated[str, OneOf((cpu_model.MODEL_NAME,)), "CPUID model"] = cpu_model.MODEL_NAME
-    board: Annotated[str, OneOf(("isapc",)), "which board"] = "isapc"
-    epoch_ns: Annotated[u64, "wall clock at guest time zero, Unix ns"] = DEFAULT_EPOCH_NS
 
 
 @dataclass(frozen=True)
@@ -112,11 +101,11 @@ class Machine:
         bytes of RAM are accepted, by default as much as the host has. Raises SnapshotError or BackendError."""
         chain = Chain(path, max_ram=host_memory() if max_memory is None else max_memory)
         try:
-            saved = _Saved.decode(chain)
-            _admit(saved, backend)
+            saved = Saved.decode(chain)
+            admit(saved, backend)
             if verify:
                 chain.verify_ram()
-            machine = cls(saved.config, backend, Ram(_map(chain)))
+            machine = cls(saved.config, backend, Ram(map_ram(chain)))
             machine._assign(saved)
         except BaseException:
             chain.close()
@@ -131,14 +120,14 @@ class Machine:
     def check(path: Path, backend: str = "emu", *, max_memory: int | None = None) -> None:
         """Raises what `restore` would raise, SnapshotError or BackendError, and makes nothing."""
         with Chain(path, max_ram=host_memory() if max_memory is None else max_memory) as chain:
-            _admit(_Saved.decode(chain), backend)
+            admit(Saved.decode(chain), backend)
 
     def _start(self, image: Image) -> None:
         below = min(self.config.memory_bytes, self.ram.regions[0].size)
         self.board.devices["rtc"].state = rtc.power_on(self.config.epoch_ns, below, self.config.memory_bytes - below)
         self.cpu.load(load_image(image, self.ram))
 
-    def _assign(self, saved: _Saved) -> None:
+    def _assign(self, saved: Saved) -> None:
         self.clock.load(saved.clock)
         self.board.state = saved.board
         for name, device in self.board.devices.items():
@@ -367,62 +356,3 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A snapshot's states, all decoded and found to fit together."""
-
-    config: MachineConfig
-    board: BoardState
-    clock: ClockState
-    cpu: CpuState
-    devices: dict[str, Any]
-
-    @classmethod
-    def decode(cls, chain: Chain) -> _Saved:
-        """Raises SnapshotError, naming the part or field that cannot be used here."""
-        parts: dict[str, Part] = dict(chain.parts)
-
-        def take(name: str, want: type) -> Any:
-            if name not in parts:
-                raise SnapshotError(f"the snapshot has no part {name}")
-            return decode_part(parts.pop(name), want)
-
-        config = take("config", MachineConfig)
-        saved = cls(
-            config=config,
-            board=take("board", BoardState),
-            clock=take("clock", ClockState),
-            cpu=take("cpu.0", CpuState),
-            devices={slot.name: take(slot.name, slot.device.State) for slot in SLOTS},
-        )
-        if parts:
-            raise SnapshotError(f"the snapshot has a part this machine does not know: {next(iter(parts))}")
-        found = [(image.base, image.size) for image in chain.rams]
-        try:
-            wanted = layout(config.memory_bytes)
-        except GuestError as error:
-            raise SnapshotError(f"config: {error}") from None
-        if found != wanted:
-            raise SnapshotError("the RAM in the snapshot is not laid out as its config says")
-        return saved
-
-
-def _admit(saved: _Saved, backend: str) -> None:
-    """Raises BackendError when the backend is not here or cannot take the CPU's state."""
-    if (why := backends.factory(backend).refusal(saved.cpu)) is not None:
-        raise BackendError(why)
-
-
-def _map(chain: Chain) -> list[Region]:
-    regions = []
-    for i, image in enumerate(chain.rams):
-        memory = chain.map_ram(i)
-        regions.append(Region(image.name, image.base, image.size, memory, memoryview(memory), stored=chain.stored(i)))
-    return regions
-
-
-def host_memory() -> int:
-    """Bytes of RAM this computer has: a snapshot that declares more is refused rather than tried."""
-    return min(MAX_MEMORY, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

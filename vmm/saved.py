@@ -1,0 +1,77 @@
+"""From a snapshot to a machine's pieces: every state decoded and found to fit together before anything is made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from snapshot.chain import Chain
+from snapshot.errors import SnapshotError
+from snapshot.reader import Part, decode_part
+from vmm import backends
+from vmm.board import SLOTS, BoardState
+from vmm.clock import ClockState
+from vmm.config import MAX_MEMORY, MachineConfig
+from vmm.cpu import CpuState
+from vmm.errors import BackendError, GuestError
+from vmm.ram import Region, layout
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A snapshot's states, all decoded and found to fit together."""
+
+    config: MachineConfig
+    board: BoardState
+    clock: ClockState
+    cpu: CpuState
+    devices: dict[str, Any]
+
+    @classmethod
+    def decode(cls, chain: Chain) -> Saved:
+        """Raises SnapshotError, naming the part or field that cannot be used here."""
+        parts: dict[str, Part] = dict(chain.parts)
+
+        def take(name: str, want: type) -> Any:
+            if name not in parts:
+                raise SnapshotError(f"the snapshot has no part {name}")
+            return decode_part(parts.pop(name), want)
+
+        config = take("config", MachineConfig)
+        saved = cls(
+            config=config,
+            board=take("board", BoardState),
+            clock=take("clock", ClockState),
+            cpu=take("cpu.0", CpuState),
+            devices={slot.name: take(slot.name, slot.device.State) for slot in SLOTS},
+        )
+        if parts:
+            raise SnapshotError(f"the snapshot has a part this machine does not know: {next(iter(parts))}")
+        found = [(image.base, image.size) for image in chain.rams]
+        try:
+            wanted = layout(config.memory_bytes)
+        except GuestError as error:
+            raise SnapshotError(f"config: {error}") from None
+        if found != wanted:
+            raise SnapshotError("the RAM in the snapshot is not laid out as its config says")
+        return saved
+
+
+def admit(saved: Saved, backend: str) -> None:
+    """Raises BackendError when the backend is not here or cannot take the CPU's state."""
+    if (why := backends.factory(backend).refusal(saved.cpu)) is not None:
+        raise BackendError(why)
+
+
+def map_ram(chain: Chain) -> list[Region]:
+    regions = []
+    for i, image in enumerate(chain.rams):
+        memory = chain.map_ram(i)
+        regions.append(Region(image.name, image.base, image.size, memory, memoryview(memory), stored=chain.stored(i)))
+    return regions
+
+
+def host_memory() -> int:
+    """Bytes of RAM this computer has: a snapshot that declares more is refused rather than tried."""
+    return min(MAX_MEMORY, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
