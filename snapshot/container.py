@@ -32,7 +32,7 @@ OPTIONAL = 1 << 0  # the only flag
 
 MAX_CHUNKS = 4096  # before END
 MAX_JSON = 1 << 20  # also of an optional chunk we do not know
-MAX_JSON_TOTAL = 4 << 20  # all parts and optional chunks together
+MAX_JSON_TOTAL = 2 << 20  # all parts and optional chunks together
 MAX_REGION = 1 << 40
 MAX_CHAIN = 64  # files
 

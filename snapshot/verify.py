@@ -40,7 +40,7 @@ HEADER = struct.Struct("<4sHHIIQ32s32sQ")
 INDEX, ENTRY, END = struct.Struct("<QQIIQ"), struct.Struct("<II32s"), struct.Struct("<QQ32s")
 PAGE, BLOCK, REGION = 4096, 65536, 1 << 40
 CHUNKS, FILES, DEPTH = 4096, 64, 32
-PAYLOAD, PAYLOADS = 1 << 20, 1 << 22
+PAYLOAD, PAYLOADS = 1 << 20, 1 << 21
 PIECE = 8192 * ENTRY.size  # what is read at once of anything long; whole entries of an index
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # of a frame with content; skippable frames have others
 
@@ -248,7 +248,7 @@ def _chunks(file: _File) -> list[_Chunk]:
         names.add((chunk.kind, chunk.name))
         total += 0 if chunk.kind in LIMITS else chunk.length
         if total > PAYLOADS:
-            raise Bad(at + 16, "payloads together longer than 4 MiB")
+            raise Bad(at + 16, "payloads together longer than 2 MiB")
         at = _up(end, 16)
         if at > file.size:
             raise Bad(file.size, "cut in padding")

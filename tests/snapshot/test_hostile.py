@@ -88,3 +88,43 @@ def test_coverage_guided(tmp_path):
     report = run("tests.fuzz.fuzz_reader", "-runs=200000", "-max_total_time=120", "-rss_limit_mb=2048",
                  folder=tmp_path, timeout=600)  # fmt: skip
     assert "Done" in report and "ERROR" not in report
+
+
+WIDE = """
+import resource, sys
+from pathlib import Path
+from snapshot import verify
+from snapshot.chain import Chain
+from snapshot.errors import SnapshotError
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+try:
+    Chain(Path(sys.argv[1])).close()
+except SnapshotError:
+    pass
+read = peak()
+try:
+    verify.verify(Path(sys.argv[1]))
+except verify.Bad:
+    pass
+print(read - before, peak() - before)
+"""
+
+
+@pytest.mark.parametrize("item", [b"[]", b"{}", b"0", b'""', b"[[]]"])
+def test_the_widest_json_does_not_fill_memory(tmp_path, item):
+    """As much as the limits allow, of what takes the most memory for its length."""
+    from tests.snapshot.test_container import build, part
+
+    def full(name: str) -> Raw:
+        head, tail = b'{"schema":[],"state":[', b"]}"
+        count = ((1 << 20) - 2000 - len(head) - len(tail)) // (len(item) + 1)
+        return part(name, head + b",".join([item] * count) + tail)
+
+    (tmp_path / "wide").write_bytes(build([part(), full("a")]))
+    done = subprocess.run(
+        [sys.executable, "-c", WIDE, str(tmp_path / "wide")], cwd=ROOT, capture_output=True, text=True
+    )
+    grown = [int(word) for word in done.stdout.split()]
+    assert len(grown) == 2 and max(grown) < 64 << 10, done.stdout + done.stderr

@@ -192,7 +192,7 @@ def good_files() -> dict[str, tuple[bytes, str]]:
 
 def full(more: int) -> list[Chunk]:
     """What a part `config` leaves of all that payloads may be together, and `more`."""
-    lengths = [1 << 20, 1 << 20, 1 << 20, (1 << 20) - len(part().payload) + more]
+    lengths = [1 << 20, (1 << 20) - len(part().payload) + more]
     return [chunk(b"XTRA", b"%d" % n, bytes(length), flags=1) for n, length in enumerate(lengths)]
 
 
