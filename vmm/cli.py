@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console as Rich
-from rich.table import Table
 
 from snapshot.errors import SnapshotError
 from vmm import backends, releases
@@ -25,7 +23,6 @@ from vmm.boot import Image
 from vmm.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.errors import BackendError, GuestError
 from vmm.machine import Fault, Machine, Stop, Stopped
-from vmm.snapshot_cli import snapshot
 from vmm.terminal import Terminal
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -93,7 +90,18 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Main(click.Group):
-    """One clear line for whoever is at fault; a traceback only for our own bugs."""
+    """One clear line for whoever is at fault; a traceback only for our own bugs. What only some commands need is
+    imported by them: a boot of two seconds should not wait for it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "snapshot"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "snapshot":
+            from vmm.snapshot_cli import snapshot
+
+            return snapshot
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -215,9 +223,6 @@ def status(stop: Stop, goal: Goal) -> int:
             return 3 if goal.until is not None or goal.at is not None else 0
 
 
-main.add_command(snapshot)
-
-
 @main.group()
 def guest() -> None:
     """Guests to try."""
@@ -228,6 +233,8 @@ def guest() -> None:
 @click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Script to run as /init.")
 def fetch(folder: Path, init: Path | None) -> None:
     """Get a Debian kernel and busybox, and make DIR/vmlinuz, DIR/vmlinux, DIR/initrd.img."""
+    from rich.console import Console as Rich
+
     from vmm.guest import fetch as get
 
     script = None
@@ -244,6 +251,9 @@ def fetch(folder: Path, init: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
 def doctor(as_json: bool) -> None:
     """What this computer can do, and why not where it cannot."""
+    from rich.console import Console as Rich
+    from rich.table import Table
+
     from vmm.doctor import examine
 
     findings = examine(backends.BACKENDS)

@@ -1,6 +1,7 @@
 """Guest RAM: one mapping a region, shared by pointer with either CPU backend.
 
-A fresh machine maps a memfd, a restored one maps the snapshot file MAP_PRIVATE. RAM below the 32-bit hole and RAM
+A fresh machine maps anonymous memory, a restored one the snapshot file, both MAP_PRIVATE: which pages the guest has
+written is then the kernel's to tell, and costs nothing while it runs. RAM below the 32-bit hole and RAM
 from 4 GiB up are separate regions from the start.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from snapshot import pages
 from vmm.errors import BackendError, GuestError
 
 PAGE = 4096
+_NORESERVE = 0x4000  # linux/mman.h; Python has no name for it before 3.13
 HOLE_START = 0xC000_0000  # 3 GiB: PCI and chipset MMIO lie from here to 4 GiB
 HOLE_END = 0x1_0000_0000
 
@@ -30,7 +31,6 @@ class Region:
     size: int
     memory: mmap.mmap
     view: memoryview
-    fd: int | None = None  # the memfd behind it, where there is one
     stored: list[tuple[int, int]] = field(default_factory=list)  # what the snapshot behind it holds
 
     @property
@@ -39,8 +39,6 @@ class Region:
 
     def touched(self) -> list[tuple[int, int]]:
         """(start, end) of what may hold other bytes than zero: finding it costs nothing for untouched pages."""
-        if self.fd is not None:
-            return pages.present_extents(self.fd, self.size)
         return self.stored + pages.dirty_extents(self.address, self.size)
 
 
@@ -63,14 +61,14 @@ class Ram:
         """Zeroed RAM. Raises BackendError when the host has not the memory."""
         regions = []
         for i, (base, length) in enumerate(layout(size)):
-            fd = os.memfd_create(f"ram.{i}", os.MFD_CLOEXEC)
             try:
-                os.ftruncate(fd, length)
-                memory = mmap.mmap(fd, length)
+                memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
             except OSError as error:
-                os.close(fd)
                 raise BackendError(f"cannot map {length} bytes of guest RAM: {error.strerror}") from None
-            regions.append(Region(f"ram.{i}", base, length, memory, memoryview(memory), fd))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without them
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            regions.append(Region(f"ram.{i}", base, length, memory, memoryview(memory)))
         return cls(regions)
 
     @property
@@ -102,5 +100,3 @@ class Ram:
             region.view.release()
             with contextlib.suppress(BufferError):  # a ctypes view still points here; the mapping goes with it
                 region.memory.close()
-            if region.fd is not None:
-                os.close(region.fd)
