@@ -22,7 +22,10 @@ GOAL = b"shell ready"
 def until_shell(command: list[str]) -> float:
     """Seconds from process start to the shell's banner on standard output."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # as installed: compiled once, not at every start
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert process.stdout
     seen = b""
     while GOAL not in seen:

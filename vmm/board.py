@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Protocol
 
 from snapshot.schema import OneOf, state, u32
@@ -97,6 +98,7 @@ class Board:
         self.pics = PicPair(host.intr)
         self.devices: dict[str, Device[Any]] = {}
         self._next_deadline: int | None = None
+        self._deadlines: dict[Device[Any], int | None] = {}
         for slot in SLOTS:
             device = slot.build(self)
             self.devices[slot.name] = device
@@ -106,7 +108,8 @@ class Board:
         for slot in SLOTS:
             if self.devices[slot.name] in self._timed:
                 for port, bank in slot.ports:
-                    self.bus.watch_ports(self.devices[slot.name], port, bank, self._rearm)
+                    device = self.devices[slot.name]
+                    self.bus.watch_ports(device, port, bank, partial(self._rearm, device))
 
     # --- wiring
 
@@ -138,7 +141,7 @@ class Board:
         """Guest ns of the earliest pending event."""
         earliest = None
         for device in self._timed:
-            deadline = device.deadline()
+            deadline = self._deadlines[device] = device.deadline()
             if deadline is not None and (earliest is None or deadline < earliest):
                 earliest = deadline
         self._next_deadline = earliest
@@ -154,8 +157,10 @@ class Board:
             self._timed[min(due)[1]].expire()
         raise AssertionError("a device's deadline stays in the past")
 
-    def _rearm(self) -> None:
+    def _rearm(self, device: Device[Any]) -> None:
         """A timed device was accessed: the CPU may be running towards a deadline that is no longer the first."""
+        if device.deadline() == self._deadlines.get(device):
+            return
         before = self._next_deadline
         after = self.next_deadline()
         if after is not None and (before is None or after < before):

@@ -28,6 +28,7 @@ class Terminal:
         self._kept: list[object] | None = None
         self._leave = threading.Event()
         self._monitor = False
+        self._line = bytearray()  # shown when it ends: a write for each byte would be most of the console's cost
         machine.board.console.listen(self._show)
 
     def __enter__(self) -> Terminal:
@@ -45,18 +46,25 @@ class Terminal:
         if self._kept is not None:
             termios.tcsetattr(0, termios.TCSADRAIN, self._kept)  # type: ignore[arg-type]
         with contextlib.suppress(OSError):
-            sys.stdout.flush()
+            self._flush(self._machine)
 
     def _show(self, byte: int) -> None:
-        sys.stdout.buffer.write(bytes((byte,)))
+        self._line.append(byte)
         if byte == 10 or self.interactive:
-            sys.stdout.buffer.flush()
+            self._flush(self._machine)
+
+    def _flush(self, _machine: Machine) -> None:
+        sys.stdout.buffer.write(self._line)
+        sys.stdout.buffer.flush()
+        self._line.clear()
 
     def _read(self) -> None:
         while not self._leave.is_set():
             try:
                 ready, _, _ = select.select([0], [], [], 0.1)
                 data = os.read(0, 1024) if ready else None
+                if not ready and self._line:
+                    self._machine.post(self._flush)  # a prompt: whoever reads us may be waiting for it
             except OSError:
                 return
             if data == b"":  # end of input: the guest runs on
