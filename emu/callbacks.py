@@ -11,19 +11,20 @@ from typing import Any
 
 from emu.delivery import settle
 from emu.engine import EXIT_SHUTDOWN, Engine
-from vmm.clock import BYTES_PER_NS
 
-_TIME, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS, _TSC_OFFSET = range(6)
-_MASK64 = (1 << 64) - 1
+_TIME, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS = range(5)
 
 
 class Callbacks:
     """The hooks' bodies over one engine; each has the argument list of its hook."""
 
-    def __init__(self, engine: Engine, words: Any, other: Callable[[Any, int, Any], int]) -> None:
+    def __init__(
+        self, engine: Engine, words: Any, other: Callable[[Any, int, Any], int], tsc: Callable[[], int]
+    ) -> None:
         self._engine = engine
         self._words = words
         self._other = other
+        self._tsc = tsc
 
     def block(self, _uc: Any, _address: int, size: int, _data: Any) -> None:
         words = self._words
@@ -43,10 +44,10 @@ class Callbacks:
         return 1
 
     def rdtsc(self, _uc: Any, _data: Any) -> int:
-        engine, words = self._engine, self._words
+        engine = self._engine
         if engine.cr[4] & 4 and engine.hflags.value & 3:
             return 0
-        tsc = words[_TIME] // BYTES_PER_NS + words[_TSC_OFFSET] & _MASK64
+        tsc = self._tsc()
         engine.regs[0], engine.regs[2] = tsc & 0xFFFFFFFF, tsc >> 32
         return 1
 

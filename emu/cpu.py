@@ -34,11 +34,10 @@ from emu.engine import (
 )
 from vmm import cpu_model
 from vmm.clock import BYTES_PER_NS, GuestClock
-from vmm.cpu import Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Reached, Shutdown
-from vmm.errors import BackendError
+from vmm.cpu import Cpu, CpuState, Crashed, EventState, Exit, Expired, Halted, Intr, IoBus, Kicked, Reached, Shutdown
 from vmm.ram import Ram
 
-_TIME, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS, _TSC_OFFSET = range(6)
+_TIME, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS, _TSC_OFFSET, _TSC_SCALE = range(7)
 _FOREVER = (1 << 64) - 1
 _IF = 1 << 9
 
@@ -64,10 +63,12 @@ class EmuCpu(Cpu):
         self._engine = engine = layout.checked_engine()
         self._clock = clock
         self._words = clock.words
+        self._words[_TSC_SCALE] = (clock.tsc_khz << 32) // (BYTES_PER_NS * 1_000_000)
         self._bus = bus
         self._intr = intr
         self._pin = False
         self._halted = False
+        self._event: EventState | None = None
         self._kicked = False
         self._shutdown = False
         self._stop_at: int | None = None
@@ -87,6 +88,10 @@ class EmuCpu(Cpu):
     def run(self, budget_ns: int) -> Exit:
         words, clock = self._words, self._clock
         expiry = words[_TIME] + budget_ns * BYTES_PER_NS
+        if self._event is not None:
+            event, self._event = self._event, None
+            if not delivery.deliver(self._engine, event):
+                return Shutdown()
         if clock.prepaid and (stopped := self._finish_block()) is not None:
             return stopped
         while True:
@@ -138,20 +143,24 @@ class EmuCpu(Cpu):
         self._stop_at = position
 
     def save(self) -> CpuState:
-        return state.save(self._engine, self._tsc(), self._halted)
+        return state.save(self._engine, self._tsc(), self._halted, self._event)
 
     def load(self, saved: CpuState) -> None:
-        if (why := self.refusal(saved)) is not None:
-            raise BackendError(why)
+        self._event = saved.event
         self._halted = saved.halted
         self._set_tsc(saved.tsc)
         state.load(self._engine, saved)
 
     @staticmethod
     def refusal(state: CpuState) -> str | None:
-        if state.event is not None:
-            return f"cpu.event: emu cannot yet take over an event in delivery ({state.event.kind})"
         return None
+
+    @staticmethod
+    def tsc_khz(wanted: int | None = None) -> int:
+        return cpu_model.TSC_KHZ if wanted is None else wanted
+
+    def post_writes(self, port: int, on: bool) -> None:
+        pass  # a write costs less here than keeping it for later
 
     def discard_code(self, start: int, end: int) -> None:
         self._engine.discard_code(start, end)
@@ -252,7 +261,7 @@ class EmuCpu(Cpu):
 
     def _install_portable(self) -> None:
         engine = self._engine
-        calls = callbacks.Callbacks(engine, self._words, self._on_intercept)
+        calls = callbacks.Callbacks(engine, self._words, self._on_intercept, self._tsc)
         for kind, prototype, function, instruction in (
             (HOOK_INTR, _NUMBER, calls.interrupt, None),
             (HOOK_INSN_INVALID, _PLAIN, calls.invalid_opcode, None),
@@ -403,13 +412,16 @@ class EmuCpu(Cpu):
         engine.eip.value = engine.read_msr(0x176) - 2 & _FOREVER
         return 1
 
-    # --- time-stamp counter: guest ns (the model's TSC runs at 1 GHz) plus what the guest wrote
+    # --- time-stamp counter: guest time in the TSC's ticks, plus what the guest wrote
 
     def _tsc(self) -> int:
-        return self._clock.now_ns() + self._words[_TSC_OFFSET] & _FOREVER
+        return self._ticks() + self._words[_TSC_OFFSET] & _FOREVER
 
     def _set_tsc(self, value: int) -> None:
-        self._words[_TSC_OFFSET] = value - self._clock.now_ns() & _FOREVER
+        self._words[_TSC_OFFSET] = value - self._ticks() & _FOREVER
+
+    def _ticks(self) -> int:
+        return self._words[_TIME] * self._words[_TSC_SCALE] >> 32
 
 
 def _address(callback: Callable[..., Any]) -> int:

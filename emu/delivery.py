@@ -1,12 +1,14 @@
 """What delivering an exception leads to, found without delivering it (SDM vol. 3, 6.12 to 6.15).
 
-Needed twice. From Python the engine's delivery must not fault: it would leave by longjmp, across Python's frames. And
-for INT n the engine has moved RIP behind the instruction by then, so a fault of its delivery would name the wrong one.
+Needed three times. From Python the engine's delivery must not fault: it would leave by longjmp, across Python's
+frames. For INT n the engine has moved RIP behind the instruction by then, so a fault of its delivery would name the
+wrong one. And an event that came with a saved state is delivered from Python.
 """
 
 from __future__ import annotations
 
-from emu.engine import Engine
+from emu.engine import HF2_NMI, Engine
+from vmm.cpu import EventState
 
 _MASK64 = (1 << 64) - 1
 _CONTRIBUTORY = {0, 10, 11, 12, 13}
@@ -32,6 +34,26 @@ def settle(engine: Engine) -> bool:
             second, error = _DOUBLE_FAULT, 0
         vector = second
         engine.raise_exception(vector, error)
+    return True
+
+
+def deliver(engine: Engine, event: EventState) -> bool:
+    """Deliver an event that another CPU had accepted. False for a triple fault."""
+    if event.kind == "software":
+        return True  # RIP is still at the INT n: it runs again
+    if event.kind == "exception":
+        engine.raise_exception(event.vector, event.error_code or 0)
+    else:
+        if event.kind == "nmi":
+            engine.hflags2.value |= HF2_NMI
+        engine.u32("exception_is_int").value = 0
+        if (fault := fault_of(engine, event.vector)) is None:
+            engine.do_hardware_interrupt(event.vector)
+            return True
+        engine.raise_exception(*fault)
+    if not settle(engine):
+        return False
+    engine.do_interrupt()
     return True
 
 

@@ -309,6 +309,10 @@ class Engine:
         self._call("x86_cpu_do_interrupt_x86_64", self.cpu)
         self.u32("exception_is_int").value = 0
 
+    def do_hardware_interrupt(self, vector: int) -> None:
+        """Deliver an interrupt that was acknowledged, or an NMI: no error code. Must not fault either."""
+        self._lib.do_interrupt_x86_hardirq_x86_64(ctypes.c_void_p(self.env), ctypes.c_int(vector), ctypes.c_int(1))
+
     def start(self, rip: int) -> None:
         """Run from `rip` until a hook stops it or the CPU halts. Raises unicorn.UcError."""
         self.uc.emu_start(rip, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from unicorn import x86_const as x86
 
 from emu.engine import HF2_NMI, HF_INHIBIT_IRQ, Engine
-from vmm.cpu import CpuState, FpuState, SegmentState, TableState
+from vmm.cpu import CpuState, EventState, FpuState, SegmentState, TableState
 
 _GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)))
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
@@ -22,7 +22,7 @@ _SYSENTER = {"sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176}
 _EFER = 0xC0000080
 
 
-def save(engine: Engine, tsc: int, halted: bool) -> CpuState:
+def save(engine: Engine, tsc: int, halted: bool, event: EventState | None) -> CpuState:
     """The architectural state between two instructions. Changes nothing."""
     uc = engine.uc
     values: dict[str, object] = {name: engine.regs[i] for i, name in enumerate(_GPRS)}
@@ -43,6 +43,7 @@ def save(engine: Engine, tsc: int, halted: bool) -> CpuState:
         fpu=_fpu(engine),
         interrupt_shadow=bool(engine.hflags.value & HF_INHIBIT_IRQ),
         nmi_blocked=bool(engine.hflags2.value & HF2_NMI),
+        event=event,
         halted=halted,
     )
 

@@ -5,7 +5,8 @@ and the tests disassemble every one with Capstone. `emu.callbacks` holds the sam
 where memory cannot be made executable.
 
 The clock words they share with Python (see vmm.clock): [0] time in quarters of a ns, [1] limit, [2] skipped_ns,
-[3] size of the block that was refused, [4] exceptions delivered, [5] TSC offset.
+[3] size of the block that was refused, [4] exceptions delivered, [5] TSC offset, [6] TSC ticks in a quarter of a ns,
+times 2**32.
 """
 
 from __future__ import annotations
@@ -90,11 +91,12 @@ def invalid_opcode(exceptions: int, do_interrupt: int) -> bytes:
 
 
 def rdtsc(regs: int, cr4: int, hflags: int, tsc_aux: int | None = None) -> bytes:
-    """UC_HOOK_INSN RDTSC/RDTSCP(uc, words) -> handled: EDX:EAX = guest ns + offset; RDTSCP also ECX = TSC_AUX.
+    """UC_HOOK_INSN RDTSC/RDTSCP(uc, words) -> handled: EDX:EAX = guest time + offset; RDTSCP also ECX = TSC_AUX.
     With CR4.TSD at CPL > 0 it declines, and the engine raises #GP."""
     body = (
         bytes.fromhex("488b06")  # mov rax, [rsi]           time
-        + bytes.fromhex("48c1e802")  # shr rax, 2               in ns
+        + bytes.fromhex("48f76630")  # mul qword [rsi+0x30]     in ticks,
+        + bytes.fromhex("480facd020")  # shrd rax, rdx, 32        rounded down
         + bytes.fromhex("48034628")  # add rax, [rsi+0x28]      TSC offset
         + bytes.fromhex("48b9")
         + struct.pack("<Q", regs)  # mov rcx, &env.regs

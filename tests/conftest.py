@@ -17,16 +17,46 @@ settings.load_profile("dev")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure")
+    parser.addoption("--require-kvm", action="store_true", help="a test skipped for want of KVM is a failure")
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Any:
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and item.config.getoption("--no-skips"):
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("--no-skips"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         report.outcome = "failed"
         report.longrepr = f"skipped, and --no-skips was given: {reason}"
+
+
+@pytest.fixture(scope="session")
+def kvm(request: pytest.FixtureRequest) -> str:
+    """The name of the KVM backend, where it runs; else the test is skipped with the host's reason."""
+    from vmm import backends
+    from vmm.errors import BackendError
+
+    try:
+        backends.probe("kvm")
+    except BackendError as error:
+        if request.config.getoption("--require-kvm"):
+            pytest.fail(f"{error} (--require-kvm)")
+        pytest.skip(str(error))
+    return "kvm"
+
+
+BACKENDS = ("emu", pytest.param("kvm", marks=pytest.mark.kvm))
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """For @pytest.mark.parametrize("backend", BACKENDS, indirect=True): a backend's name, once it is known to run."""
+    name, *how = request.param.split()
+    if name == "kvm":
+        request.getfixturevalue("kvm")
+    if how:
+        monkeypatch.setenv("ANYHYVE_PORTABLE", "1")
+    return str(name)
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,12 @@ class Factory(Protocol):
 
     def __call__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> Cpu: ...
     def refusal(self, state: CpuState) -> str | None: ...
+    def tsc_khz(self, wanted: int | None = None) -> int: ...
 
 
-# name -> (module, class); None where a backend is planned and not there yet
-BACKENDS: dict[str, tuple[str, str] | None] = {
+BACKENDS = {  # name -> (module, class)
     "emu": ("emu.cpu", "EmuCpu"),
-    "kvm": None,
+    "kvm": ("kvmbackend.cpu", "KvmCpu"),
 }
 
 
@@ -29,8 +29,22 @@ def factory(name: str) -> Factory:
     """The constructor of a backend's CPU. Raises BackendError, naming what is missing."""
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
-    place = BACKENDS[name]
-    if place is None:
-        raise BackendError(f"the {name} backend is not built yet; use --backend emu")
-    module: Any = import_module(place[0])
-    return cast(Factory, getattr(module, place[1]))
+    module, cpu = BACKENDS[name]
+    return cast(Factory, getattr(import_module(module), cpu))
+
+
+def probe(name: str) -> str:
+    """How this host runs a backend, in one line. Raises BackendError, naming what is missing."""
+    module: Any = import_module(factory(name).__module__)
+    return str(module.probe())
+
+
+def choose(name: str) -> tuple[str, str]:
+    """A backend's name and why: `auto` is kvm where the host has it, else emu. Raises BackendError."""
+    if name != "auto":
+        factory(name)
+        return name, "as asked for"
+    try:
+        return "kvm", probe("kvm")
+    except BackendError as error:
+        return "emu", str(error)

@@ -14,7 +14,7 @@ from snapshot.schema import OneOf, state, u32
 from vmm.bus import Bus
 from vmm.clock import GuestClock
 from vmm.console import Console
-from vmm.device import Device
+from vmm.device import Device, Line
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.debugcon import Debugcon
 from vmm.devices.i8042 import I8042
@@ -39,6 +39,7 @@ class Host(Protocol):
 
     def intr(self, level: bool) -> None: ...
     def set_a20(self, enabled: bool) -> None: ...
+    def post_writes(self, port: int, on: bool) -> None: ...  # byte writes of `port` may come late, in order
     def attention(self) -> None: ...  # look at the board at the next boundary
 
 
@@ -54,7 +55,7 @@ class Slot:
 
 def _uart(name: str, base: int, irq: int) -> Slot:
     def build(board: Board) -> Device[Any]:
-        return Uart(board.pics.line(irq), board.serial(name).transmit)
+        return Uart(board.pics.line(irq), board.serial(name).transmit, board.posting(base))
 
     return Slot(name, Uart, build, ((base, ""),))
 
@@ -95,6 +96,7 @@ class Board:
         self._host = host
         self._others: dict[str, Console] = {}
         self._a20: dict[str, bool] = {}
+        self._posting: dict[int, bool] = {}
         self.pics = PicPair(host.intr)
         self.devices: dict[str, Device[Any]] = {}
         self._next_deadline: int | None = None
@@ -123,6 +125,16 @@ class Board:
         def drive(level: bool) -> None:
             self._a20[source] = level
             self._host.set_a20(any(self._a20.values()))
+
+        return drive
+
+    def posting(self, port: int) -> Line:
+        """Tells the CPU whether writes of `port` may come late, when it changes."""
+
+        def drive(level: bool) -> None:
+            if self._posting.get(port, False) != level:
+                self._posting[port] = level
+                self._host.post_writes(port, level)
 
         return drive
 

@@ -35,7 +35,8 @@ class GuestClock:
     TIME, LIMIT, SKIPPED_NS = 0, 1, 2
     WORDS = 8
 
-    def __init__(self) -> None:
+    def __init__(self, tsc_khz: int) -> None:
+        self.tsc_khz = tsc_khz  # what the CPU's time-stamp counter makes of this time
         self.words = (ctypes.c_uint64 * self.WORDS)()
         self.prepaid = 0
 

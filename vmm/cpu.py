@@ -196,10 +196,13 @@ class Cpu(Protocol):
     def intr(self, level: bool) -> None: ...  # the INTR pin changed; the vector is pulled from Intr when taken
     def set_a20(self, enabled: bool) -> None: ...
     def stop_at(self, position: int | None) -> None: ...  # run() returns Reached at the first boundary not before it
+    def post_writes(self, port: int, on: bool) -> None: ...  # byte writes of `port` may reach the bus late, in order
     def save(self) -> CpuState: ...  # architectural state, no backend's layout
     def load(self, state: CpuState) -> None: ...
     @staticmethod
     def refusal(state: CpuState) -> str | None: ...  # why load() would refuse it, naming the field; None: it would not
+    @staticmethod
+    def tsc_khz(wanted: int | None = None) -> int: ...  # the TSC's rate: its own, or BackendError if not as wanted
     def discard_code(self, start: int, end: int) -> None: ...  # RAM behind these addresses was changed by the host
     def exits(self) -> dict[str, int]: ...  # how often it left the guest's code, by reason
     def close(self) -> None: ...

@@ -6,7 +6,7 @@ No AVX, XSAVE, APIC, MTRR, RDRAND or hypervisor leaves. References: SDM vol. 2 C
 from __future__ import annotations
 
 MODEL_NAME = "x86-64-v2"
-TSC_HZ = 1_000_000_000
+TSC_KHZ = 4_000_000  # a host whose TSC is slower can still show it; one that is faster may not be able to
 PHYS_BITS = 40
 LINEAR_BITS = 48
 
@@ -48,3 +48,21 @@ CPUID: dict[int, tuple[int, int, int, int]] = {
 def cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     """EAX, EBX, ECX, EDX. Leaves beyond the highest answer zero, as AMD's do."""
     return CPUID.get(leaf, (0, 0, 0, 0))
+
+
+_FEATURES = {  # (leaf, register: 2 ECX, 3 EDX) -> names of the bits
+    (1, 2): dict(zip((0, 9, 13, 19, 20, 23), ("pni", "ssse3", "cx16", "sse4_1", "sse4_2", "popcnt"), strict=True)),
+    (1, 3): {0: "fpu", 4: "tsc", 6: "pae", 8: "cx8", 11: "sep", 13: "pge", 15: "cmov", 19: "clflush", 24: "fxsr",
+             25: "sse", 26: "sse2"},
+    (0x80000001, 3): {11: "syscall", 20: "nx", 26: "pdpe1gb", 27: "rdtscp", 29: "lm"},
+}  # fmt: skip
+
+
+def lacking(host: dict[int, tuple[int, int, int, int]]) -> list[str]:
+    """Features of the model that a host with these CPUID leaves has not got, by their names in /proc/cpuinfo."""
+    return [
+        name
+        for (leaf, register), bits in _FEATURES.items()
+        for bit, name in bits.items()
+        if CPUID[leaf][register] >> bit & 1 and not host.get(leaf, (0, 0, 0, 0))[register] >> bit & 1
+    ]

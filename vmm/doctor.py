@@ -7,9 +7,9 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable
-from importlib import import_module
 from importlib.metadata import version
 
+from vmm import backends
 from vmm.errors import BackendError
 
 
@@ -30,10 +30,7 @@ def examine(names: Iterable[str]) -> dict[str, str]:
 
 
 def _backend(name: str) -> str:
-    from vmm.backends import factory
-
     try:
-        module = import_module(factory(name).__module__)
-        return f"ready: {module.probe()}"
+        return f"ready: {backends.probe(name)}"
     except BackendError as error:
         return f"not ready: {error}"

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
@@ -68,7 +68,7 @@ class Machine:
         self.config = config
         self.backend = backend
         self.ram = ram
-        self.clock = GuestClock()
+        self.clock = GuestClock(config.tsc_khz)
         self.board = Board(self.clock, self)
         self._open = True
         self._scrub: Scrub | None = None
@@ -94,19 +94,29 @@ class Machine:
 
     @classmethod
     def restore(
-        cls, path: Path, backend: str = "emu", *, verify: bool = False, max_memory: int | None = None
+        cls,
+        path: Path,
+        backend: str = "emu",
+        *,
+        verify: bool = False,
+        max_memory: int | None = None,
+        allow: Collection[str] = (),
     ) -> Machine:
         """A paused machine from a snapshot, or from a chain of them. Nothing is created before the structure and state
         of every file have been checked; RAM contents only with `verify`, else while the machine runs. `max_memory`
-        bytes of RAM are accepted, by default as much as the host has. Raises SnapshotError or BackendError."""
+        bytes of RAM are accepted, by default as much as the host has. `allow` names what may differ from what was
+        saved: "tsc-rate". Raises SnapshotError or BackendError."""
         chain = Chain(path, max_ram=host_memory() if max_memory is None else max_memory)
         try:
-            saved = Saved.decode(chain)
-            admit(saved, backend)
+            saved = admit(Saved.decode(chain), backend, allow)
             if verify:
                 chain.verify_ram()
             machine = cls(saved.config, backend, Ram(map_ram(chain)))
-            machine._assign(saved)
+            try:
+                machine._assign(saved)
+            except BaseException:
+                machine.close()
+                raise
         except BaseException:
             chain.close()
             raise
@@ -117,10 +127,12 @@ class Machine:
         return machine
 
     @staticmethod
-    def check(path: Path, backend: str = "emu", *, max_memory: int | None = None) -> None:
+    def check(
+        path: Path, backend: str = "emu", *, max_memory: int | None = None, allow: Collection[str] = ()
+    ) -> None:
         """Raises what `restore` would raise, SnapshotError or BackendError, and makes nothing."""
         with Chain(path, max_ram=host_memory() if max_memory is None else max_memory) as chain:
-            admit(Saved.decode(chain), backend)
+            admit(Saved.decode(chain), backend, allow)
 
     def _start(self, image: Image) -> None:
         below = min(self.config.memory_bytes, self.ram.regions[0].size)
@@ -244,6 +256,9 @@ class Machine:
 
     def set_a20(self, enabled: bool) -> None:
         self.cpu.set_a20(enabled)
+
+    def post_writes(self, port: int, on: bool) -> None:
+        self.cpu.post_writes(port, on)
 
     def attention(self) -> None:
         self.cpu.kick()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 from snapshot.chain import Chain
@@ -58,10 +59,22 @@ class Saved:
         return saved
 
 
-def admit(saved: Saved, backend: str) -> None:
-    """Raises BackendError when the backend is not here or cannot take the CPU's state."""
-    if (why := backends.factory(backend).refusal(saved.cpu)) is not None:
+ALLOWABLE = ("tsc-rate",)  # what a host may give otherwise than it was saved, if the user says so
+
+
+def admit(saved: Saved, backend: str, allow: Collection[str] = ()) -> Saved:
+    """What can be woken here: the same, or with what is allowed to differ as this host gives it. Raises BackendError
+    when the backend is not here or cannot take the CPU's state."""
+    cpu = backends.factory(backend)
+    if (why := cpu.refusal(saved.cpu)) is not None:
         raise BackendError(why)
+    try:
+        cpu.tsc_khz(saved.config.tsc_khz)
+    except BackendError as error:
+        if "tsc-rate" not in allow:
+            raise BackendError(f"config.tsc_khz: {error} (--allow tsc-rate takes this host's)") from None
+        return replace(saved, config=replace(saved.config, tsc_khz=cpu.tsc_khz()))
+    return saved
 
 
 def map_ram(chain: Chain) -> list[Region]:

@@ -21,6 +21,16 @@ from vmm.machine import Machine, MachineConfig, Stopped
 LOG, LOG_END, RESULT = 0x300000, 0x2FFFF8, 0x2FFFF0
 
 PRELUDE = """
+        .macro  pause                           # the machine stops here, with everything before it done
+        push    %rax
+        push    %rdx
+        mov     $0x501, %edx
+        mov     $PAUSED, %eax
+        out     %ax, (%dx)
+        pop     %rdx
+        pop     %rax
+        .endm
+        .equ    PAUSED, 0xa55a
         .code64
         mov     $0x80000, %esp
         mov     $0x301000, %edi
@@ -119,7 +129,12 @@ class Program:
 
     def finish(self) -> Program:
         stop = self.machine.run()
-        assert isinstance(stop, Stopped) and stop.reason == "exit", stop
+        assert isinstance(stop, Stopped) and stop.reason == "exit" and stop.status != 0xA55A << 1 | 1, stop
+        return self
+
+    def pause(self) -> Program:
+        """Run to the next `pause`."""
+        assert self.machine.run() == Stopped("exit", 0xA55A << 1 | 1)
         return self
 
     def word(self, address: int) -> int:

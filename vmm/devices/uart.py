@@ -50,14 +50,16 @@ class UartState:
 
 
 class Uart(Device[UartState]):
-    """Eight registers at 0..7. `transmit` takes each byte sent; `receive` is the other direction."""
+    """Eight registers at 0..7. `transmit` takes each byte sent; `receive` is the other direction. `posting` is on while
+    a write of register 0 does nothing but send: such a write may come late, if before any other access."""
 
     State = UartState
 
-    def __init__(self, irq: Line, transmit: Callable[[int], None]) -> None:
+    def __init__(self, irq: Line, transmit: Callable[[int], None], posting: Line = lambda level: None) -> None:
         super().__init__()
         self._irq = irq
         self._transmit = transmit
+        self._posting = posting
 
     # --- the far end
 
@@ -112,6 +114,7 @@ class Uart(Device[UartState]):
             s.thr_empty = True  # enabling it while THR is empty, as it always is, sets it
         s.ier = value & 0x0F
         self._drive()
+        self._post()
 
     @reads(2)
     def read_iir(self) -> int:
@@ -140,6 +143,7 @@ class Uart(Device[UartState]):
     @writes(3)
     def write_lcr(self, value: int) -> None:
         self.state.lcr = value
+        self._post()
 
     @reads(4)
     def read_mcr(self) -> int:
@@ -152,6 +156,7 @@ class Uart(Device[UartState]):
         self._inputs()
         self._refill()
         self._drive()
+        self._post()
 
     @reads(5)
     def read_lsr(self) -> int:
@@ -186,6 +191,7 @@ class Uart(Device[UartState]):
 
     def restored(self) -> None:
         self._drive()
+        self._post()
 
     # --- inside
 
@@ -206,6 +212,10 @@ class Uart(Device[UartState]):
         # On a PC the OUT2 pin enables the interrupt's driver; loopback mode holds that pin inactive.
         enabled = self.state.mcr & (OUT2 | LOOP) == OUT2
         self._irq(enabled and self._source() != 0x01)
+
+    def _post(self) -> None:
+        s = self.state
+        self._posting(not s.lcr & DLAB and not s.mcr & LOOP and not s.ier & THR_EMPTY)
 
     def _refill(self) -> None:
         s = self.state

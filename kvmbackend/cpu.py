@@ -1,0 +1,358 @@
+"""The KVM CPU: a `vmm.cpu.Cpu` on /dev/kvm.
+
+Interrupt controllers and timers are the board's, in user space: KVM is asked for none. What leaves the guest comes
+here: I/O, HLT, and the moment an interrupt can be taken.
+
+An IN has not yet loaded AL when KVM exits for it; the next KVM_RUN does that. So `run()` ends only by a KVM_RUN that
+ran nothing (`immediate_exit`, or a signal): then the instruction is complete, and the CPU can be saved.
+
+Guest time is the host's, while the guest runs: each exit moves the clock on. Between two runs it stands still, and the
+TSC, which does not, is set back by as much.
+"""
+
+from __future__ import annotations
+
+import time
+from fcntl import ioctl
+
+from kvmbackend import abi, state
+from kvmbackend.alarm import Alarm
+from kvmbackend.vm import Vm
+from vmm import backends, paging
+from vmm.clock import BYTES_PER_NS, GuestClock
+from vmm.cpu import Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
+from vmm.errors import BackendError, GuestError
+from vmm.ram import PAGE, Ram
+
+_TIME, _SKIPPED_NS = GuestClock.TIME, GuestClock.SKIPPED_NS
+_IMMEDIATE_EXIT, _WINDOW, _READY, _IF = abi.RUN_IMMEDIATE_EXIT, abi.RUN_WINDOW, abi.RUN_READY, abi.RUN_IF
+_REASON32, _EXIT32, _EXIT64, _CR8 = abi.RUN_REASON // 4, abi.RUN_EXIT // 4, abi.RUN_EXIT // 8, abi.RUN_CR8 // 8
+_IO, _MMIO, _HLT, _RUN = abi.EXIT_IO, abi.EXIT_MMIO, abi.EXIT_HLT, abi.RUN
+
+# The host takes longer than this between two runs only when nobody runs the machine.
+_PAUSE_NS = 1_000_000
+_now = time.monotonic_ns
+
+
+class KvmCpu(Cpu):
+    """One CPU of KVM's over shared RAM."""
+
+    def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> None:
+        self._ram, self._bus, self._intr, self._clock = ram, bus, intr, clock
+        self._vm = vm = Vm(ram)
+        self._vcpu = vm.vcpu
+        try:
+            vm.set_tsc_khz(clock.tsc_khz)
+            self._alarm = Alarm(vm.vcpu)
+        except BaseException:
+            vm.close()
+            raise
+        self._run8, self._run16 = vm.run, vm.run.cast("H")
+        self._run32, self._run64 = vm.run.cast("I"), vm.run.cast("Q")
+        self._ring32 = None if vm.ring is None else vm.ring.cast("I")
+        self._words = memoryview(clock.words).cast("B").cast("Q")
+        self._pin = False
+        self._kicked = False
+        self._halted = False
+        self._a20 = True
+        self._host_ns = _now()  # when the clock was moved on last,
+        self._seen_ns = clock.now_ns()  # and where to
+        self._finisher: Cpu | None = None
+        self._exits = {"port_in": 0, "port_out": 0, "posted": 0, "mmio": 0, "interrupt": 0, "window": 0, "halt": 0,
+                       "signal": 0, "emulated": 0}  # fmt: skip
+
+    # --- the protocol
+
+    def run(self, budget_ns: int) -> Exit:
+        run8, clock = self._run8, self._clock
+        self._resume_time()
+        if self._halted:
+            if not (self._pin and run8[_IF]):
+                if self._kicked:
+                    self._kicked = False
+                    return Kicked()
+                return Halted(bool(run8[_IF]))
+            self._halted = False
+        if budget_ns <= 0:
+            return Expired()
+        self._alarm.enter()
+        try:
+            self._alarm.set(budget_ns)
+            return self._enter(clock.now_ns() + budget_ns)
+        finally:
+            self._alarm.leave()
+
+    def kick(self) -> None:
+        self._kicked = True
+        self._run8[_IMMEDIATE_EXIT] = 1
+        self._alarm.ring()
+
+    def intr(self, level: bool) -> None:
+        self._pin = level
+
+    def set_a20(self, enabled: bool) -> None:
+        if enabled != self._a20:
+            self._a20 = enabled
+            self._vm.map_ram(enabled)
+
+    def stop_at(self, position: int | None) -> None:
+        if position is not None:
+            raise BackendError("kvm does not count the code it runs: a position can be reached with --backend emu only")
+
+    def post_writes(self, port: int, on: bool) -> None:
+        if self._ring32 is not None:
+            self._vm.post_writes(port, on)
+
+    def save(self) -> CpuState:
+        tsc = self._vm.read_tsc() - self._tsc_in(_now() - self._host_ns) & (1 << 64) - 1
+        return state.save(self._vcpu, self._halted, tsc)
+
+    def load(self, saved: CpuState) -> None:
+        state.load(self._vcpu, saved)
+        self._clock.prepaid = 0  # time is not counted in code here: what was paid for and not run is forgotten
+        self._run64[_CR8] = saved.cr8
+        self._halted = saved.halted
+        self._host_ns, self._seen_ns = _now(), self._clock.now_ns()
+        self._vm.write_tsc(saved.tsc)
+        self._look()
+
+    @staticmethod
+    def refusal(saved: CpuState) -> str | None:
+        vm = _scratch()
+        try:
+            state.load(vm.vcpu, saved)
+        except BackendError as error:
+            return str(error)
+        finally:
+            vm.close()
+        return None
+
+    @staticmethod
+    def tsc_khz(wanted: int | None = None) -> int:
+        vm = _scratch()
+        try:
+            if wanted is not None:
+                vm.set_tsc_khz(wanted)
+            return vm.tsc_khz
+        finally:
+            vm.close()
+
+    def discard_code(self, start: int, end: int) -> None:
+        pass  # KVM runs what is in memory
+
+    def exits(self) -> dict[str, int]:
+        return dict(self._exits)
+
+    def close(self) -> None:
+        if self._finisher is not None:
+            self._finisher.close()
+        self._alarm.close()
+        for view in (self._run16, self._run32, self._run64, self._ring32):
+            if view is not None:
+                view.release()
+        self._vm.close()
+
+    # --- running
+
+    def _enter(self, end: int) -> Exit:
+        """Run until guest time `end`, a halt, a kick or a failure."""
+        vcpu, run8, run32, run64, words = self._vcpu, self._run8, self._run32, self._run64, self._words
+        exits, ring = self._exits, self._ring32
+        port_in, port_out = self._bus.port_in, self._bus.port_out
+        end *= BYTES_PER_NS
+        while True:
+            if self._pin and not run8[_IMMEDIATE_EXIT]:
+                self._offer_interrupt()
+            try:
+                ioctl(vcpu, _RUN, 0)
+            except InterruptedError:
+                exits["signal"] += 1
+                self._alarm.quiet()
+                self._move_time()
+                self._take_posted()
+                if self._kicked:
+                    self._kicked = False
+                    run8[_IMMEDIATE_EXIT] = 0
+                    return Kicked()
+                run8[_IMMEDIATE_EXIT] = 0
+                if words[_TIME] >= end:
+                    return Expired()
+                continue
+            except OSError as error:
+                return Crashed(self._rip(), f"KVM_RUN: {error.strerror}")
+            # The clock moves with the host's.
+            host = _now()
+            passed = host - self._host_ns
+            self._host_ns = host
+            words[_SKIPPED_NS] += passed
+            words[_TIME] += passed * BYTES_PER_NS
+            if ring is not None and ring[0] != ring[1]:
+                self._take_posted()
+            reason = run32[_REASON32]
+            if reason == _IO:
+                what = run64[_EXIT64]  # direction, size (a byte each), port (two), count (four)
+                size, port, at = what >> 8 & 0xFF, what >> 16 & 0xFFFF, run64[_EXIT64 + 1]
+                if what >> 32 != 1:
+                    self._string_io(what & 1, size, port, what >> 32, at)
+                elif what & 1:
+                    exits["port_out"] += 1
+                    port_out(port, size, int.from_bytes(run8[at : at + size], "little") if size > 1 else run8[at])
+                else:
+                    exits["port_in"] += 1
+                    if size > 1:
+                        run8[at : at + size] = port_in(port, size).to_bytes(size, "little")
+                    else:
+                        run8[at] = port_in(port, 1)
+            elif reason == _MMIO:
+                self._mmio()
+            elif (stop := self._rare(reason)) is not None:
+                self._seen_ns = self._clock.now_ns()
+                return stop
+            if words[_TIME] >= end:
+                run8[_IMMEDIATE_EXIT] = 1
+
+    def _offer_interrupt(self) -> None:
+        """Hand an interrupt over when the CPU can take it, else ask to be told when it can."""
+        run8 = self._run8
+        if run8[_READY] and run8[_IF]:
+            self._exits["interrupt"] += 1
+            self._pin = False
+            vector = self._intr.acknowledge()
+            if self._intr.pending():
+                self._pin = True
+            ioctl(self._vcpu, abi.INTERRUPT, vector.to_bytes(4, "little"))
+            run8[_READY] = 0
+        run8[_WINDOW] = self._pin
+
+    def _string_io(self, out: int, size: int, port: int, count: int, at: int) -> None:
+        run8, bus = self._run8, self._bus
+        self._exits["port_out" if out else "port_in"] += 1
+        for place in range(at, at + count * size, size):
+            if out:
+                bus.port_out(port, size, int.from_bytes(run8[place : place + size], "little"))
+            else:
+                run8[place : place + size] = bus.port_in(port, size).to_bytes(size, "little")
+
+    def _mmio(self) -> None:
+        self._exits["mmio"] += 1
+        address, size = self._run64[_EXIT64], self._run32[_EXIT32 + 4]
+        data = self._run8[abi.RUN_EXIT + 8 : abi.RUN_EXIT + 8 + size]
+        if self._run8[abi.RUN_EXIT + 20]:
+            self._bus.mmio_write(address, size, int.from_bytes(data, "little"))
+        else:
+            data[:] = self._bus.mmio_read(address, size).to_bytes(size, "little")
+
+    def _rare(self, reason: int) -> Exit | None:
+        """What happens less often than I/O. None: go on."""
+        match reason:
+            case abi.EXIT_HLT:
+                self._exits["halt"] += 1
+                self._halted = not (self._pin and self._run8[_IF])
+                return Halted(bool(self._run8[_IF])) if self._halted else None
+            case abi.EXIT_IRQ_WINDOW_OPEN:
+                self._exits["window"] += 1
+                return None
+            case abi.EXIT_SHUTDOWN:
+                return Shutdown()
+            case abi.EXIT_INTERNAL_ERROR if self._run32[_EXIT32] == abi.INTERNAL_ERROR_EMULATION:
+                return self._finish_instruction()
+            case abi.EXIT_INTERNAL_ERROR:
+                return Crashed(self._rip(), f"KVM reports internal error {self._run32[_EXIT32]}")
+            case abi.EXIT_FAIL_ENTRY:
+                return Crashed(self._rip(), f"the CPU refuses this state (reason {self._run64[_EXIT64]:#x})")
+            case _:
+                return Crashed(self._rip(), f"KVM exits for a reason nobody asked for ({reason})")
+
+    def _take_posted(self) -> None:
+        """The writes that wait in the ring, in their order; they came before whatever left the guest now."""
+        ring = self._ring32
+        if ring is None:
+            return
+        slots = (len(ring) * 4 - abi.RING_ENTRIES) // abi.RING_ENTRY
+        while ring[0] != ring[1]:
+            place = (abi.RING_ENTRIES + ring[0] * abi.RING_ENTRY) // 4
+            self._exits["posted"] += 1
+            self._bus.port_out(ring[place], ring[place + 2], ring[place + 4] & 0xFF)
+            ring[0] = (ring[0] + 1) % slots
+
+    def _finish_instruction(self) -> Exit | None:
+        """KVM cannot run the instruction at RIP: the emulated CPU runs it, over the same RAM, and hands back."""
+        self._exits["emulated"] += 1
+        if self._finisher is None:
+            self._finisher = backends.factory("emu")(self._ram, self._bus, self._intr, self._clock)
+        finisher, clock, before = self._finisher, self._clock, self.save()
+        now = clock.save()
+        for address in (before.cs.base + before.rip, before.cs.base + before.rip + 15):
+            physical = paging.translate(before, self._read_physical, address & (1 << 64) - 1)
+            if physical is not None:
+                finisher.discard_code(physical & -PAGE, (physical & -PAGE) + PAGE)
+        finisher.load(before)
+        finisher.stop_at(clock.position + 1)
+        stop = finisher.run(1 << 40)
+        clock.load(now)
+        match stop:
+            case Crashed() | Shutdown():
+                return stop
+            case Halted():
+                self._halted = True
+        state.load(self._vcpu, finisher.save())
+        self._run64[_CR8] = before.cr8
+        self._look()
+        return stop if self._halted else None
+
+    def _read_physical(self, address: int, size: int) -> bytes:
+        try:
+            return bytes(self._ram.slice(address, size))
+        except GuestError:
+            return b""
+
+    def _look(self) -> None:
+        """A KVM_RUN that runs nothing: what it says of IF and of readiness is of the state just loaded."""
+        self._run8[_IMMEDIATE_EXIT] = 1
+        try:
+            ioctl(self._vcpu, _RUN, 0)
+        except InterruptedError:
+            pass
+        except OSError as error:
+            raise BackendError(f"kvm: this state cannot run: {error.strerror}") from None
+        self._run8[_IMMEDIATE_EXIT] = self._kicked
+
+    def _rip(self) -> int:
+        regs = abi.Regs()
+        abi.call("KVM_GET_REGS", self._vcpu, abi.GET_REGS, regs)
+        return int(regs.rip)
+
+    # --- time
+
+    def _move_time(self) -> None:
+        host = _now()
+        self._clock.skip(host - self._host_ns)
+        self._host_ns, self._seen_ns = host, self._clock.now_ns()
+
+    def _resume_time(self) -> None:
+        """Between two runs guest time went on by what the machine skipped, and no more. A moment of the run loop's
+        own still counts; for a longer pause the TSC is set to where guest time is."""
+        host, here = _now(), self._clock.now_ns()
+        ahead = host - self._host_ns - (here - self._seen_ns)
+        if 0 <= ahead < _PAUSE_NS:
+            self._clock.skip(ahead)
+        else:
+            read_ns, tsc = _now(), self._vm.read_tsc()
+            self._vm.write_tsc(tsc + self._tsc_in(_now() - read_ns - ahead) & (1 << 64) - 1)
+        self._host_ns, self._seen_ns = host, self._clock.now_ns()
+
+    def _tsc_in(self, ns: int) -> int:
+        return ns * self._vm.tsc_khz // 1_000_000
+
+
+def probe() -> str:
+    """Make a machine, and say how this host's KVM runs one. Raises BackendError."""
+    vm = _scratch()
+    khz, posts = vm.tsc_khz, vm.ring is not None
+    vm.close()
+    return f"TSC at {khz / 1000:.0f} MHz, posted port writes: {'yes' if posts else 'no'}"
+
+
+def _scratch() -> Vm:
+    """A machine that nobody will run, to ask the host with."""
+    return Vm(Ram.fresh(PAGE))

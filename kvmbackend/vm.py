@@ -1,0 +1,160 @@
+"""One KVM virtual machine with one CPU, set up: RAM slots, CPUID of the model, the MSRs the model has, its TSC rate.
+
+There is no in-kernel interrupt controller or timer: those are the board's, as on every backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import Any
+
+from kvmbackend import abi, state
+from vmm import cpu_model
+from vmm.errors import BackendError
+from vmm.ram import Ram
+
+DEVICE = "/dev/kvm"
+_MIB = 1 << 20
+
+# Three pages the kernel wants below 4 GiB on hosts that cannot run real mode natively: in the hole, where no RAM is.
+_IDENTITY_MAP, _TSS = 0xFFFBC000, 0xFFFBD000
+
+# (first, last): an access of any other MSR is #GP(0), as on the emulated CPU.
+_MSR_RANGES = ((0x10, 0x10), (0x174, 0x176), (0x277, 0x277), (0xC0000080, 0xC0000084), (0xC0000100, 0xC0000103))
+
+
+class Vm:
+    """`vcpu` is the CPU's descriptor, `run` its shared page, `ring` the page of posted writes (None: not here)."""
+
+    def __init__(self, ram: Ram) -> None:
+        self._ram = ram
+        self._descriptors: list[int] = []
+        self._slots = 0
+        try:
+            self._set_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self) -> None:
+        system = self._keep(open_device())
+        self._vm = self._keep(abi.call("KVM_CREATE_VM", system, abi.CREATE_VM))
+        if abi.extension(self._vm, abi.CAP_SET_IDENTITY_MAP_ADDR):
+            address = (ctypes.c_uint8 * 8)(*_IDENTITY_MAP.to_bytes(8, "little"))
+            abi.call("KVM_SET_IDENTITY_MAP_ADDR", self._vm, abi.SET_IDENTITY_MAP_ADDR, address)
+        if abi.extension(self._vm, abi.CAP_SET_TSS_ADDR):
+            abi.call("KVM_SET_TSS_ADDR", self._vm, abi.SET_TSS_ADDR, _TSS)
+        self._allow_msrs()
+        self.map_ram(a20=True)
+        self.vcpu = self._keep(abi.call("KVM_CREATE_VCPU", self._vm, abi.CREATE_VCPU))
+        self._set_cpuid(system)
+        size = abi.call("KVM_GET_VCPU_MMAP_SIZE", system, abi.GET_VCPU_MMAP_SIZE)
+        self._shared = mmap.mmap(self.vcpu, size)
+        self.run = memoryview(self._shared)
+        self.tsc_khz = abi.call("KVM_GET_TSC_KHZ", self.vcpu, abi.GET_TSC_KHZ)
+        page = abi.extension(self._vm, abi.CAP_COALESCED_MMIO)
+        posts = page and abi.extension(self._vm, abi.CAP_COALESCED_PIO)
+        self.ring = self.run[page * mmap.PAGESIZE : (page + 1) * mmap.PAGESIZE] if posts else None
+
+    def _keep(self, descriptor: int) -> int:
+        self._descriptors.append(descriptor)
+        return descriptor
+
+    def _allow_msrs(self) -> None:
+        wanted: Any = abi.MsrFilter(flags=abi.MSR_FILTER_DEFAULT_DENY)
+        bitmap = ctypes.create_string_buffer(b"\xff" * 8)
+        for place, (first, last) in zip(wanted.ranges, _MSR_RANGES, strict=False):
+            place.flags = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
+            place.base, place.nmsrs, place.bitmap = first, last - first + 1, ctypes.addressof(bitmap)
+        abi.call("KVM_X86_SET_MSR_FILTER", self._vm, abi.SET_MSR_FILTER, wanted)
+
+    def _set_cpuid(self, system: int) -> None:
+        supported: Any = abi.Cpuid(nent=abi.MAX_CPUID)
+        abi.call("KVM_GET_SUPPORTED_CPUID", system, abi.GET_SUPPORTED_CPUID, supported)
+        host = {e.function: (e.eax, e.ebx, e.ecx, e.edx) for e in supported.entries[: supported.nent] if not e.index}
+        # What KVM does not offer but the processor has runs natively, or comes back to us to be finished.
+        if lacking := [name for name in cpu_model.lacking(host) if name not in _processor_flags()]:
+            raise BackendError(f"kvm: this host's CPU has not got {', '.join(lacking)} of {cpu_model.MODEL_NAME}")
+        model: Any = abi.Cpuid(nent=len(cpu_model.CPUID))
+        for entry, (leaf, registers) in zip(model.entries, cpu_model.CPUID.items(), strict=False):
+            entry.function = leaf
+            entry.eax, entry.ebx, entry.ecx, entry.edx = registers
+        abi.call("KVM_SET_CPUID2", self.vcpu, abi.SET_CPUID2, model)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Raises BackendError where the host cannot: without hardware scaling a TSC can be made faster, not slower."""
+        if khz != self.tsc_khz:
+            abi.call(f"this host cannot run the TSC at {khz} kHz", self.vcpu, abi.SET_TSC_KHZ, khz)
+            self.tsc_khz = khz
+
+    def map_ram(self, a20: bool) -> None:
+        """Put RAM where the guest sees it. With A20 off bit 20 of an address is not seen: each odd MiB shows the even
+        one below it."""
+        for slot in range(self._slots):
+            self._slot(slot, 0, 0, 0)
+        self._slots = 0
+        for region in self._ram.regions:
+            pieces = [(0, region.size)]
+            if not a20:
+                pieces = [(at, min(_MIB, region.size - at)) for at in range(0, region.size, _MIB)]
+            for at, size in pieces:
+                seen = at if a20 else at & ~_MIB
+                self._slot(self._slots, region.base + at, size, region.address + seen)
+                self._slots += 1
+
+    def _slot(self, number: int, base: int, size: int, address: int) -> None:
+        slot = abi.MemoryRegion(slot=number, guest_phys_addr=base, memory_size=size, userspace_addr=address)
+        abi.call("KVM_SET_USER_MEMORY_REGION", self._vm, abi.SET_USER_MEMORY_REGION, slot)
+
+    def post_writes(self, port: int, on: bool) -> None:
+        """Whether byte writes of `port` go to the ring instead of leaving the guest."""
+        request = abi.REGISTER_COALESCED_MMIO if on else abi.UNREGISTER_COALESCED_MMIO
+        abi.call("KVM_REGISTER_COALESCED_MMIO", self._vm, request, abi.CoalescedZone(addr=port, size=1, pio=1))
+
+    def read_tsc(self) -> int:
+        return state.read_msr(self.vcpu, state.TSC)
+
+    def write_tsc(self, value: int) -> None:
+        # KVM takes a write near what the counter would show for an attempt to synchronise CPUs, and ignores the
+        # difference. A write far away is taken as it is, and so is the next one.
+        state.write_msr(self.vcpu, state.TSC, value ^ 1 << 62)
+        state.write_msr(self.vcpu, state.TSC, value)
+
+    def close(self) -> None:
+        if hasattr(self, "run"):
+            if self.ring is not None:
+                self.ring.release()
+            self.run.release()
+            self._shared.close()
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+def _processor_flags() -> set[str]:
+    with open("/proc/cpuinfo") as lines:
+        return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def open_device() -> int:
+    """A descriptor of /dev/kvm. Raises BackendError that names what is missing."""
+    try:
+        system = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BackendError(f"kvm: there is no {DEVICE} (no virtualization here, or its module is not loaded)") from None
+    except PermissionError:
+        raise BackendError(f"kvm: no permission to read and write {DEVICE} (on Debian: join the group kvm)") from None
+    except OSError as error:
+        raise BackendError(f"kvm: cannot open {DEVICE}: {error.strerror}") from None
+    try:
+        version = abi.call("KVM_GET_API_VERSION", system, abi.GET_API_VERSION)
+        if version != abi.API_VERSION:
+            raise BackendError(f"kvm: {DEVICE} speaks version {version} of the interface, not {abi.API_VERSION}")
+        for name, number in abi.REQUIRED.items():
+            if not abi.extension(system, number):
+                raise BackendError(f"kvm: this host's KVM has not got KVM_CAP_{name}")
+    except BaseException:
+        os.close(system)
+        raise
+    return system
