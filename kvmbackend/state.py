@@ -32,6 +32,10 @@ MSRS = {
 }
 _RESET = CpuState()
 
+# Our state does not tell the shadow of STI from that of MOV SS. This one is valid whatever IF is (SDM vol. 3,
+# 26.3.1.5).
+_SHADOW_MOV_SS = 1
+
 
 def save(vcpu: int, halted: bool, tsc: int) -> CpuState:
     """The state between two instructions, with no I/O outstanding. Raises BackendError."""
@@ -175,7 +179,7 @@ def _event(e: Any) -> EventState | None:
 
 def _events(state: CpuState) -> abi.VcpuEvents:
     e = abi.VcpuEvents(
-        interrupt_shadow=3 if state.interrupt_shadow else 0,  # after STI and MOV SS alike: ours does not tell them apart
+        interrupt_shadow=_SHADOW_MOV_SS if state.interrupt_shadow else 0,
         nmi_masked=state.nmi_blocked,
         flags=abi.VALID_SHADOW | abi.VALID_NMI_PENDING,
     )

@@ -23,6 +23,7 @@ from vmm.boot import Image
 from vmm.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.errors import BackendError, GuestError
 from vmm.machine import Fault, Machine, Stop, Stopped
+from vmm.saved import ALLOWABLE
 from vmm.terminal import Terminal
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -38,6 +39,18 @@ class Memory(click.ParamType[int]):
         if not match:
             self.fail(f"{value!r} is not a size such as 256M", param, ctx)
         return int(match[1]) * _UNITS[match[2]]
+
+
+class Epoch(click.ParamType[int]):
+    """Unix seconds, or `now`."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        seconds = str(int(time.time())) if value == "now" else str(value)
+        if not re.fullmatch(r"\d{1,10}", seconds) or int(seconds) > 1 << 33:
+            self.fail(f"{value!r} is neither Unix seconds nor `now`", param, ctx)
+        return int(seconds)
 
 
 class Pattern(click.ParamType[str]):
@@ -82,7 +95,8 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
                          help="Guest time: as the clock on the wall, or as fast as it can. "
                               "[default: real at a terminal, else max]"),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output; no console."),
-            click.option("--backend", default="emu", show_default=True, help="Which CPU: emu or kvm."),
+            click.option("--backend", default="emu", show_default=True, metavar="emu|kvm|auto",
+                         help="Which CPU; auto is kvm where the host has it, and says which it took."),
         )
     ):  # fmt: skip
         command = option(command)
@@ -129,15 +143,19 @@ def main() -> None:
 @click.option("--append", default="console=ttyS0", show_default=True, help="Kernel command line.")
 @click.option("--memory", type=Memory(), default="256M", show_default=True, help="Guest RAM.")
 @click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
-@click.option("--epoch", type=click.IntRange(0, 1 << 33), default=DEFAULT_EPOCH_NS // 10**9, show_default=True,
-              help="Guest wall clock at start, Unix seconds.")  # fmt: skip
+@click.option("--epoch", type=Epoch(), default=str(DEFAULT_EPOCH_NS // 10**9), show_default=True,
+              help="Guest wall clock at start: Unix seconds, or `now`.")  # fmt: skip
+@click.option("--tsc-khz", type=int, help="Rate of the guest's TSC.  [default: 4000000 on emu, the host's own on kvm]")
 @_goal
 def run(
-    kernel: Path, initrd: Path | None, append: str, memory: int, flat: bool, epoch: int, backend: str, **goal: Any
-) -> None:
+    kernel: Path, initrd: Path | None, append: str, memory: int, flat: bool, epoch: int, tsc_khz: int | None,
+    backend: str, **goal: Any
+) -> None:  # fmt: skip
     """Boot a guest with its serial console on this terminal."""
     image = Image.from_files(kernel, initrd, append, flat)
-    config = _config(memory_bytes=memory, epoch_ns=epoch * 10**9)
+    backend = _backend(backend)
+    rate = tsc_khz or backends.factory(backend).tsc_khz()
+    config = _config(memory_bytes=memory, epoch_ns=epoch * 10**9, tsc_khz=rate)
     with Machine.boot(config, image, backend) as machine:
         sys.exit(_drive(machine, Goal(**goal)))
 
@@ -145,11 +163,23 @@ def run(
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Check every byte of RAM against its digest first.")
+@click.option("--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved.")
+@click.option("--clock", type=click.Choice(["freeze", "catch-up"]), default="freeze", show_default=True,
+              help="Guest time: on from where it stood, or up to this computer's wall clock.")  # fmt: skip
 @_goal
-def restore(file: Path, verify: bool, backend: str, **goal: Any) -> None:
+def restore(file: Path, verify: bool, allow: tuple[str, ...], clock: str, backend: str, **goal: Any) -> None:
     """Wake a saved machine: the file says all there is to know."""
-    with Machine.restore(file, backend, verify=verify) as machine:
+    with Machine.restore(file, _backend(backend), verify=verify, allow=allow) as machine:
+        if clock == "catch-up":
+            machine.catch_up()
         sys.exit(_drive(machine, Goal(**goal)))
+
+
+def _backend(name: str) -> str:
+    chosen, why = backends.choose(name)
+    if name == "auto":
+        click.echo(f"anyhyve: backend {chosen}: {why}", err=True)
+    return chosen
 
 
 def _config(**values: Any) -> MachineConfig:

@@ -39,6 +39,7 @@ from vmm.scrub import Scrub
 
 __all__ = ["Fault", "Machine", "MachineConfig", "Stop", "Stopped"]
 
+_MOST_NS = 1 << 55  # guest time fits 56 bits: 2.3 years; half of it may be slept through
 _SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
 
 
@@ -127,9 +128,7 @@ class Machine:
         return machine
 
     @staticmethod
-    def check(
-        path: Path, backend: str = "emu", *, max_memory: int | None = None, allow: Collection[str] = ()
-    ) -> None:
+    def check(path: Path, backend: str = "emu", *, max_memory: int | None = None, allow: Collection[str] = ()) -> None:
         """Raises what `restore` would raise, SnapshotError or BackendError, and makes nothing."""
         with Chain(path, max_ram=host_memory() if max_memory is None else max_memory) as chain:
             admit(Saved.decode(chain), backend, allow)
@@ -337,6 +336,15 @@ class Machine:
         self.clock.load(ClockState())
         self.board.reset()
         self._start(self._image)
+
+    def catch_up(self, wall_ns: int | None = None) -> None:
+        """Let the time pass that the machine missed: its wall clock then shows `wall_ns` (Unix ns), by default this
+        computer's. Raises BackendError when that is more than guest time can hold."""
+        now = time.time_ns() if wall_ns is None else wall_ns
+        missed = now - self.config.epoch_ns - self.clock.now_ns()
+        if missed >= _MOST_NS - self.clock.now_ns():
+            raise BackendError(f"the guest's clock is {missed / 86_400e9:.0f} days behind: too long to catch up with")
+        self.clock.skip(max(0, missed))
 
     def digests(self) -> dict[str, Any]:
         """BLAKE3 of RAM, CPU and each device, for comparing two machines."""

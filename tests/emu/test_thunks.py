@@ -82,9 +82,10 @@ def test_rdtsc_declines_only_under_tsd(aux):
         "xor eax, eax",
     ]
     assert code[7] == "ret"
-    assert code[8:15] == [
+    assert code[8:16] == [
         "mov rax, qword ptr [rsi]",
-        "shr rax, 2",
+        "mul qword ptr [rsi + 0x30]",
+        "shrd rax, rdx, 0x20",
         "add rax, qword ptr [rsi + 0x28]",
         "movabs rcx, 0x1000",
         "mov edx, eax",

@@ -1,0 +1,48 @@
+"""What two CPUs of different make can agree on, and where two states differ, by field name.
+
+Left out of a comparison, with the reason:
+* the hidden part of a segment that is not present: loading a null selector leaves other bits on each processor. The
+  base of FS and GS is used nevertheless, and is compared.
+* a segment's granularity: the limit is kept in bytes, and SVM derives the bit from it (AMD APM vol. 2, 15.5).
+* FOP, FIP and FDP: some processors save them only while an x87 exception is pending (AMD APM vol. 2, 11.4.4.3).
+* the TSC: it moves on while it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from vmm.cpu import CpuState, SegmentState
+
+_LEFT_OUT = {"cpu.tsc", "cpu.fpu.fop", "cpu.fpu.fip", "cpu.fpu.fdp"}
+
+
+def comparable(state: CpuState) -> dict[str, Any]:
+    """Every comparable field by its name in the schema, such as `cpu.cs.base`."""
+    return {name: value for name, value in _walk("cpu", state) if name not in _LEFT_OUT}
+
+
+def differences(a: CpuState, b: CpuState) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, with both values."""
+    ours, theirs = comparable(a), comparable(b)
+    return {name: (ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)}
+
+
+def _walk(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, SegmentState):
+        return _segment(name, value)
+    if is_dataclass(value):
+        return [pair for field in fields(value) for pair in _walk(f"{name}.{field.name}", getattr(value, field.name))]
+    if isinstance(value, tuple):
+        return [pair for i, item in enumerate(value) for pair in _walk(f"{name}.{i}", item)]
+    return [(name, value)]
+
+
+def _segment(name: str, segment: SegmentState) -> list[tuple[str, Any]]:
+    shown = [("selector", segment.selector), ("present", segment.present)]
+    if segment.present or name in ("cpu.fs", "cpu.gs"):
+        shown.append(("base", segment.base))
+    if segment.present:
+        shown += [(part, getattr(segment, part)) for part in ("limit", "type", "s", "dpl", "avl", "long", "db")]
+    return [(f"{name}.{part}", value) for part, value in shown]
