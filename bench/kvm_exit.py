@@ -20,10 +20,7 @@ from vmm.machine import Machine, MachineConfig
 
 READS, ROUNDS = 20_000, 9
 # mov dx, 0x3fd; again: mov ecx, READS; 1: in al, dx; dec ecx; jnz 1b; out 0x501 by dx; jmp again
-CODE = (
-    b"\x66\xba\xfd\x03\xb9" + READS.to_bytes(4, "little") + b"\xec\xff\xc9\x75\xfb"
-    b"\x66\xba\x01\x05\xee\xeb\xeb"
-)
+CODE = b"\x66\xba\xfd\x03\xb9" + READS.to_bytes(4, "little") + b"\xec\xff\xc9\x75\xfb\x66\xba\x01\x05\xee\xeb\xeb"
 
 
 def c_loop() -> Any:

@@ -42,7 +42,7 @@ class Msrs:
         return None
 
     def write(self, number: int, value: int) -> bool:
-        if number in (0xC0000082, 0xC0000083, 0x175, 0x176) and not _canonical(value):
+        if number in (0xC0000082, 0xC0000083) and not _canonical(value):
             return False
         if number == 0xC0000103 and value >> 32:
             return False
@@ -58,7 +58,7 @@ class Msrs:
                 return False
             self._engine.write_msr(number, value & ~0x400 | old & 0x400)  # LMA is read-only
         elif number in (0x174, 0x175, 0x176):
-            self._engine.write_msr(number, value)
+            self._engine.write_msr(number, value & 0xFFFFFFFF)  # 32 bits on the model's vendor (APM vol. 2, 6.1.2)
         else:
             return False
         return True

@@ -31,6 +31,7 @@ MSRS = {
     "pat": 0x277,
 }
 _RESET = CpuState()
+_APIC_ENABLED = 1 << 11  # IA32_APIC_BASE (SDM vol. 3, 11.4.4)
 
 # Our state does not tell the shadow of STI from that of MOV SS. This one is valid whatever IF is (SDM vol. 3,
 # 26.3.1.5).
@@ -77,7 +78,7 @@ def load(vcpu: int, state: CpuState) -> None:
 
     The order is KVM's: control registers before what they give a meaning to, events last."""
     sregs = abi.Sregs()
-    abi.call("KVM_GET_SREGS", vcpu, abi.GET_SREGS, sregs)  # for apic_base
+    abi.call("KVM_GET_SREGS", vcpu, abi.GET_SREGS, sregs)  # what is not ours in it stays
     for ours, theirs in _SEGMENTS.items():
         _set_segment(getattr(sregs, theirs), getattr(state, ours))
     for ours, theirs in _TABLES.items():
@@ -85,6 +86,7 @@ def load(vcpu: int, state: CpuState) -> None:
         setattr(sregs, theirs, abi.Table(base=table.base, limit=table.limit))
     for name in _CONTROL:
         setattr(sregs, name, getattr(state, name))
+    sregs.apic_base &= ~_APIC_ENABLED  # there is no APIC; left on, KVM would show one in CPUID
     sregs.interrupt_bitmap = (ctypes.c_uint64 * 4)()
     abi.call("the segments and control registers are not valid together", vcpu, abi.SET_SREGS, sregs)
     regs = abi.Regs(*(getattr(state, name) for name in abi.REGS))

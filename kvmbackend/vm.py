@@ -118,9 +118,9 @@ class Vm:
 
     def write_tsc(self, value: int) -> None:
         # KVM takes a write near what the counter would show for an attempt to synchronise CPUs, and ignores the
-        # difference. A write far away is taken as it is, and so is the next one.
+        # difference; so it takes any write of 0. A write far away is taken as it is, and so is the next one.
         state.write_msr(self.vcpu, state.TSC, value ^ 1 << 62)
-        state.write_msr(self.vcpu, state.TSC, value)
+        state.write_msr(self.vcpu, state.TSC, value or 1)
 
     def close(self) -> None:
         if hasattr(self, "run"):

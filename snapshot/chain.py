@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from snapshot.container import BLOCK, MAX_CHAIN, Parent
 from snapshot.errors import SnapshotError
+from snapshot.pages import NORESERVE
 from snapshot.reader import Part, RamImage, Reader
 from snapshot.schema import Json
 
@@ -89,7 +90,7 @@ class Chain:
         if image.places is None:
             memory = root.map_ram(image)
         else:
-            memory = mmap.mmap(-1, image.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = mmap.mmap(-1, image.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
             differences.append(root)
         for reader in reversed(differences):
             image = reader.rams[index]

@@ -15,6 +15,7 @@ import os
 import struct
 
 PAGE = 4096
+NORESERVE = 0x4000  # mmap(2), linux/mman.h: pages are paid for when touched; Python has no name for it before 3.13
 
 # linux/fs.h: PAGEMAP_SCAN is _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
 _PM_SCAN_ARG = struct.Struct("<12Q")

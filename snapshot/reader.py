@@ -57,7 +57,7 @@ from snapshot.container import (
     Part,
 )
 from snapshot.errors import SnapshotError
-from snapshot.pages import present_extents
+from snapshot.pages import NORESERVE, present_extents
 from snapshot.schema import Json, decode, find, schema_of, without_docs
 
 __all__ = ["Part", "RamImage", "Reader", "decode_part"]
@@ -108,7 +108,7 @@ class Reader:
         """A raw region as private memory: pages come in when touched, writes never reach the file. Outlives close()."""
         assert image.places is None, "a packed region cannot be mapped"
         protection = mmap.PROT_READ | mmap.PROT_WRITE
-        return mmap.mmap(self._fd, image.size, mmap.MAP_PRIVATE, protection, offset=image.file_offset)
+        return mmap.mmap(self._fd, image.size, mmap.MAP_PRIVATE | NORESERVE, protection, offset=image.file_offset)
 
     def entries(self, image: RamImage) -> list[tuple[int, int, bytes]]:
         """(number, stored length or 0 when raw, digest) of each present block."""

@@ -5,6 +5,7 @@ Left out of a comparison, with the reason:
   base of FS and GS is used nevertheless, and is compared.
 * a segment's granularity: the limit is kept in bytes, and SVM derives the bit from it (AMD APM vol. 2, 15.5).
 * FOP, FIP and FDP: some processors save them only while an x87 exception is pending (AMD APM vol. 2, 11.4.4.3).
+* the high halves of SYSENTER_ESP and SYSENTER_EIP: the model's vendor has not got them (AMD APM vol. 2, 6.1.2).
 * the TSC: it moves on while it is read.
 """
 
@@ -20,7 +21,10 @@ _LEFT_OUT = {"cpu.tsc", "cpu.fpu.fop", "cpu.fpu.fip", "cpu.fpu.fdp"}
 
 def comparable(state: CpuState) -> dict[str, Any]:
     """Every comparable field by its name in the schema, such as `cpu.cs.base`."""
-    return {name: value for name, value in _walk("cpu", state) if name not in _LEFT_OUT}
+    found = {name: value for name, value in _walk("cpu", state) if name not in _LEFT_OUT}
+    for name in ("cpu.sysenter_esp", "cpu.sysenter_eip"):
+        found[name] &= 0xFFFFFFFF
+    return found
 
 
 def differences(a: CpuState, b: CpuState) -> dict[str, tuple[Any, Any]]:

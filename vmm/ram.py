@@ -17,7 +17,6 @@ from snapshot import pages
 from vmm.errors import BackendError, GuestError
 
 PAGE = 4096
-_NORESERVE = 0x4000  # linux/mman.h; Python has no name for it before 3.13
 HOLE_START = 0xC000_0000  # 3 GiB: PCI and chipset MMIO lie from here to 4 GiB
 HOLE_END = 0x1_0000_0000
 
@@ -62,7 +61,7 @@ class Ram:
         regions = []
         for i, (base, length) in enumerate(layout(size)):
             try:
-                memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+                memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | pages.NORESERVE)
             except OSError as error:
                 raise BackendError(f"cannot map {length} bytes of guest RAM: {error.strerror}") from None
             if hasattr(mmap, "MADV_HUGEPAGE"):

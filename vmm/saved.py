@@ -80,7 +80,10 @@ def admit(saved: Saved, backend: str, allow: Collection[str] = ()) -> Saved:
 def map_ram(chain: Chain) -> list[Region]:
     regions = []
     for i, image in enumerate(chain.rams):
-        memory = chain.map_ram(i)
+        try:
+            memory = chain.map_ram(i)
+        except OSError as error:
+            raise BackendError(f"cannot map {image.size} bytes of guest RAM: {error.strerror}") from None
         regions.append(Region(image.name, image.base, image.size, memory, memoryview(memory), stored=chain.stored(i)))
     return regions
 

@@ -1,0 +1,165 @@
+"""A snapshot belongs to no backend: saved on one CPU it wakes on the other, and nothing comparable is lost."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import OWN
+from vmm.boot import Image
+from vmm.compare import differences
+from vmm.errors import BackendError
+from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.newc import Archive
+
+pytestmark = pytest.mark.kvm
+HERE = Path(__file__).parent
+OTHER = {"emu": "kvm", "kvm": "emu"}
+
+
+def cross(machine, file, backend):
+    """Save, wake on the other backend, and find the two equal in all that can be compared."""
+    machine.save(file)
+    woken = Machine.restore(file, backend, verify=True, allow=("tsc-rate",))
+    assert not differences(machine.cpu.save(), woken.cpu.save())
+    ours, theirs = machine.parts(), woken.parts()
+    for part in ours.keys() - {"cpu.0", "config", "clock"}:
+        assert ours[part] == theirs[part], part
+    for mine, other in zip(machine.ram.regions, woken.ram.regions, strict=True):
+        assert mine.view == other.view
+    assert woken.clock.now_ns() == machine.clock.now_ns()
+    machine.close()
+    return woken
+
+
+def run_a_little(machine, draw):
+    """To some safe point: on emu any instruction, on KVM wherever the guest is when asked to stop."""
+    if machine.backend == "emu":
+        assert machine.run(position=machine.position + draw.randrange(1, 40_000)) == Stopped("position")
+        return
+    timer = threading.Timer(draw.uniform(0, 0.01), machine.post, (lambda _: Stopped("command"),))
+    timer.start()
+    assert machine.run() == Stopped("command")
+    timer.join()
+
+
+@pytest.fixture
+def crossing(kvm):
+    from tests.cpu.hosts import host
+
+    if host() == "kvm_pvm":
+        pytest.skip("kvm_pvm: SYSCALL needs its target to be mapped for the user, which no kernel of ours does")
+    return kvm
+
+
+def crossings(start, tmp_path, count):
+    draw = random.Random(f"crossing {start}")
+    machine = Machine.boot(MachineConfig(memory_bytes=16 << 20), Image.from_files(OWN, flat=True), start)
+    rounds = bytearray()
+    for crossed in range(2 * count):
+        run_a_little(machine, draw)
+        rounds += machine.board.console.output
+        machine = cross(machine, tmp_path / f"cut.{crossed % 2}", OTHER[machine.backend])
+    machine.close()
+    numbers = [int(number) for number in re.findall(rb"round (\d+) sum [0-9a-f]{16} ticks", rounds)]
+    assert numbers == list(range(1, len(numbers) + 1)) and b"trap" not in rounds
+
+
+@pytest.mark.parametrize("start", ["emu", "kvm"])
+def test_the_own_guest_crosses_again_and_again(crossing, start, tmp_path):
+    crossings(start, tmp_path, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["emu", "kvm"])
+def test_the_own_guest_crosses_at_two_hundred_points_each_way(crossing, start, tmp_path):
+    crossings(start, tmp_path, 200)
+
+
+# --- Debian, with a program that keeps values in x87 and SSE registers
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    """The program's file, and a function that gives the first n lines it prints, by running it here."""
+    for tool in ("as", "ld"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} here (Debian: binutils)")
+    folder = tmp_path_factory.mktemp("floats")
+    subprocess.run(["as", "--64", "-o", folder / "floats.o", HERE / "floats.S"], check=True)
+    subprocess.run(["ld", "-o", folder / "floats", folder / "floats.o"], check=True)
+
+    def lines(count):
+        process = subprocess.Popen([folder / "floats"], stdout=subprocess.PIPE)
+        found = list(itertools.islice(process.stdout, count))
+        process.kill()
+        process.wait()
+        return found
+
+    return folder / "floats", lines
+
+
+def boot_debian(folder, program, backend):
+    extra = Archive()
+    extra.file("bin/floats", program.read_bytes(), 0o755)
+    initrd = (folder / "initrd.img").read_bytes() + bytes(extra)
+    image = Image((folder / "vmlinux").read_bytes(), initrd=initrd, cmdline="console=ttyS0 mitigations=off quiet")
+    return Machine.boot(MachineConfig(memory_bytes=128 << 20), image, backend)
+
+
+@pytest.mark.debian
+@pytest.mark.parametrize("start", ["emu", "kvm"])
+def test_debian_crosses_with_its_registers_full(crossing, debian, floats, start, tmp_path):
+    program, reference = floats
+    machine = boot_debian(debian, program, start)
+    assert machine.run(until="shell ready") == Stopped("pattern")
+    machine.send(b"kept=anyhyve; floats & sleep 1; echo half=$kept\n")
+    assert machine.run(until="half=anyhyve") == Stopped("pattern")
+    output = bytearray()
+    for crossed in range(4):
+        assert machine.run(until="sum [0-9a-f]{16}\r\n(.*\n){2}") == Stopped("pattern")
+        output += machine.board.console.output
+        machine = cross(machine, tmp_path / f"cut.{crossed}", OTHER[machine.backend])
+    machine.send(b"echo still=$kept\n")
+    assert machine.run(until="still=anyhyve") == Stopped("pattern")
+    output += machine.board.console.output
+    machine.close()
+    found = re.findall(rb"sum ([0-9a-f]{16})\r\n", output)
+    expected = [line.split()[1] for line in reference(len(found))]
+    assert len(found) >= 8 and found == expected
+
+
+@pytest.mark.debian
+def test_woken_in_mid_boot_on_the_other_cpu_it_reaches_the_shell(crossing, debian, floats, tmp_path):
+    machine = boot_debian(debian, floats[0], "emu")
+    assert machine.run(position=400_000_000) == Stopped("position")
+    for crossed, pattern in enumerate(("Switched to clocksource|io scheduler", "Run /init|shell ready")):
+        machine = cross(machine, tmp_path / f"cut.{crossed}", OTHER[machine.backend])
+        machine.run(until=pattern)
+    with machine:
+        machine.send(b"echo answer=$((6*7))\n")
+        assert machine.run(until="answer=42") == Stopped("pattern")
+
+
+def test_the_tsc_rate_a_host_cannot_give_is_refused_by_name(kvm, tmp_path):
+    file = tmp_path / "slow"
+    config = MachineConfig(memory_bytes=16 << 20, tsc_khz=100_000)
+    with Machine.boot(config, Image.from_files(OWN, flat=True)) as machine:
+        machine.run(position=100_000)
+        machine.save(file)
+    try:
+        Machine.check(file, kvm)
+    except BackendError as error:
+        assert "config.tsc_khz: kvm: this host cannot run the TSC at 100000 kHz" in str(error)
+    else:
+        pytest.skip("this host scales its TSC: it can give any rate")
+    Machine.check(file, kvm, allow=("tsc-rate",))
+    with Machine.restore(file, kvm, allow=("tsc-rate",)) as woken:
+        assert woken.config.tsc_khz != 100_000
