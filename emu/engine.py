@@ -77,6 +77,7 @@ _ENV = {
 INTERRUPT_VIRQ = 0x100
 INTERRUPT_NMI = 0x200
 HF_INHIBIT_IRQ = 1 << 3
+RF = 1 << 16  # RFLAGS
 HF_GUEST = 1 << 21
 HF2_GIF = 1 << 0
 HF2_NMI = 1 << 2
@@ -302,10 +303,13 @@ class Engine:
         """Set up a fault for the INTR hook to deliver."""
         self.exception_index.value = vector
         self.error_code.value = error_code
+        self.eflags.value |= RF
         self.u32("exception_is_int").value = 0
 
     def do_interrupt(self) -> None:
         """Deliver the exception that is set up. Must not fault: a fault leaves by longjmp, across Python's frames."""
+        if not self.u32("exception_is_int").value and self.exception_index.value != 1:
+            self.eflags.value |= RF  # a fault's pushed RFLAGS have it, a trap's do not (SDM vol. 3, 17.3.1.1)
         self._call("x86_cpu_do_interrupt_x86_64", self.cpu)
         self.u32("exception_is_int").value = 0
 

@@ -33,10 +33,11 @@ def block(emu_stop: int) -> bytes:
     )
 
 
-def interrupt(exceptions: int, do_interrupt: int, is_int: int, other: int) -> bytes:
+def interrupt(exceptions: int, do_interrupt: int, is_int: int, eflags: int, other: int) -> bytes:
     """UC_HOOK_INTR(uc, number, cpu): deliver through the guest's IDT; `other(uc, number, cpu)` is asked first about
     INT n and about what is no vector (intercepts, 0x100 and up), and returns nonzero when something is to be delivered.
 
+    RF is on in the RFLAGS that a fault pushes (SDM vol. 3, 17.3.1.1); #DB, the one trap that comes here, is left alone.
     `exception_is_int` is cleared afterwards: left set by an INT n, it makes the engine move RIP at the next intercept.
     The delivery may fault and leave by longjmp; the engine then has cleared it itself."""
     deliver = (
@@ -59,14 +60,17 @@ def interrupt(exceptions: int, do_interrupt: int, is_int: int, other: int) -> by
         + bytes.fromhex("85c0")  # test eax, eax
     )
     back = -(len(ask) + 2 + len(deliver))
+    set_rf = _set_rf(eflags)
+    fault = bytes.fromhex("83fe01") + b"\x74" + bytes([len(set_rf)]) + set_rf  # cmp esi, 1; je deliver
     software = _mov_rax(is_int) + bytes.fromhex("833800")  # cmp dword [rax], 0
     return (
         bytes.fromhex("81fe00010000")  # cmp esi, 0x100
         + b"\x73"
-        + bytes([len(software) + 2 + len(deliver)])  # jae ask
+        + bytes([len(software) + 2 + len(fault) + len(deliver)])  # jae ask
         + software
         + b"\x75"
-        + bytes([len(deliver)])  # jne ask
+        + bytes([len(fault) + len(deliver)])  # jne ask
+        + fault
         + deliver
         + ask
         + b"\x75"
@@ -75,10 +79,15 @@ def interrupt(exceptions: int, do_interrupt: int, is_int: int, other: int) -> by
     )
 
 
-def invalid_opcode(exceptions: int, do_interrupt: int) -> bytes:
+def _set_rf(eflags: int) -> bytes:
+    return _mov_rax(eflags) + bytes.fromhex("810800000100")  # or dword [rax], 0x10000
+
+
+def invalid_opcode(exceptions: int, do_interrupt: int, eflags: int) -> bytes:
     """UC_HOOK_INSN_INVALID(uc, cpu) -> true: deliver #UD, which Unicorn has already set up."""
     return (
         bytes.fromhex("50")  # push rax                 aligns the stack
+        + _set_rf(eflags)
         + _mov_rax(exceptions)
         + bytes.fromhex("48ff00")  # inc qword [rax]
         + bytes.fromhex("4889f7")  # mov rdi, rsi

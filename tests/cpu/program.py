@@ -1,6 +1,6 @@
 """Small guest programs in assembly, with a trap log: what a CPU backend must do, seen from inside.
 
-The prelude sets up an IDT. Every trap appends (vector, error code, RIP, CR2) to a log; an exception then goes on at
+The prelude sets up an IDT. Every trap appends (vector, error code, RIP, CR2, RFLAGS) to a log; an exception then goes on at
 the address in R15, an interrupt (vectors from 0x30) returns. `done` ends the program; RAX is its result.
 """
 
@@ -77,8 +77,10 @@ trap:   pop     (%r14)
         mov     %r13, 16(%r14)
         mov     %cr2, %r13
         mov     %r13, 24(%r14)
+        mov     16(%rsp), %r13
+        mov     %r13, 32(%r14)
         mov     (%r14), %r13
-        add     $32, %r14
+        add     $40, %r14
         cmp     $0x30, %r13
         jb      1f
         mov     $0x20, %r13
@@ -98,6 +100,7 @@ class Trap(NamedTuple):
     error: int
     rip: int
     cr2: int
+    rflags: int
 
 
 @cache
@@ -146,4 +149,4 @@ class Program:
 
     @property
     def traps(self) -> list[Trap]:
-        return [Trap(*(self.word(at + 8 * i) for i in range(4))) for at in range(LOG, self.word(LOG_END), 32)]
+        return [Trap(*(self.word(at + 8 * i) for i in range(5))) for at in range(LOG, self.word(LOG_END), 40)]

@@ -29,12 +29,16 @@ def test_block_charges_or_refuses():
 
 
 def test_interrupt_delivers_or_asks():
-    assert listing(thunks.interrupt(0x1000, 0x2000, 0x3000, 0x4000)) == [
+    assert listing(thunks.interrupt(0x1000, 0x2000, 0x3000, 0x5000, 0x4000)) == [
         "cmp esi, 0x100",
-        "jae 0x43",
+        "jae 0x58",
         "movabs rax, 0x3000",
         "cmp dword ptr [rax], 0",
-        "jne 0x43",
+        "jne 0x58",
+        "cmp esi, 1",
+        "je 0x2c",
+        "movabs rax, 0x5000",
+        "or dword ptr [rax], 0x10000",
         "movabs rax, 0x1000",
         "inc qword ptr [rax]",
         "push rdx",
@@ -50,14 +54,16 @@ def test_interrupt_delivers_or_asks():
         "call rax",
         "pop rdx",
         "test eax, eax",
-        "jne 0x17",
+        "jne 0x2c",
         "ret",
     ]
 
 
 def test_invalid_opcode_keeps_the_stack_aligned():
-    assert listing(thunks.invalid_opcode(0x1000, 0x2000)) == [
+    assert listing(thunks.invalid_opcode(0x1000, 0x2000, 0x5000)) == [
         "push rax",
+        "movabs rax, 0x5000",
+        "or dword ptr [rax], 0x10000",
         "movabs rax, 0x1000",
         "inc qword ptr [rax]",
         "mov rdi, rsi",
@@ -95,4 +101,4 @@ def test_rdtsc_declines_only_under_tsd(aux):
     tail = ["mov qword ptr [rcx + 0x10], rax"]
     if aux is not None:
         tail += ["movabs rax, 0x9000", "mov eax, dword ptr [rax]", "mov qword ptr [rcx + 8], rax"]
-    assert code[15:] == [*tail, "mov eax, 1", "ret"]
+    assert code[16:] == [*tail, "mov eax, 1", "ret"]
