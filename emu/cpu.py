@@ -142,6 +142,10 @@ class EmuCpu(Cpu):
     def stop_at(self, position: int | None) -> None:
         self._stop_at = position
 
+    def registers(self) -> tuple[int, ...]:
+        engine = self._engine
+        return (*engine.regs, engine.eip.value, engine.uc.reg_read(x86.UC_X86_REG_RFLAGS) & 0xFFFFFFFF)
+
     def save(self) -> CpuState:
         return state.save(self._engine, self._tsc(), self._halted, self._event)
 

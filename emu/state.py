@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from unicorn import x86_const as x86
 
 from emu.engine import HF2_NMI, HF_INHIBIT_IRQ, Engine
@@ -27,6 +29,8 @@ def save(engine: Engine, tsc: int, halted: bool, event: EventState | None) -> Cp
     uc = engine.uc
     values: dict[str, object] = {name: engine.regs[i] for i, name in enumerate(_GPRS)}
     values |= {name: _segment(engine, name) for name in _SEGMENTS}
+    # LTR marks the task busy in the register's hidden part too (SDM vol. 2, LTR); this engine in memory only.
+    values["tr"] = dataclasses.replace(_segment(engine, "tr"), type=engine.segment("tr").flags >> 8 & 15 | 2)
     values |= {name: TableState(base=s.base, limit=s.limit & 0xFFFF)
                for name in ("gdtr", "idtr") for s in (engine.segment(name),)}  # fmt: skip
     values |= {f"cr{i}": engine.cr[i] for i in (0, 2, 3, 4)}

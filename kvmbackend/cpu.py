@@ -13,15 +13,18 @@ TSC, which does not, is set back by as much.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from fcntl import ioctl
+from operator import attrgetter
 
 from kvmbackend import abi, state
 from kvmbackend.alarm import Alarm
+from kvmbackend.step import Stepper
 from kvmbackend.vm import Vm
 from vmm import backends, paging
 from vmm.clock import BYTES_PER_NS, GuestClock
-from vmm.cpu import Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
-from vmm.errors import BackendError, GuestError
+from vmm.cpu import REGISTERS, Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
+from vmm.errors import BackendError
 from vmm.ram import PAGE, Ram
 
 _TIME, _SKIPPED_NS = GuestClock.TIME, GuestClock.SKIPPED_NS
@@ -58,6 +61,8 @@ class KvmCpu(Cpu):
         self._host_ns = _now()  # when the clock was moved on last,
         self._seen_ns = clock.now_ns()  # and where to
         self._finisher: Cpu | None = None
+        self._stepper: Stepper | None = None
+        self._regs = abi.Regs()
         self._exits = {"port_in": 0, "port_out": 0, "posted": 0, "mmio": 0, "interrupt": 0, "window": 0, "halt": 0,
                        "signal": 0, "emulated": 0}  # fmt: skip
 
@@ -103,6 +108,25 @@ class KvmCpu(Cpu):
         if self._ring32 is not None:
             self._vm.post_writes(port, on)
 
+    def registers(self) -> tuple[int, ...]:
+        abi.call("KVM_GET_REGS", self._vcpu, abi.GET_REGS, self._regs)
+        return _registers(self._regs)
+
+    def step(self, arrive: int, interrupted: bool, faulted: bool) -> None:
+        """One instruction as another CPU ran it, which came to RIP `arrive`: after an interrupt, into a handler."""
+        if self._stepper is None:
+            self._stepper = Stepper(self._vm, self._ram, self._alarm, self._serve, self.save)
+        if interrupted:
+            self._halted = self._pin = False
+            vector = self._intr.acknowledge()
+            self._pin = self._intr.pending()
+            self._stepper.interrupt(vector)
+        if faulted:
+            self._stepper.enter(arrive)
+        else:
+            self._halted = not self._stepper.instruction()
+        self._take_posted()
+
     def save(self) -> CpuState:
         tsc = self._vm.read_tsc() - self._tsc_in(_now() - self._host_ns) & (1 << 64) - 1
         return state.save(self._vcpu, self._halted, tsc)
@@ -146,6 +170,8 @@ class KvmCpu(Cpu):
     def close(self) -> None:
         if self._finisher is not None:
             self._finisher.close()
+        if self._stepper is not None:
+            self._stepper.close()
         self._alarm.close()
         for view in (self._run16, self._run32, self._run64, self._ring32):
             if view is not None:
@@ -193,7 +219,7 @@ class KvmCpu(Cpu):
                 what = run64[_EXIT64]  # direction, size (a byte each), port (two), count (four)
                 size, port, at = what >> 8 & 0xFF, what >> 16 & 0xFFFF, run64[_EXIT64 + 1]
                 if what >> 32 != 1:
-                    self._string_io(what & 1, size, port, what >> 32, at)
+                    self._any_io()
                 elif what & 1:
                     exits["port_out"] += 1
                     port_out(port, size, int.from_bytes(run8[at : at + size], "little") if size > 1 else run8[at])
@@ -224,8 +250,20 @@ class KvmCpu(Cpu):
             run8[_READY] = 0
         run8[_WINDOW] = self._pin
 
-    def _string_io(self, out: int, size: int, port: int, count: int, at: int) -> None:
-        run8, bus = self._run8, self._bus
+    def _serve(self, reason: int) -> None:
+        """What _enter does with an exit, without its haste."""
+        self._take_posted()
+        if reason == _IO:
+            self._any_io()
+        elif reason == _MMIO:
+            self._mmio()
+        else:
+            self._rare(reason)
+
+    def _any_io(self) -> None:
+        """Port I/O of any count: string instructions come in pieces."""
+        run8, bus, what, at = self._run8, self._bus, self._run64[_EXIT64], self._run64[_EXIT64 + 1]
+        out, size, port, count = what & 1, what >> 8 & 0xFF, what >> 16 & 0xFFFF, what >> 32
         self._exits["port_out" if out else "port_in"] += 1
         for place in range(at, at + count * size, size):
             if out:
@@ -283,7 +321,7 @@ class KvmCpu(Cpu):
         finisher, clock, before = self._finisher, self._clock, self.save()
         now = clock.save()
         for address in (before.cs.base + before.rip, before.cs.base + before.rip + 15):
-            physical = paging.translate(before, self._read_physical, address & (1 << 64) - 1)
+            physical = paging.translate(before, self._ram.read, address & (1 << 64) - 1)
             if physical is not None:
                 finisher.discard_code(physical & -PAGE, (physical & -PAGE) + PAGE)
         finisher.load(before)
@@ -299,12 +337,6 @@ class KvmCpu(Cpu):
         self._run64[_CR8] = before.cr8
         self._look()
         return stop if self._halted else None
-
-    def _read_physical(self, address: int, size: int) -> bytes:
-        try:
-            return bytes(self._ram.slice(address, size))
-        except GuestError:
-            return b""
 
     def _look(self) -> None:
         """A KVM_RUN that runs nothing: what it says of IF and of readiness is of the state just loaded."""
@@ -343,6 +375,9 @@ class KvmCpu(Cpu):
 
     def _tsc_in(self, ns: int) -> int:
         return ns * self._vm.tsc_khz // 1_000_000
+
+
+_registers: Callable[[abi.Regs], tuple[int, ...]] = attrgetter(*REGISTERS)
 
 
 def probe() -> str:

@@ -81,6 +81,7 @@ def load(vcpu: int, state: CpuState) -> None:
     abi.call("KVM_GET_SREGS", vcpu, abi.GET_SREGS, sregs)  # what is not ours in it stays
     for ours, theirs in _SEGMENTS.items():
         _set_segment(getattr(sregs, theirs), getattr(state, ours))
+    sregs.tr.type |= 2  # busy, as LTR leaves it and as VMX demands; an older snapshot may say otherwise
     for ours, theirs in _TABLES.items():
         table = getattr(state, ours)
         setattr(sregs, theirs, abi.Table(base=table.base, limit=table.limit))

@@ -188,6 +188,9 @@ class CpuState:
     halted: Annotated[bool, "HLT ran; waiting for an interrupt"] = False
 
 
+REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)), "rip", "rflags")
+
+
 class Cpu(Protocol):
     """One CPU of either backend."""
 
@@ -197,6 +200,7 @@ class Cpu(Protocol):
     def set_a20(self, enabled: bool) -> None: ...
     def stop_at(self, position: int | None) -> None: ...  # run() returns Reached at the first boundary not before it
     def post_writes(self, port: int, on: bool) -> None: ...  # byte writes of `port` may reach the bus late, in order
+    def registers(self) -> tuple[int, ...]: ...  # those of REGISTERS: what of save() costs little
     def save(self) -> CpuState: ...  # architectural state, no backend's layout
     def load(self, state: CpuState) -> None: ...
     @staticmethod

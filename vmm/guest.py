@@ -21,7 +21,7 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import lz4.block
@@ -79,6 +79,34 @@ def fetch(folder: Path, init: str | None = None, progress: Callable[[str], None]
         _replace(folder / _STAMP, f"{stamp}\n".encode())
     except OSError as error:
         raise GuestError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
+def kernel_files(folder: Path, patterns: Sequence[str], progress: Callable[[str], None] = _silent) -> None:
+    """Make in `folder` the files of the kernel's package that fit `patterns`, unpacked; a kernel as `vmlinuz`. Does
+    nothing where they are there. Raises GuestError."""
+    stamp = hashlib.sha256("\n".join((_RECIPE, *patterns)).encode()).hexdigest()
+    try:
+        if _stamp_of(folder) == stamp:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _STAMP).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix="anyhyve-") as scratch:
+            package = _download_kernel(Path(scratch), progress)
+            for name, content in _members(package, patterns):
+                name, content = _unpack_module(Path(name).name, content)
+                _replace(folder / ("vmlinuz" if name.startswith("vmlinuz") else name), content)
+        _replace(folder / _STAMP, f"{stamp}\n".encode())
+    except OSError as error:
+        raise GuestError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
+def _unpack_module(name: str, content: bytes) -> tuple[str, bytes]:
+    """A kernel module as insmod of busybox takes it."""
+    if name.endswith(".ko.xz"):
+        return name[:-3], lzma.decompress(content)
+    if name.endswith(".ko.zst"):
+        return name[:-4], zstandard.ZstdDecompressor().decompressobj().decompress(content)
+    return name, content
 
 
 def extract_vmlinux(bzimage: bytes) -> bytes:
@@ -166,18 +194,26 @@ def _packer(payload: bytes) -> str:
 
 def _download(scratch: Path, progress: Callable[[str], None]) -> tuple[Path, Path]:
     """The kernel's and busybox's packages as files in `scratch`."""
+    kernel = _download_kernel(scratch, progress)
+    progress(f"downloading {BUSYBOX}")
+    return kernel, _download_one(scratch / BUSYBOX, BUSYBOX + _suffix(scratch)[0])
+
+
+def _download_kernel(scratch: Path, progress: Callable[[str], None]) -> Path:
     for tool in ("apt-get", "apt-cache"):
         if shutil.which(tool) is None:
             raise GuestError(f"{tool} is not on this machine: a Debian guest can be fetched on Debian or Ubuntu only")
     progress("looking for a kernel")
-    host = _run(["apt-config", "dump", "--format", "%v", "APT::Architecture"], scratch).stdout.strip()
-    suffix = "" if host == "amd64" else ":amd64"
+    suffix, host = _suffix(scratch)
     kernel = _newest_kernel(scratch, suffix, host)
-    files = []
-    for package in (kernel, BUSYBOX):
-        progress(f"downloading {package}")
-        files.append(_download_one(scratch / package, package + suffix))
-    return files[0], files[1]
+    progress(f"downloading {kernel}")
+    return _download_one(scratch / kernel, kernel + suffix)
+
+
+def _suffix(scratch: Path) -> tuple[str, str]:
+    """What makes a package's name mean the amd64 one, and the host's architecture."""
+    host = _run(["apt-config", "dump", "--format", "%v", "APT::Architecture"], scratch).stdout.strip()
+    return "" if host == "amd64" else ":amd64", host
 
 
 def _newest_kernel(scratch: Path, suffix: str, host: str) -> str:
@@ -227,6 +263,13 @@ def _reason(stderr: str) -> str:
 
 def _member(deb: Path, *patterns: str) -> bytes:
     """The first plain file of a package whose name fits."""
+    for _, content in _members(deb, patterns):
+        return content
+    raise GuestError(f"{deb.name} has no {patterns[0]}")
+
+
+def _members(deb: Path, patterns: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each plain file of a package whose name fits."""
     try:
         with tarfile.open(fileobj=_data_tar(deb.read_bytes()), mode="r|") as tar:
             for entry in tar:
@@ -234,10 +277,9 @@ def _member(deb: Path, *patterns: str) -> bytes:
                 if entry.isfile() and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                     content = tar.extractfile(entry)
                     assert content is not None
-                    return content.read()
+                    yield name, content.read()
     except (tarfile.TarError, lzma.LZMAError, zlib.error, zstandard.ZstdError, EOFError) as error:
         raise GuestError(f"{deb.name} is damaged: {error}") from None
-    raise GuestError(f"{deb.name} has no {patterns[0]}")
 
 
 def _data_tar(deb: bytes) -> io.BufferedIOBase:

@@ -114,7 +114,7 @@ class Machine:
                 chain.verify_ram()
             machine = cls(saved.config, backend, Ram(map_ram(chain)))
             try:
-                machine._assign(saved)
+                machine.assign(saved)
             except BaseException:
                 machine.close()
                 raise
@@ -138,7 +138,8 @@ class Machine:
         self.board.devices["rtc"].state = rtc.power_on(self.config.epoch_ns, below, self.config.memory_bytes - below)
         self.cpu.load(load_image(image, self.ram))
 
-    def _assign(self, saved: Saved) -> None:
+    def assign(self, saved: Saved) -> None:
+        """Make all state but RAM that of `saved`, whose pieces it then owns."""
         self.clock.load(saved.clock)
         self.board.state = saved.board
         for name, device in self.board.devices.items():

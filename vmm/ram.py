@@ -91,6 +91,13 @@ class Ram:
                 return region.view[base - region.base : base - region.base + size]
         raise GuestError(f"{base:#x}..{base + size:#x} is not in guest RAM")
 
+    def read(self, base: int, size: int) -> bytes:
+        """Up to `size` bytes at guest-physical `base`: none where that is not RAM."""
+        try:
+            return bytes(self.slice(base, size))
+        except GuestError:
+            return b""
+
     def write(self, base: int, data: bytes) -> None:
         self.slice(base, len(data))[:] = data
 

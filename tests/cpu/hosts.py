@@ -20,6 +20,7 @@ EXCEPTIONS = {
     # KVM on the SVM that QEMU 7.2 emulates.
     "qemu-svm": {
         "a gate beyond the IDT": "QEMU's error code is the vector times 16, not 8",
+        "pushes_rf": "QEMU does not set RF",
         "cannot_be_delivered": "QEMU's error code is the vector times 16, not 8",
     },
 }

@@ -1,7 +1,7 @@
 """Small guest programs in assembly, with a trap log: what a CPU backend must do, seen from inside.
 
-The prelude sets up an IDT. Every trap appends (vector, error code, RIP, CR2, RFLAGS) to a log; an exception then goes on at
-the address in R15, an interrupt (vectors from 0x30) returns. `done` ends the program; RAX is its result.
+The prelude sets up an IDT. Every trap appends (vector, error code, RIP, CR2, RFLAGS) to a log; an exception then goes
+on at the address in R15, an interrupt (vectors from 0x30) returns. `done` ends the program; RAX is its result.
 """
 
 from __future__ import annotations

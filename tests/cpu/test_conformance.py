@@ -42,11 +42,17 @@ def test_fault(backend, name):
     program = Program(f"lea next(%rip), %r15; {label}{code}; next: jmp done", backend).finish()
     (trap,) = program.traps
     assert (trap.vector, trap.error) == (vector, error)
-    assert trap.rflags & RF
     if not code.endswith("jmp *%rax"):
         assert trap.rip == program.labels["at"]
     if cr2 is not None:
         assert trap.cr2 == cr2
+
+
+@pytest.mark.parametrize("name", ["ud2", "divide by zero", "write to an unmapped page", "rdmsr of nothing"])
+def test_a_fault_pushes_rf(backend, name):
+    """SDM vol. 3, 17.3.1.1: so that an instruction breakpoint does not stop it twice."""
+    program = Program(f"lea next(%rip), %r15; {FAULTS[name][0]}; next: jmp done", backend).finish()
+    assert program.traps[0].rflags & RF
 
 
 @pytest.mark.parametrize(

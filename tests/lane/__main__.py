@@ -1,0 +1,159 @@
+"""The KVM tests on any computer: QEMU emulates a processor with SVM, Debian's own kernel and KVM run on it, and this
+project's tests run on those.
+
+    python -m tests.lane [--timeout SECONDS] [--keep] [PYTEST ARGUMENTS]
+
+The exit status is pytest's; its report comes back as guests/kvm-lane/report.xml. Needs qemu-system-x86_64 (Debian:
+qemu-system-x86) and busybox (busybox-static). References: AMD APM vol. 2, chapter 15 (SVM); QEMU 7.2 target/i386.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from tests.lane.image import ROOT, build
+from vmm.errors import BackendError, GuestError
+from vmm.guest import kernel_files
+
+FOLDER = ROOT / "guests" / "kvm-lane"
+REPORT = FOLDER / "report.xml"
+DEFAULT = ["-q", "tests/cpu", "tests/machine", "-m", "kvm and not slow"]
+ALWAYS = ["--require-kvm", "--hypothesis-profile=emulated", "-p", "no:cacheprovider", "--color=no",
+          "--junitxml=/tmp/report.xml", "--basetemp=/tmp/pytest"]  # fmt: skip
+MODULES = ("irqbypass.ko", "ccp.ko", "kvm.ko", "kvm-amd.ko")
+QEMU = "qemu-system-x86_64"
+
+
+class Phases:
+    """What took how long."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+
+    def done(self, what: str) -> None:
+        now = time.monotonic()
+        print(f"lane: {what}: {now - self._last:.1f} s", flush=True)
+        self._last = now
+
+    def whole(self) -> None:
+        print(f"lane: whole: {time.monotonic() - self._started:.1f} s", flush=True)
+
+
+def script(arguments: list[str]) -> str:
+    """What runs inside: the tests, from the project's own folder."""
+    python = shlex.quote(sys.executable)
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": "/root", "TERM": "dumb",
+        "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
+    }  # fmt: skip
+    words = shlex.join([*(f"{name}={value}" for name, value in environment.items())])
+    return f"cd {shlex.quote(str(ROOT))} && exec env {words} {python} -m pytest {shlex.join([*arguments, *ALWAYS])}\n"
+
+
+def status_of(console: list[str]) -> int | None:
+    """The exit status the inside reported last; None when it never came to that."""
+    for line in reversed(console):
+        if line.startswith("lane: status "):
+            return int(line.split()[2])
+    return None
+
+
+def run(kernel: Path, initrd: Path, timeout_s: float, phases: Phases) -> int:
+    """Boot, show what the tests print, and return their exit status."""
+    # One processor: with two, QEMU 7.2 now and then loses a timer interrupt to a nested guest, and all stands still.
+    command = [
+        QEMU, "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "3G", "-nodefaults", "-nographic",
+        "-no-reboot", "-serial", "stdio", "-serial", f"file:{REPORT}", "-kernel", str(kernel), "-initrd", str(initrd),
+        "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace")
+    clock = threading.Timer(timeout_s, process.kill)
+    clock.start()
+    console: list[str] = []
+    inside = False
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            line = line.rstrip("\r\n")
+            console.append(line[line.find("lane: ") :] if "lane: " in line else line)
+            match console[-1]:
+                case "lane: up":
+                    phases.done("boot of the kernel")
+                case "lane: kvm":
+                    phases.done("KVM loaded")
+                    inside = True
+                case last if last.startswith("lane: status"):
+                    phases.done("tests")
+                    inside = False
+                case _ if inside:
+                    print(line, flush=True)
+        process.wait()
+    finally:
+        timed_out = not clock.is_alive()
+        clock.cancel()
+        process.kill()
+        process.wait()
+    status = status_of(console)
+    if status is None:
+        why = f"it was stopped after {timeout_s:.0f} s" if timed_out else "it ended by itself"
+        tail = "\n".join(console[-15:])
+        print(f"lane: no exit status came back: {why}. The console's last lines:\n{tail}", file=sys.stderr)
+        return 1
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.lane", description="The KVM tests under emulated SVM.")
+    parser.add_argument("--timeout", type=float, default=1500, help="seconds until the computer is switched off")
+    options, arguments = parser.parse_known_args()
+    for tool, package in ((QEMU, "qemu-system-x86"), ("busybox", "busybox-static")):
+        if shutil.which(tool) is None:
+            print(f"lane: {tool} is not here (Debian: {package})", file=sys.stderr)
+            return 2
+    phases = Phases()
+    try:
+        kernel_files(FOLDER, ("boot/vmlinuz-*", *(f"*/{name}*" for name in MODULES)))
+    except GuestError as error:
+        print(f"lane: no kernel: {error}", file=sys.stderr)
+        return 2
+    phases.done("kernel and modules")
+    carried = _carried(phases)
+    modules = {name: (FOLDER / name).read_bytes() for name in MODULES if (FOLDER / name).exists()}
+    with tempfile.TemporaryDirectory(prefix="anyhyve-lane-") as scratch:
+        initrd = Path(scratch, "initrd.img")
+        initrd.write_bytes(build(modules, script(arguments or DEFAULT), carried))
+        phases.done(f"image of {initrd.stat().st_size >> 20} MiB")
+        status = run(FOLDER / "vmlinuz", initrd, options.timeout, phases)
+    phases.whole()
+    return status
+
+
+def _carried(phases: Phases) -> list[Path]:
+    """Guests for the tests inside, and a snapshot the emulated CPU makes here: there it would boot for ten minutes."""
+    from tests.machine.crossing import CARRIED, save_debian_at_its_shell
+
+    guest = ROOT / "guests" / "debian"
+    files = [path for path in (guest / "vmlinux", guest / "initrd.img") if path.exists()]
+    if files:
+        try:
+            save_debian_at_its_shell(guest, "emu", CARRIED)
+        except (BackendError, GuestError) as error:
+            print(f"lane: no snapshot to carry: {error}", file=sys.stderr)
+            return files
+        phases.done("snapshot on the emulated CPU")
+        files.append(CARRIED)
+    return files
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())

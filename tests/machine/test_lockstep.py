@@ -1,0 +1,92 @@
+"""Lockstep: two CPUs that agree are found to agree, and a planted fault is found at its very instruction."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.conftest import BACKENDS, OWN
+from vmm.boot import Image
+from vmm.lockstep import Lockstep
+from vmm.machine import Machine, MachineConfig, Stopped
+
+START, COUNT = 4_477_000, 6_000  # system calls, a fault, port I/O, a halt and a tick lie ahead
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    """The own guest in its user program, with interrupts, system calls and faults to come."""
+    file = tmp_path_factory.mktemp("lockstep") / "own"
+    with Machine.boot(MachineConfig(memory_bytes=8 << 20), Image.from_files(OWN, flat=True)) as machine:
+        assert machine.run(position=START) == Stopped("position")
+        machine.save(file)
+    return file
+
+
+def change_cpu(machine, **fields):
+    machine.cpu.load(dataclasses.replace(machine.cpu.save(), **fields))
+
+
+def wrong_flag(machine, _):
+    change_cpu(machine, rflags=machine.cpu.save().rflags ^ 0x40)
+
+
+def wrong_msr(machine, _):
+    change_cpu(machine, cstar=machine.cpu.save().cstar ^ 0x1000)
+
+
+def corrupted_byte(machine, _):
+    machine.ram.slice(0x7F_F123, 1)[0] ^= 0x5A
+
+
+FAULTS = {
+    "a wrong flag": (wrong_flag, "cpu.rflags"),
+    "a wrong MSR": (wrong_msr, "cpu.cstar"),
+    "a corrupted byte of RAM": (corrupted_byte, None),
+}
+
+
+@pytest.fixture(autouse=True)
+def able(request):
+    if "kvm" in request.node.name:
+        request.getfixturevalue("crossing")
+
+
+@each_backend
+def test_two_cpus_agree(backend, snapshot):
+    """The leader takes interrupts, faults and system calls on the way: the test would be empty without."""
+    with Lockstep(snapshot, "emu", backend) as lockstep:
+        before = lockstep.leader.exits()
+        found = lockstep.run(COUNT)
+        after = lockstep.leader.exits()
+    assert found is None
+    assert lockstep.count == COUNT
+    for reason in ("exception", "interrupt", "halt", "port_out"):
+        assert after[reason] > before[reason], reason
+
+
+@each_backend
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_at_its_instruction(backend, name, snapshot, tmp_path):
+    fault, field = FAULTS[name]
+    at = 3_333
+
+    def plant(machine, count):
+        if count == at:
+            fault(machine, count)
+
+    with Lockstep(snapshot, "emu", backend, plant) as lockstep:
+        found = lockstep.run(COUNT)
+        assert found is not None and found.instruction == at - 1
+        if field is None:
+            assert [(address, bytes(a ^ b for a, b in zip(x, y, strict=True))) for address, x, y in found.memory] == [
+                (0x7F_F120, bytes((0, 0, 0, 0x5A, 0, 0, 0, 0)))
+            ]
+        else:
+            assert list(found.fields) == [field]
+        lockstep.save_pair(found, tmp_path / "pair")
+        assert found.disassembly and found.rip == lockstep.leader.cpu.save().rip
+    for path in found.pair:
+        Machine.check(path)
