@@ -1,4 +1,4 @@
-"""The command line: run, restore, snapshot, guest, doctor.
+"""The command line: run, restore, snapshot, lockstep, guest, doctor.
 
 Exit status: 0 done, 1 a fault named in one line on standard error, 2 wrong usage, 3 the guest stopped before what was
 asked for (--until, --at). A guest that ends itself through the debug-exit port passes its own status on.
@@ -108,13 +108,17 @@ class _Main(click.Group):
     imported by them: a boot of two seconds should not wait for it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "snapshot"])
+        return sorted([*super().list_commands(ctx), "lockstep", "snapshot"])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "snapshot":
             from vmm.snapshot_cli import snapshot
 
             return snapshot
+        if cmd_name == "lockstep":
+            from vmm.lockstep_cli import lockstep
+
+            return lockstep
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:

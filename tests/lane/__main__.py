@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -59,12 +60,44 @@ def script(arguments: list[str]) -> str:
     return f"cd {shlex.quote(str(ROOT))} && exec env {words} {python} -m pytest {shlex.join([*arguments, *ALWAYS])}\n"
 
 
-def status_of(console: list[str]) -> int | None:
-    """The exit status the inside reported last; None when it never came to that."""
-    for line in reversed(console):
-        if line.startswith("lane: status "):
-            return int(line.split()[2])
-    return None
+class Console:
+    """What the computer writes: the tests' output is shown as it comes, our own marks become phases."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.lines = [""]
+        self.status: int | None = None  # the tests' exit status, once it was said
+        self._phases = phases
+        self._inside = False
+        self._shown = 0  # characters of the last line
+
+    def take(self, text: str) -> None:
+        first, *rest = text.replace("\r", "").split("\n")
+        self.lines[-1] += first
+        for line in rest:
+            self._line()
+            self.lines.append(line)
+        if self._inside and not self.lines[-1].startswith("lane: "[: len(self.lines[-1])]):
+            self._show("")
+
+    def _line(self) -> None:
+        """The last line is whole."""
+        line = self.lines[-1]
+        mark = line[line.find("lane: ") :] if "lane: " in line else ""
+        if mark == "lane: up":
+            self._phases.done("boot of the kernel")
+        elif mark == "lane: kvm":
+            self._phases.done("KVM loaded")
+            self._inside = True
+        elif found := re.fullmatch(r"lane: status (\d+)", mark):
+            self._phases.done("tests")
+            self._inside, self.status = False, int(found[1])
+        elif self._inside:
+            self._show("\n")
+        self._shown = 0
+
+    def _show(self, end: str) -> None:
+        print(self.lines[-1][self._shown :], end=end, flush=True)
+        self._shown = len(self.lines[-1])
 
 
 def run(kernel: Path, initrd: Path, timeout_s: float, phases: Phases) -> int:
@@ -75,40 +108,26 @@ def run(kernel: Path, initrd: Path, timeout_s: float, phases: Phases) -> int:
         "-no-reboot", "-serial", "stdio", "-serial", f"file:{REPORT}", "-kernel", str(kernel), "-initrd", str(initrd),
         "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace")
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     clock = threading.Timer(timeout_s, process.kill)
     clock.start()
-    console: list[str] = []
-    inside = False
+    console = Console(phases)
     try:
         assert process.stdout is not None
-        for line in process.stdout:
-            line = line.rstrip("\r\n")
-            console.append(line[line.find("lane: ") :] if "lane: " in line else line)
-            match console[-1]:
-                case "lane: up":
-                    phases.done("boot of the kernel")
-                case "lane: kvm":
-                    phases.done("KVM loaded")
-                    inside = True
-                case last if last.startswith("lane: status"):
-                    phases.done("tests")
-                    inside = False
-                case _ if inside:
-                    print(line, flush=True)
+        while piece := os.read(process.stdout.fileno(), 1 << 16):
+            console.take(piece.decode(errors="replace"))
         process.wait()
     finally:
         timed_out = not clock.is_alive()
         clock.cancel()
         process.kill()
         process.wait()
-    status = status_of(console)
-    if status is None:
+    if console.status is None:
         why = f"it was stopped after {timeout_s:.0f} s" if timed_out else "it ended by itself"
-        tail = "\n".join(console[-15:])
+        tail = "\n".join(console.lines[-15:])
         print(f"lane: no exit status came back: {why}. The console's last lines:\n{tail}", file=sys.stderr)
         return 1
-    return status
+    return console.status
 
 
 def main() -> int:

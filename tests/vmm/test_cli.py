@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,13 @@ from tests.conftest import OWN
 OWN_GUEST = ["run", "--kernel", str(OWN), "--flat", "--memory", "16M"]
 
 
-def anyhyve(*arguments: object, typed: bytes = b"", **options):
+MAIN = "from vmm.cli import main; main()"
+NO_KVM = f"import kvmbackend.vm as vm; vm.DEVICE = '/nowhere/kvm'; {MAIN}"  # a computer without
+
+
+def anyhyve(*arguments: object, typed: bytes = b"", main: str = MAIN, **options):
     return subprocess.run(
-        [sys.executable, "-m", "vmm", *map(str, arguments)], input=typed, capture_output=True, timeout=30, **options
+        [sys.executable, "-c", main, *map(str, arguments)], input=typed, capture_output=True, timeout=30, **options
     )
 
 
@@ -108,8 +113,30 @@ def test_a_folder_is_no_kernel(tmp_path):
 
 
 def test_backends(saved):
-    assert "not built yet" in refusal(*OWN_GUEST, "--backend", "kvm")
     assert "no backend 'xen'" in refusal("restore", saved, "--backend", "xen")
+    assert "there is no /nowhere/kvm" in refusal("restore", saved, "--backend", "kvm", main=NO_KVM)
+    assert "there is no /nowhere/kvm" in refusal(*OWN_GUEST, "--backend", "kvm", main=NO_KVM)
+    done = anyhyve("restore", saved, "--backend", "auto", "--at", 3_000_100, main=NO_KVM)
+    assert done.returncode == 0 and b"anyhyve: backend emu: kvm: there is no /nowhere/kvm" in done.stderr
+    assert b"not ready: kvm: there is no /nowhere/kvm" in anyhyve("doctor", main=NO_KVM, env={"COLUMNS": "200"}).stdout
+
+
+def test_the_clock_stands_still_or_catches_up(tmp_path):
+    start = int(time.time()) - 1000
+    anyhyve(*OWN_GUEST, "--epoch", start, "--at", 300_000, "--save", tmp_path / "own", "--json", check=True)
+    times = {}
+    for policy in ("freeze", "catch-up"):
+        done = anyhyve("restore", tmp_path / "own", "--clock", policy, "--at", 400_000, "--json", check=True)
+        times[policy] = json.loads(done.stdout)["guest_ns"] / 1e9
+    assert times["freeze"] < 10 and 1000 <= times["catch-up"] < 1100
+    anyhyve(*OWN_GUEST, "--at", 300_000, "--save", tmp_path / "old", "--json", check=True)
+    assert "too long to catch up with" in refusal("restore", tmp_path / "old", "--clock", "catch-up")
+
+
+def test_lockstep_of_the_emulated_cpu_with_itself(saved):
+    done = anyhyve("lockstep", saved, "--against", "emu", "--instructions", 3000, "--json", check=True)
+    assert json.loads(done.stdout) == {"instructions": 3000, "divergence": None}
+    assert "needs the emulated CPU" in refusal("lockstep", saved, "--backend", "kvm", "--against", "kvm")
 
 
 @pytest.mark.parametrize("size", ["0", "5000", "1000G"])
@@ -161,7 +188,7 @@ def test_doctor():
     done = anyhyve("doctor", "--json")
     findings = json.loads(done.stdout)
     assert done.returncode == 0 and findings["emu"].startswith("ready")
-    assert "not built yet" in findings["kvm"]
+    assert findings["kvm"].startswith(("ready: TSC at", "not ready: kvm: "))
 
 
 def test_doctor_says_how_callbacks_run(monkeypatch):

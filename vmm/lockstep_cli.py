@@ -1,0 +1,81 @@
+"""The command `anyhyve lockstep`: where two CPUs stop agreeing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vmm.lockstep import Divergence, Lockstep
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--backend", default="emu", show_default=True, help="One CPU; one of the two must be emu.")
+@click.option("--against", default="kvm", show_default=True, help="The other.")
+@click.option("--instructions", type=click.IntRange(1), default=1_000_000, show_default=True, help="How far to go.")
+@click.option(
+    "--save-pair",
+    type=click.Path(path_type=Path),
+    metavar="PREFIX",
+    help="Save both machines just before they differ: PREFIX.leader, PREFIX.follower.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")  # fmt: skip
+def lockstep(file: Path, backend: str, against: str, instructions: int, save_pair: Path | None, as_json: bool) -> None:
+    """Run a snapshot on two CPUs, instruction by instruction, and report the first that differs.
+
+    Exit status 0: they agree so far; 1: they differ."""
+    columns = (TextColumn("{task.completed:,.0f} instructions"), BarColumn(), TimeElapsedColumn())
+    with (
+        Lockstep(file, backend, against) as pair,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
+        task = progress.add_task("", total=instructions)
+        found = pair.run(instructions, lambda count: progress.update(task, completed=count))
+        if found is not None and save_pair is not None:
+            pair.save_pair(found, save_pair)
+        count = pair.count
+    if as_json:
+        click.echo(json.dumps({"instructions": count, "divergence": None if found is None else _plain(found)}))
+    elif found is None:
+        click.echo(f"no difference in {count} instructions")
+    else:
+        _show(found, backend, against)
+    sys.exit(0 if found is None else 1)
+
+
+def _plain(found: Divergence) -> dict[str, Any]:
+    plain = asdict(found)
+    del plain["before"]
+    plain["fields"] = {name: [_text(value) for value in values] for name, values in found.fields.items()}
+    plain["memory"] = [[address, ours.hex(), theirs.hex()] for address, ours, theirs in found.memory]
+    plain["pair"] = [str(path) for path in found.pair]
+    return plain
+
+
+def _text(value: Any) -> str:
+    return f"{value:#x}" if type(value) is int else value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _show(found: Divergence, backend: str, against: str) -> None:
+    console = Console()
+    console.print(f"they differ after instruction {found.instruction}, at position {found.position}:")
+    console.print(f"    {found.rip:#018x}  {found.disassembly}", highlight=False)
+    leader, follower = (backend, against) if backend == "emu" else (against, backend)
+    table = Table("what", leader, follower)
+    for name, (ours, theirs) in found.fields.items():
+        table.add_row(name, _text(ours), _text(theirs))
+    for address, mine, other in found.memory:
+        table.add_row(f"RAM {address:#x}", mine.hex(" "), other.hex(" "))
+    console.print(table)
+    if found.io:
+        console.print("last I/O:", *found.io, sep="\n    ", highlight=False)
+    for path in found.pair:
+        console.print(f"saved just before it: {path}", highlight=False)
