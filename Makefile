@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GUEST := guests/debian
 
-.PHONY: demo test test-full bench lint guest clean
+.PHONY: demo test test-full test-kvm-emulated bench lint guest clean
 
 .venv/done: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anyhyve needs Python 3.11 or newer")'
@@ -26,10 +26,16 @@ test-full: guest
 	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The KVM tests where there is no virtualization hardware: QEMU emulates it (Debian: qemu-system-x86, busybox-static).
+test-kvm-emulated: guest
+	$(BIN)/python -m tests.lane $(LANE_ARGS)
+
 bench: guest
 	$(BIN)/python -m bench.boot --guest $(GUEST)
 	$(BIN)/python -m bench.save_restore --guest $(GUEST)
 	$(BIN)/python -m bench.port_read
+	$(BIN)/python -m bench.kvm_exit
+	$(BIN)/python -m bench.kvm_restore
 
 lint: .venv/done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

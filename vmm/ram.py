@@ -40,6 +40,14 @@ class Region:
         """(start, end) of what may hold other bytes than zero: finding it costs nothing for untouched pages."""
         return self.stored + pages.dirty_extents(self.address, self.size)
 
+    def revert(self) -> list[tuple[int, int]]:
+        """Give up what was written since the mapping was made: the snapshot's bytes, or zeroes, show again. Returns
+        (start, end) of what changed; code translated from there is stale."""
+        extents = pages.dirty_extents(self.address, self.size)
+        for start, end in extents:
+            self.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+        return extents
+
 
 def layout(size: int) -> list[tuple[int, int]]:
     """(base, size) of the regions of a machine with `size` bytes of RAM."""

@@ -25,6 +25,7 @@ from snapshot.schema import Json
 from vmm.cpu import CpuState
 from vmm.machine import Machine
 from vmm.paging import code_bits, read_virtual
+from vmm.saved import ALLOWABLE
 from vmm.symbols import Symbols
 
 _FILE = click.Path(path_type=Path)
@@ -128,9 +129,10 @@ def verify(file: Path) -> None:
 @snapshot.command()
 @click.argument("file", type=_FILE)
 @click.option("--backend", default="emu", show_default=True, help="Which CPU: emu or kvm.")
-def check(file: Path, backend: str) -> None:
+@click.option("--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved.")
+def check(file: Path, backend: str, allow: tuple[str, ...]) -> None:
     """Say whether a snapshot will load here, and if not why. Nothing is made or changed."""
-    Machine.check(file, backend)
+    Machine.check(file, backend, allow=allow)
     click.echo(f"{file}: will load on {backend}")
 
 

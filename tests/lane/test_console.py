@@ -16,9 +16,7 @@ def test_the_tests_output_and_status_come_through(capsys, size):
     assert shown == ["...F [100%]", "1 failed in 2 s"]
 
 
-@pytest.mark.parametrize(
-    "stream", ["", "lane: up\n", "lane: kvm\n5 passed in 1 s\n", "lane: status", "x lane: status \n"]
-)
+@pytest.mark.parametrize("stream", ["", "lane: up\n", "lane: kvm\n5 passed\n", "lane: status", "lane: status \n"])
 def test_a_status_that_never_came_is_none(stream):
     console = Console(Phases())
     console.take(stream)

@@ -15,7 +15,6 @@ from vmm.compare import differences
 from vmm.errors import BackendError, GuestError
 from vmm.machine import Machine, MachineConfig, Stopped
 
-pytestmark = pytest.mark.kvm
 OTHER = {"emu": "kvm", "kvm": "emu"}
 
 

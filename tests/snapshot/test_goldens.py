@@ -79,9 +79,9 @@ def test_a_release_there_is_not():
         releases.versions("9.9.9")
 
 
-def test_saving_for_a_release_writes_its_versions(boot_own, tmp_path):
-    release = releases.names()[-1]
-    with boot_own() as running:
+@pytest.mark.parametrize("release", releases.names())
+def test_saving_for_a_release_writes_its_versions(release, boot_own, tmp_path):
+    with boot_own(tsc_khz=1_000_000) as running:
         running.run(position=1_000_000)
         running.save(tmp_path / "a", versions=releases.versions(release))
         running.save(tmp_path / "b")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vmm.test_cli import OWN_GUEST, anyhyve, refusal
+from tests.vmm.test_cli import NO_KVM, OWN_GUEST, anyhyve, refusal
 from vmm.errors import GuestError
 from vmm.symbols import Symbols
 
@@ -104,12 +104,17 @@ def test_merge_and_rebase(saved, tmp_path):
 
 def test_check_says_what_would_not_load_and_changes_nothing(saved, tmp_path):
     assert "will load on emu" in text("snapshot", "check", saved / "b")
-    assert "not built yet" in refusal("snapshot", "check", saved / "a", "--backend", "kvm")
-    text("snapshot", "edit", saved / "a", "--out", tmp_path / "event",
-         "--set", 'cpu.0.event={"kind": "exception", "vector": 14, "error_code": 2}')  # fmt: skip
-    assert "cpu.event" in refusal("snapshot", "check", tmp_path / "event")
+    assert "there is no /nowhere/kvm" in refusal("snapshot", "check", saved / "a", "--backend", "kvm", main=NO_KVM)
     (tmp_path / "lonely").write_bytes((saved / "b").read_bytes())
     assert "parent a: No such file" in refusal("snapshot", "check", tmp_path / "lonely")
+
+
+def test_check_asks_the_hosts_kvm_about_a_state(kvm, saved, tmp_path):
+    text("snapshot", "edit", saved / "a", "--out", tmp_path / "slow", "--set", "config.tsc_khz=100000")
+    assert "config.tsc_khz: kvm: this host cannot" in refusal("snapshot", "check", tmp_path / "slow", "--backend", kvm)
+    text("snapshot", "edit", saved / "a", "--out", tmp_path / "no", "--set", "cpu.0.cr0=0x80000000")
+    assert "segments and control registers" in refusal("snapshot", "check", tmp_path / "no", "--backend", kvm)
+    assert "will load on kvm" in text("snapshot", "check", saved / "a", "--backend", kvm)
 
 
 def test_an_unknown_device_is_shown_and_named_as_the_reason(saved, tmp_path):
@@ -148,7 +153,10 @@ def test_schemas_and_their_check(saved, tmp_path):
 
 
 def test_saving_for_a_release(saved, tmp_path):
-    text("restore", saved / "a", "--at", 3_100_000, "--save", tmp_path / "old", "--for-version", "0.1.0", "--json")
+    text(*OWN_GUEST, "--tsc-khz", 1_000_000, "--at", 100_000, "--save", tmp_path / "slow", "--json")
+    text("restore", tmp_path / "slow", "--at", 110_000, "--save", tmp_path / "old", "--for-version", "0.1.0", "--json")
+    assert "machine.tsc_khz" in refusal("restore", saved / "a", "--at", 1, "--save", tmp_path / "x", "--json",
+                                        "--for-version", "0.1.0")  # fmt: skip
     assert "no release '9'" in refusal("restore", saved / "a", "--save", tmp_path / "x", "--for-version", "9")
 
 
