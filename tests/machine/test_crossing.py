@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -112,19 +114,26 @@ def test_debian_crosses_with_its_registers_full(crossing, debian, floats, start,
 
 
 @pytest.mark.debian
-def test_woken_in_mid_boot_on_the_other_cpu_it_reaches_the_shell(crossing, debian, floats, tmp_path):
+def test_cut_in_mid_boot_and_at_the_shell_each_life_in_a_new_process(crossing, debian, floats, tmp_path):
+    """On KVM, to the emulated CPU and back in between; a shell variable survives."""
+
+    def live(file, typed, until, save):
+        subprocess.run(
+            [sys.executable, "-m", "vmm", "restore", file, "--backend", crossing, "--until", until, "--save", save],
+            input=typed, check=True, capture_output=True,
+        )  # fmt: skip
+
     machine = boot_debian(debian, floats, "kvm")
-    for crossed in range(2):
-        timer = threading.Timer(8 + 4 * crossed, machine.post, (lambda _: Stopped("command"),))
-        timer.start()
-        assert machine.run() == Stopped("command")
-        machine = cross(machine, tmp_path / f"there.{crossed}", "emu")
-        assert machine.run(position=machine.position + 200_000) == Stopped("position")
-        machine = cross(machine, tmp_path / f"back.{crossed}", "kvm")
-    assert machine.run(until="shell ready") == Stopped("pattern")
-    with machine:
-        machine.send(b"echo answer=$((6*7))\n")
-        assert machine.run(until="answer=42") == Stopped("pattern")
+    timer = threading.Timer(8, machine.post, (lambda _: Stopped("command"),))
+    timer.start()
+    assert machine.run() == Stopped("command")
+    machine = cross(machine, tmp_path / "there", "emu")
+    assert machine.run(position=machine.position + 200_000) == Stopped("position")
+    machine.save(tmp_path / "back")
+    machine.close()
+    live(tmp_path / "back", b"", "shell ready", tmp_path / "shell")
+    live(tmp_path / "shell", b"secret=anyhyve; echo set=$?\n", "set=0", tmp_path / "again")
+    live(tmp_path / "again", b"echo kept=$secret\n", "kept=anyhyve", tmp_path / "last")
 
 
 def test_the_tsc_rate_a_host_cannot_give_is_refused_by_name(kvm, tmp_path):

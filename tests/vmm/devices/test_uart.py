@@ -206,3 +206,20 @@ def test_reset_keeps_scratch_divisor_and_what_was_typed(port):
     port.device.reset()
     assert port[SCR] == 7 and port[IER] == 0 and not port.irq
     assert port.device.state.host_input == b"b"
+
+
+def test_a_write_may_come_late_only_when_it_does_nothing_but_send():
+    """DLAB makes it the divisor latch, loopback a receiver, THRI an interrupt."""
+    posting = []
+    uart = Uart(lambda level: None, lambda byte: None, posting.append)
+    uart.restored()
+    for register, value, late in (
+        (1, 2, False),
+        (1, 1, True),
+        (3, 0x80, False),
+        (3, 3, True),
+        (4, 0x10, False),
+        (4, 8, True),
+    ):
+        {1: uart.write_ier, 3: uart.write_lcr, 4: uart.write_mcr}[register](value)
+        assert posting[-1] is late, (register, value)
