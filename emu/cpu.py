@@ -74,7 +74,8 @@ class EmuCpu(Cpu):
         self._stop_at: int | None = None
         self._failure: BaseException | None = None
         self._msrs = msr.Msrs(engine, self._tsc, self._set_tsc)
-        self._exits = {"port_in": 0, "port_out": 0, "mmio": 0, "msr": 0, "interrupt": 0, "halt": 0, "stop": 0}
+        self._exits = {"port_in": 0, "port_out": 0, "mmio": 0, "msr": 0, "interrupt": 0, "syscall": 0,
+                       "halt": 0, "stop": 0}  # fmt: skip
         engine.hide_features(cpu_model.CPUID[1][2], cpu_model.CPUID[1][3])
         for region in ram.regions:
             engine.map_ram(region.base, region.size, region.address)
@@ -377,6 +378,7 @@ class EmuCpu(Cpu):
 
     def _on_syscall(self, _uc: Any, _data: Any) -> int:
         """SYSCALL in 64-bit mode or compatibility mode (AMD APM vol. 3). The engine adds 2 to RIP afterwards."""
+        self._exits["syscall"] += 1
         engine = self._engine
         flags = engine.uc.reg_read(x86.UC_X86_REG_RFLAGS)
         star = engine.u64("star").value
@@ -404,6 +406,7 @@ class EmuCpu(Cpu):
 
     def _on_sysenter(self, _uc: Any, _data: Any) -> int:
         """SYSENTER outside long mode (SDM vol. 2); the model's vendor raises #UD for it in long mode."""
+        self._exits["syscall"] += 1
         engine = self._engine
         entry = engine.read_msr(0x174) & 0xFFFC
         flags = engine.uc.reg_read(x86.UC_X86_REG_RFLAGS) & ~0x20200

@@ -1,7 +1,7 @@
 """One instruction at a time, as another CPU has run it: what lockstep needs of KVM.
 
-Plain instructions run under KVM's single-step, which is the guest's own TF. That fails where an exception or interrupt
-enters a handler: TF is then pushed with RFLAGS, off in the handler, and nobody stops it. The other CPU has been there,
+Plain instructions run under KVM's single-step, which is the guest's own TF. That fails where an exception, an interrupt
+or a system call enters a handler: TF is off in there, and nobody stops it. The other CPU has been there,
 so the handler's first instruction is known: a HLT stands there for a moment, and that leaves the guest on any host.
 """
 

@@ -66,13 +66,13 @@ class _Call:
     clock: ClockState
     ran: bool
     interrupted: bool
-    faulted: bool
+    entered: bool  # a handler: by an exception or a system call
 
 
 class Steppable(Cpu, Protocol):
     """A CPU that can run one instruction as another did."""
 
-    def step(self, arrive: int, interrupted: bool, faulted: bool) -> None: ...
+    def step(self, arrive: int, interrupted: bool, entered: bool) -> None: ...
 
 
 class _Leading:
@@ -97,7 +97,7 @@ class _Leading:
                 clock=clock.save(),
                 ran=clock.position != position,
                 interrupted=interrupted,
-                faulted=after["exception"] != before["exception"],
+                entered=any(after[reason] != before[reason] for reason in ("exception", "syscall")),
             )
         )
         return stop
@@ -123,7 +123,7 @@ class _Following:
         call = self.calls.popleft()
         self._machine.clock.load(call.clock)
         if call.ran or call.interrupted:
-            self._cpu.step(self.arrive, call.interrupted, call.faulted)
+            self._cpu.step(self.arrive, call.interrupted, call.entered)
         return call.exit
 
 

@@ -21,7 +21,7 @@ from vmm.machine import Machine, MachineConfig, Stopped
 LOG, LOG_END, RESULT = 0x300000, 0x2FFFF8, 0x2FFFF0
 
 PRELUDE = """
-        .macro  pause                           # the machine stops here, with everything before it done
+        .macro  pause                           # the machine stops here: all before it is done, nothing behind it
         push    %rax
         push    %rdx
         mov     $0x501, %edx
@@ -29,6 +29,8 @@ PRELUDE = """
         out     %ax, (%dx)
         pop     %rdx
         pop     %rax
+        jmp     .Lpaused\\@                     # the emulated CPU stops at the end of a block
+.Lpaused\\@:
         .endm
         .equ    PAUSED, 0xa55a
         .code64
@@ -104,30 +106,30 @@ class Trap(NamedTuple):
 
 
 @cache
-def assemble(source: str) -> tuple[bytes, dict[str, int]]:
-    """Code for 1 MiB and its labels. Skips where there is no assembler (Debian: binutils)."""
+def assemble(source: str, base: int = 0x100000) -> tuple[bytes, dict[str, int]]:
+    """Code for address `base` and its labels. Skips where there is no assembler (Debian: binutils)."""
     for tool in ("as", "ld", "nm", "objcopy"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} here (Debian: binutils)")
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        (base / "p.s").write_text(PRELUDE + source + "\n")
+        path = Path(folder)
+        (path / "p.s").write_text(source + "\n")
 
         def run(*command: str) -> str:
-            return subprocess.run(command, cwd=base, check=True, capture_output=True, text=True).stdout
+            return subprocess.run(command, cwd=path, check=True, capture_output=True, text=True).stdout
 
         run("as", "--64", "-o", "p.o", "p.s")
-        run("ld", "-Ttext=0x100000", "-e", "0x100000", "-o", "p.elf", "p.o")
+        run("ld", f"-Ttext={base:#x}", "-e", f"{base:#x}", "-o", "p.elf", "p.o")
         run("objcopy", "-O", "binary", "-j", ".text", "p.elf", "p.bin")
         labels = {line.split()[2]: int(line.split()[0], 16) for line in run("nm", "p.elf").splitlines()}
-        return (base / "p.bin").read_bytes(), labels
+        return (path / "p.bin").read_bytes(), labels
 
 
 class Program:
     """A program on a machine."""
 
     def __init__(self, source: str, backend: str = "emu", memory: int = 16 << 20) -> None:
-        code, self.labels = assemble(source)
+        code, self.labels = assemble(PRELUDE + source)
         self.machine = Machine.boot(MachineConfig(memory_bytes=memory), Image(code, flat=True), backend)
 
     def finish(self) -> Program:
