@@ -33,7 +33,8 @@ ALWAYS = ["--require-kvm", "--hypothesis-profile=emulated", "-p", "no:cacheprovi
           "--junitxml=/tmp/report.xml", "--basetemp=/tmp/pytest"]  # fmt: skip
 MODULES = ("irqbypass.ko", "ccp.ko", "kvm.ko", "kvm-amd.ko")
 QEMU = "qemu-system-x86_64"
-STILL_S = 100  # silence of the computer that means it stands still
+ALIVE = FOLDER / "alive"  # grows while the computer does not stand still
+STILL_S = 100
 
 
 class Phases:
@@ -93,7 +94,7 @@ class Console:
         elif found := re.fullmatch(r"lane: status (\d+)", mark):
             self._phases.done("tests")
             self._inside, self.status = False, int(found[1])
-        elif self._inside and not mark:
+        elif self._inside:
             self._show("\n")
         self._shown = 0
 
@@ -108,9 +109,11 @@ def run(kernel: Path, initrd: Path, timeout_s: float, phases: Phases) -> int | N
     # it happens too, seldom; the sign of life stops then, which no test can bring about.
     command = [
         QEMU, "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "3G", "-nodefaults", "-nographic",
-        "-no-reboot", "-serial", "stdio", "-serial", f"file:{REPORT}", "-kernel", str(kernel), "-initrd", str(initrd),
+        "-no-reboot", "-serial", "stdio", "-serial", f"file:{REPORT}", "-serial", f"file:{ALIVE}",
+        "-kernel", str(kernel), "-initrd", str(initrd),
         "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
     ]  # fmt: skip
+    ALIVE.write_bytes(b"")
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     clock = threading.Timer(timeout_s, process.kill)
     clock.start()
@@ -118,16 +121,17 @@ def run(kernel: Path, initrd: Path, timeout_s: float, phases: Phases) -> int | N
     try:
         assert process.stdout is not None
         output = process.stdout.fileno()
-        while talks := bool(select.select([output], [], [], STILL_S)[0]):
-            if not (piece := os.read(output, 1 << 16)):
-                break
-            console.take(piece.decode(errors="replace"))
+        while alive := time.time() - ALIVE.stat().st_mtime < STILL_S:
+            if select.select([output], [], [], 5)[0]:
+                if not (piece := os.read(output, 1 << 16)):
+                    break
+                console.take(piece.decode(errors="replace"))
     finally:
         timed_out = not clock.is_alive()
         clock.cancel()
         process.kill()
         process.wait()
-    if not talks and not timed_out:
+    if not alive and not timed_out:
         print(f"\nlane: the emulated computer has stood still for {STILL_S} s", file=sys.stderr)
         return None
     if console.status is None:
