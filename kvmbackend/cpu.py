@@ -112,7 +112,7 @@ class KvmCpu(Cpu):
         abi.call("KVM_GET_REGS", self._vcpu, abi.GET_REGS, self._regs)
         return _registers(self._regs)
 
-    def step(self, arrive: int, interrupted: bool, entered: bool) -> None:
+    def step(self, arrive: int, interrupted: bool, entered: bool, sysret: bool) -> None:
         """One instruction as another CPU ran it, which came to RIP `arrive`: after an interrupt, into a handler."""
         if self._stepper is None:
             self._stepper = Stepper(self._vm, self._ram, self._alarm, self._serve, self.save)
@@ -124,7 +124,7 @@ class KvmCpu(Cpu):
         if entered:
             self._stepper.enter(arrive)
         else:
-            self._halted = not self._stepper.instruction()
+            self._halted = not self._stepper.instruction(sysret)
         self._take_posted()
 
     def save(self) -> CpuState:

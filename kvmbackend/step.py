@@ -17,7 +17,7 @@ from vmm import paging
 from vmm.cpu import CpuState
 from vmm.ram import Ram
 
-_HLT = 0xF4
+_HLT, _TF = 0xF4, 1 << 8
 _PATIENCE_NS = 1_000_000_000  # no instruction takes as long
 
 
@@ -57,10 +57,14 @@ class Stepper:
         finally:
             place[0] = kept
 
-    def instruction(self) -> bool:
+    def instruction(self, sysret: bool) -> bool:
         """Run the one at RIP. False when it was HLT."""
         self._single_step(True)
+        if sysret:
+            self._r11_tf(True)
         self._until(abi.EXIT_DEBUG)
+        if sysret:
+            self._r11_tf(False)
         return self._run32[abi.RUN_REASON // 4] != abi.EXIT_HLT
 
     def _handler(self, state: CpuState, vector: int) -> int:
@@ -94,6 +98,13 @@ class Stepper:
         finally:
             self._alarm.set(0)
             self._alarm.leave()
+
+    def _r11_tf(self, on: bool) -> None:
+        """SYSRET takes RFLAGS, and with it TF, from R11: without it there the trap would not come."""
+        regs = abi.Regs()
+        abi.call("KVM_GET_REGS", self._vm.vcpu, abi.GET_REGS, regs)
+        regs.r11 = regs.r11 & ~_TF | (_TF if on else 0)
+        abi.call("KVM_SET_REGS", self._vm.vcpu, abi.SET_REGS, regs)
 
     def _single_step(self, on: bool) -> None:
         # Asked for anew each time: an instruction that loads RFLAGS takes TF away.

