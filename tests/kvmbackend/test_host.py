@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -17,15 +18,20 @@ from vmm.machine import Machine, MachineConfig
 
 
 def descriptors():
-    gc.collect()  # earlier tests' machines go now, not in between
-    return set(os.listdir("/proc/self/fd"))
+    """What KVM's open files lead to; other tests' machines may go at any time, none may come."""
+    gc.collect()
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sum("kvm" in target for target in found)
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays_open():
     before = descriptors()
     yield
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_no_device(monkeypatch, tmp_path):
