@@ -10,6 +10,8 @@ Rules
   folder without even a magic. Leaving the block without commit(), by an exception or not, removes the temporary.
 * ram() only finds and writes the blocks that are not zero. They are hashed in commit(), out of the file, when the
   machine no longer waits. The file is read, not mapped: a disk error is then an OSError and not a SIGBUS.
+* A fork of this process may finish the file: the child calls ram() and commit(), the parent asks in_place() when the
+  child has ended, and leaves the block, which removes what is not in place.
 * One writer to a name: a second is refused with EBUSY while the first is at work. What a killed one left is reused.
 * Parts first, "config" before all others; then RAM in order of base; then optional chunks.
 * What does not fit the format is SnapshotError; what the host refuses is OSError; calls out of order are our fault.
@@ -21,7 +23,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -75,6 +77,7 @@ from snapshot.schema import Json, encode, schema_of
 _ZEROS = bytes(BLOCK)
 _PACK = zstandard.ZstdCompressor(level=3)
 _COPY = 1 << 20
+_PIECE = 8 << 20  # written at a time, so that progress can be told
 _HASH_BLOCKS = 16  # read at a time when hashing
 
 
@@ -92,12 +95,14 @@ class _Image:
 
 
 class Writer:
-    """Builds one snapshot file and puts it in place with commit()."""
+    """Builds one snapshot file and puts it in place with commit(). `progress` is called with the number of bytes of RAM
+    just written or hashed."""
 
-    def __init__(self, path: Path, *, minor: int = MINOR) -> None:
-        self._path = Path(path)
+    def __init__(self, path: Path, *, minor: int = MINOR, progress: Callable[[int], None] = lambda _: None) -> None:
+        self.path = Path(path)
+        self.progress = progress
         self._minor = minor
-        self._temporary = self._path.with_name(f"{self._path.name}.tmp")
+        self._temporary = self.path.with_name(f"{self.path.name}.tmp")
         self._chunks: list[Chunk] = []
         self._images: list[_Image] = []
         self._end = FILE_HEADER.size
@@ -160,10 +165,14 @@ class Writer:
                 hashed.update(stored)
                 known[number] = len(stored), blake3(block).digest()
                 length += len(stored)
+                self.progress(len(block))
             digest = hashed.digest()
         else:
             for first, stop in _runs([number for number in blocks if number in nonzero]):
-                self._pwrite(memory[first * BLOCK : min(stop * BLOCK, size)], place + first * BLOCK)
+                for at in range(first * BLOCK, min(stop * BLOCK, size), _PIECE):
+                    piece = memory[at : min(at + _PIECE, stop * BLOCK, size)]
+                    self._pwrite(piece, place + at)
+                    self.progress(len(piece))
         data = self._add(RAMD, name, length, digest)
         self._pwrite(data.pack(), data.offset)
         codec = CODEC_ZSTD if packed else CODEC_RAW
@@ -212,13 +221,21 @@ class Writer:
         self._write_payload(replace(end, digest=blake3(payload).digest()), payload)
         self._pwrite(header, 0)
         os.fsync(self._fd)
-        os.rename(self._temporary, self._path)
+        os.rename(self._temporary, self.path)
         self._close()
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file has its name: also when another process, a fork of this one, gave it that."""
+        return self._is(self.path)
+
+    def fileno(self) -> int:
+        return self._fd
 
     def __enter__(self) -> Self:
         return self
@@ -226,8 +243,16 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._open:
             with contextlib.suppress(OSError):  # the first error is the one to report
-                os.unlink(self._temporary)
+                if self._is(self._temporary):  # by now the name may be another writer's
+                    os.unlink(self._temporary)
             self._close()
+
+    def _is(self, path: Path) -> bool:
+        try:
+            ours, named = os.fstat(self._fd), path.stat()
+        except FileNotFoundError:
+            return False
+        return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)
 
     def _close(self) -> None:
         self._open = False
@@ -287,6 +312,7 @@ class Writer:
                 end = min(start + len(buffer), stop * BLOCK, image.size)
                 if os.preadv(self._fd, [view[: end - start]], image.data.payload + start) != end - start:
                     raise OSError(f"{self._temporary}: short read of what was just written")
+                self.progress(end - start)
                 for at in range(0, end - start, BLOCK):
                     known[number + at // BLOCK] = 0, blake3(view[at : min(at + BLOCK, end - start)]).digest()
         return known

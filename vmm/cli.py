@@ -1,4 +1,4 @@
-"""The command line: run, restore, snapshot, lockstep, guest, doctor.
+"""The command line. What is not of a machine's own run has a module of its own, see `_ELSEWHERE`.
 
 Exit status: 0 done, 1 a fault named in one line on standard error, 2 wrong usage, 3 the guest stopped before what was
 asked for (--until, --at). A guest that ends itself through the debug-exit port passes its own status on.
@@ -11,7 +11,9 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,21 @@ from vmm.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.errors import BackendError, GuestError
 from vmm.machine import Fault, Machine, Stop, Stopped
 from vmm.saved import ALLOWABLE
+from vmm.supervisor import Supervisor
 from vmm.terminal import Terminal
 
+_ELSEWHERE = {  # command: module, attribute; imported when asked for: a boot of two seconds should not wait for them
+    "attach": ("vmm.control.cli", "attach"),
+    "ctl": ("vmm.control.cli", "ctl"),
+    "list": ("vmm.control.cli", "list_machines"),
+    "lockstep": ("vmm.lockstep_cli", "lockstep"),
+    "snapshot": ("vmm.snapshot_cli", "snapshot"),
+    "snapshots": ("vmm.catalog_cli", "snapshots"),
+    "suspend-all": ("vmm.catalog_cli", "suspend_all"),
+}
+DEFAULT_MEMORY = 256 << 20
+_NOT_SAVED = ("quit", "stopped", "suspended", "SIGTERM", "SIGHUP")  # what ends a run without --save being done
+_SIGNALS = {"SIGTERM": 15, "SIGHUP": 1}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -78,6 +93,11 @@ class Goal:
     for_version: str | None
     pace: str | None
     as_json: bool
+    name: str | None
+    rundir: Path | None
+    paused: bool
+    autosave: int | None
+    suspend_on_term: bool
 
 
 def _goal(command: Callable[..., None]) -> Callable[..., None]:
@@ -93,8 +113,16 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--for-version", metavar="RELEASE", help="Save what this older release can wake."),
             click.option("--pace", type=click.Choice(["real", "max"]),
                          help="Guest time: as the clock on the wall, or as fast as it can. "
-                              "[default: real at a terminal, else max]"),
+                              "[default: real at a terminal or with --name, else max]"),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output; no console."),
+            click.option("--name", help="Make it a machine others can ask (ctl, list, attach)."),
+            click.option("--rundir", type=click.Path(path_type=Path, file_okay=False),
+                         help="With --name: where its socket is.  [default: $XDG_RUNTIME_DIR/anyhyve]"),
+            click.option("--paused", is_flag=True, help="With --name: wait for `ctl NAME resume`."),
+            click.option("--autosave", type=click.IntRange(1), metavar="SECONDS",
+                         help="With --name: save into the catalog this often, over the one before."),
+            click.option("--suspend-on-term", is_flag=True,
+                         help="With --name: SIGTERM suspends into the catalog (`anyhyve resume NAME`)."),
             click.option("--backend", default="emu", show_default=True, metavar="emu|kvm|auto",
                          help="Which CPU; auto is kvm where the host has it, and says which it took."),
         )
@@ -103,22 +131,26 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
+    allow = click.option(
+        "--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved."
+    )
+    clock = click.option("--clock", type=click.Choice(["freeze", "catch-up"]), default="freeze", show_default=True,
+                         help="Guest time: on from where it stood, or up to this computer's wall clock.")  # fmt: skip
+    return allow(clock(command))
+
+
 class _Main(click.Group):
-    """One clear line for whoever is at fault; a traceback only for our own bugs. What only some commands need is
-    imported by them: a boot of two seconds should not wait for it."""
+    """One clear line for whoever is at fault; a traceback only for our own bugs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "lockstep", "snapshot"])
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "snapshot":
-            from vmm.snapshot_cli import snapshot
-
-            return snapshot
-        if cmd_name == "lockstep":
-            from vmm.lockstep_cli import lockstep
-
-            return lockstep
+        if cmd_name in _ELSEWHERE:
+            module, attribute = _ELSEWHERE[cmd_name]
+            command: click.Command = getattr(import_module(module), attribute)
+            return command
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -142,37 +174,69 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--kernel", required=True, type=click.Path(path_type=Path), help="bzImage, ELF vmlinux, or flat code.")
+@click.option("--kernel", type=click.Path(path_type=Path), help="bzImage, ELF vmlinux, or flat code.")
 @click.option("--initrd", type=click.Path(path_type=Path), help="Initial RAM disk.")
 @click.option("--append", default="console=ttyS0", show_default=True, help="Kernel command line.")
-@click.option("--memory", type=Memory(), default="256M", show_default=True, help="Guest RAM.")
+@click.option("--memory", type=Memory(), help="Guest RAM.  [default: 256M]")
 @click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
-@click.option("--epoch", type=Epoch(), default=str(DEFAULT_EPOCH_NS // 10**9), show_default=True,
-              help="Guest wall clock at start: Unix seconds, or `now`.")  # fmt: skip
+@click.option("--epoch", type=Epoch(), help="Guest wall clock at start: Unix seconds, or `now`.  [default: 2020-01-01]")
+@click.option("-r", "waking", type=click.Path(path_type=Path), metavar="FILE",
+              help="As bhyve's: wake FILE; the other options are as they were at first.")  # fmt: skip
 @click.option("--tsc-khz", type=int, help="Rate of the guest's TSC.  [default: 4000000 on emu, the host's own on kvm]")
 @_goal
 def run(
-    kernel: Path, initrd: Path | None, append: str, memory: int, flat: bool, epoch: int, tsc_khz: int | None,
-    backend: str, **goal: Any
+    kernel: Path | None, initrd: Path | None, append: str, memory: int | None, flat: bool, epoch: int | None,
+    tsc_khz: int | None, waking: Path | None, backend: str, **goal: Any
 ) -> None:  # fmt: skip
     """Boot a guest with its serial console on this terminal."""
-    image = Image.from_files(kernel, initrd, append, flat)
+    if waking is None and kernel is None:
+        raise click.UsageError("Missing option '--kernel'.")
+    image = None if kernel is None else Image.from_files(kernel, initrd, append, flat)
     backend = _backend(backend)
+    if waking is not None:
+        with Machine.restore(waking, backend) as machine:
+            _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz)
+            machine.image = image
+            sys.exit(_drive(machine, Goal(**goal)))
+    assert image is not None
     rate = tsc_khz or backends.factory(backend).tsc_khz()
-    config = _config(memory_bytes=memory, epoch_ns=epoch * 10**9, tsc_khz=rate)
+    start_ns = DEFAULT_EPOCH_NS if epoch is None else epoch * 10**9
+    config = _config(memory_bytes=memory or DEFAULT_MEMORY, epoch_ns=start_ns, tsc_khz=rate)
     with Machine.boot(config, image, backend) as machine:
         sys.exit(_drive(machine, Goal(**goal)))
+
+
+def _agree(config: MachineConfig, **asked: int | None) -> None:
+    """bhyve -r wants the arguments of the first start. Here the file says it all; what is said besides must agree."""
+    for field, value in asked.items():
+        if value is not None and value != getattr(config, field):
+            raise GuestError(f"{field}: the snapshot has {getattr(config, field)}, not {value}")
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Check every byte of RAM against its digest first.")
-@click.option("--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved.")
-@click.option("--clock", type=click.Choice(["freeze", "catch-up"]), default="freeze", show_default=True,
-              help="Guest time: on from where it stood, or up to this computer's wall clock.")  # fmt: skip
+@_wake_options
 @_goal
-def restore(file: Path, verify: bool, allow: tuple[str, ...], clock: str, backend: str, **goal: Any) -> None:
+def restore(file: Path, verify: bool, **options: Any) -> None:
     """Wake a saved machine: the file says all there is to know."""
+    _wake(file, verify, **options)
+
+
+@main.command()
+@click.argument("vm", metavar="NAME")
+@_wake_options
+@_goal
+def resume(vm: str, **options: Any) -> None:
+    """Wake NAME from its newest snapshot in the catalog, under the same name."""
+    from vmm import catalog
+
+    file = catalog.newest(vm)
+    click.echo(f"anyhyve: {vm}: {file}", err=True)
+    _wake(file, False, **{**options, "name": vm})
+
+
+def _wake(file: Path, verify: bool, allow: tuple[str, ...], clock: str, backend: str, **goal: Any) -> None:
     with Machine.restore(file, _backend(backend), verify=verify, allow=allow) as machine:
         if clock == "catch-up":
             machine.catch_up()
@@ -202,23 +266,49 @@ def _drive(machine: Machine, goal: Goal) -> int:
     versions = None if goal.for_version is None else releases.versions(goal.for_version)
     if goal.save is not None:
         machine.can_save(goal.save, goal.parent)  # said now, not after an hour's run
-    terminal = None if goal.as_json else Terminal(machine, goal.save)
-    interactive = terminal is not None and terminal.interactive
-    machine.pace_real = goal.pace == "real" or (goal.pace is None and interactive)
-    started = time.perf_counter()
-    if terminal is None:
-        stop = machine.run(position=goal.at, until=goal.until)
-    else:
-        with terminal:
-            stop = machine.run(position=goal.at, until=goal.until)
+    vm = Supervisor(machine)
+    with ExitStack() as stack:
+        if goal.name is not None:
+            _name(vm, goal, stack)
+        interactive = False
+        if not goal.as_json:
+            interactive = stack.enter_context(Terminal(vm, goal.save)).interactive
+        machine.pace_real = goal.pace == "real" or (goal.pace is None and (interactive or goal.name is not None))
+        started = time.perf_counter()
+        try:
+            stop = vm.run(position=goal.at, until=goal.until, paused=goal.paused)
+        finally:
+            vm.close()
     wall = time.perf_counter() - started
-    if goal.save is not None and isinstance(stop, Stopped) and stop.reason != "quit":
+    if goal.save is not None and isinstance(stop, Stopped) and stop.reason not in _NOT_SAVED:
         machine.save(goal.save, packed=goal.pack, parent=goal.parent, versions=versions)
     if goal.as_json:
         click.echo(json.dumps(report(machine, stop, wall)))
     else:
         click.echo(f"\nanyhyve: {describe(stop)} at position {machine.position}", err=True)
     return status(stop, goal)
+
+
+def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
+    """Let others ask for the machine, and save it by itself."""
+    from vmm import catalog
+    from vmm.automatic import Automatic
+    from vmm.control.place import Place, rundir
+    from vmm.control.server import Server
+
+    assert goal.name is not None
+    place = Place(rundir(goal.rundir), goal.name)
+    stack.enter_context(Server(vm, place))
+    autosave = catalog.folder(goal.name) / catalog.AUTOSAVED if goal.autosave else None
+    suspend_to = catalog.folder(goal.name) / catalog.SUSPENDED if goal.suspend_on_term else None
+    stack.enter_context(Automatic(vm, autosave=autosave, every_s=goal.autosave or 0, suspend_to=suspend_to))
+    vm.machine.awaits_input = True  # somebody may attach
+
+    def warn(event: str, details: dict[str, Any]) -> None:
+        if event == "warning":
+            click.echo(f"anyhyve: {details['text']}", err=True)
+
+    vm.listeners.append(warn)
 
 
 def report(machine: Machine, stop: Stop, wall_s: float) -> dict[str, Any]:
@@ -251,8 +341,10 @@ def status(stop: Stop, goal: Goal) -> int:
             return code & 0xFF
         case Stopped("triple fault", _):
             return 1
-        case Stopped("position" | "pattern" | "quit" | "saved", _):
+        case Stopped("position" | "pattern" | "quit" | "suspended" | "stopped", _):
             return 0
+        case Stopped(reason, _) if reason in _SIGNALS:
+            return 128 + _SIGNALS[reason]
         case _:
             return 3 if goal.until is not None or goal.at is not None else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 
 _KEEP = 1 << 20
@@ -14,6 +15,7 @@ class Console:
     def __init__(self) -> None:
         self.output = bytearray()  # the last MiB
         self.total = 0
+        self._lock = threading.Lock()  # over these two, for other threads' `read`
         self.found = False
         self.on_match: Callable[[], None] = lambda: None
         self._listeners: list[Callable[[int], None]] = []
@@ -23,20 +25,32 @@ class Console:
     def listen(self, listener: Callable[[int], None]) -> None:
         self._listeners.append(listener)
 
+    def unlisten(self, listener: Callable[[int], None]) -> None:
+        self._listeners.remove(listener)
+
     def watch(self, pattern: str | None) -> None:
         """Look for `pattern` in what the guest writes from now on."""
         self._pattern = None if pattern is None else re.compile(pattern.encode())
         self._from = len(self.output)
         self.found = False
 
+    def read(self, offset: int, most: int) -> tuple[int, bytes]:
+        """From any thread: up to `most` bytes written since the guest had written `offset`, and the offset they begin
+        at: a later one where the earlier are no longer kept."""
+        with self._lock:
+            start = self.total - len(self.output)
+            offset = min(max(offset, start), self.total)
+            return offset, bytes(self.output[offset - start : offset - start + most])
+
     def transmit(self, byte: int) -> None:
         """The UART's sink."""
-        self.output.append(byte)
-        self.total += 1
-        if len(self.output) > 2 * _KEEP:
-            cut = len(self.output) - _KEEP
-            del self.output[:cut]
-            self._from = max(0, self._from - cut)
+        with self._lock:
+            self.output.append(byte)
+            self.total += 1
+            if len(self.output) > 2 * _KEEP:
+                cut = len(self.output) - _KEEP
+                del self.output[:cut]
+                self._from = max(0, self._from - cut)
         for listener in self._listeners:
             listener(byte)
         if self._pattern is not None:

@@ -7,3 +7,7 @@ class GuestError(Exception):
 
 class BackendError(Exception):
     """The host is at fault: a CPU backend is missing, forbidden or not the version we know. One line."""
+
+
+class Cancelled(Exception):
+    """Nobody is at fault: it was asked for. One line."""

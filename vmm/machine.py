@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import queue
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from vmm import backends
 from vmm.board import Board
 from vmm.boot import Image
 from vmm.boot import load as load_image
+from vmm.checkpoint import Checkpoint, Fill, write
 from vmm.clock import ClockState, GuestClock
 from vmm.config import MachineConfig
 from vmm.cpu import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown
@@ -60,6 +60,7 @@ class Fault:
 
 
 Stop = Stopped | Fault
+Command = Callable[["Machine"], Stop | None]
 
 
 class Machine:
@@ -75,9 +76,10 @@ class Machine:
         self._scrub: Scrub | None = None
         self.pace_real = False
         self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
-        self._image: Image | None = None
-        self._commands: queue.SimpleQueue[Callable[[Machine], Stop | None]] = queue.SimpleQueue()
-        self._wake = threading.Event()
+        self.image: Image | None = None  # what `reset` starts from
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._next: Command | None = None  # taken from the queue, not done yet
+        self._typed = bytearray()
         self._real_zero: float | None = None
         self.cpu: Cpu = backends.factory(backend)(ram, self.board.bus, self.board.pics, self.clock)
         self.board.console.on_match = self.attention
@@ -89,7 +91,7 @@ class Machine:
     def boot(cls, config: MachineConfig, image: Image, backend: str = "emu") -> Machine:
         """A fresh machine with the guest loaded. Raises GuestError or BackendError."""
         machine = cls(config, backend, Ram.fresh(config.memory_bytes))
-        machine._image = image
+        machine.image = image
         machine._start(image)
         return machine
 
@@ -153,9 +155,17 @@ class Machine:
         """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), the
         console shows the regular expression `until`, or a posted command says so. Raises SnapshotError when the RAM
         the machine was woken with turns out to be damaged."""
+        self.aim(position, until)
+        return self.go_on()
+
+    def aim(self, position: int | None = None, until: str | None = None) -> None:
+        """What `go_on` runs for, however often a command stops it on the way: see `run`."""
+        self.cpu.stop_at(position)
+        self.board.console.watch(until)
+
+    def go_on(self) -> Stop:
+        """Run towards what was aimed at."""
         cpu, board, clock = self.cpu, self.board, self.clock
-        cpu.stop_at(position)
-        board.console.watch(until)
         while (stop := self._drain()) is None:
             deadline = board.next_deadline()
             budget = _SLICE_NS if deadline is None else min(_SLICE_NS, deadline - clock.now_ns())
@@ -178,22 +188,27 @@ class Machine:
                 self._hold_back()
         return stop
 
-    def post(self, command: Callable[[Machine], Stop | None]) -> None:
-        """From any thread: run `command` at the next boundary; a Stop it returns ends the run."""
+    def stand(self) -> Stop:
+        """Do not run: only do what is posted, until that says stop."""
+        while (stop := self._obey()) is None:
+            self._await_command(None)
+        self._real_zero = None  # the time that passed was not the guest's
+        return stop
+
+    def post(self, command: Command) -> None:
+        """From any thread, or a signal handler: run `command` at the next boundary; a Stop it returns ends the run."""
         self._commands.put(command)
-        self._wake.set()
         self.attention()
 
     def send(self, data: bytes) -> None:
-        """Type `data` at the console, at the next boundary."""
+        """From any thread: type `data` at the console, from the next boundary on."""
+        self._typed.extend(data)
+        self.post(lambda _: None)
 
-        def receive(machine: Machine) -> None:
-            uart: Any = machine.board.devices["com1"]
-            rest = data[uart.receive(data) :]
-            if rest:
-                machine.send(rest)  # the UART's queue is full: the host holds the rest back
-
-        self.post(receive)
+    @property
+    def typed(self) -> int:
+        """How many characters typed have not reached the serial port yet."""
+        return len(self._typed)
 
     def _drain(self) -> Stop | None:
         """The only safe point. Inside a block nothing may change: the block is finished first."""
@@ -201,9 +216,11 @@ class Machine:
             self._scrub.check()
         if self.clock.prepaid:
             return None
-        for _ in range(self._commands.qsize()):
-            if (stop := self._commands.get()(self)) is not None:
-                return stop
+        if (stop := self._obey()) is not None:
+            return stop
+        if self._typed:
+            uart: Any = self.board.devices["com1"]
+            del self._typed[: uart.receive(bytes(self._typed))]
         if self.board.state.request != "none":
             request, self.board.state.request = self.board.state.request, "none"
             return Stopped(request, self.board.state.exit_status)
@@ -212,6 +229,23 @@ class Machine:
             return Stopped("pattern")
         return None
 
+    def _obey(self) -> Stop | None:
+        """Do what was posted up to now."""
+        for _ in range(self._commands.qsize() + (self._next is not None)):
+            command, self._next = self._next or self._commands.get(), None
+            if (stop := command(self)) is not None:
+                return stop
+        return None
+
+    def _await_command(self, timeout_s: float | None) -> bool:
+        """Sleep; True when a command came."""
+        if self._next is None:
+            try:
+                self._next = self._commands.get(timeout=timeout_s)
+            except queue.Empty:
+                return False
+        return True
+
     def _idle(self, interruptible: bool, deadline: int | None) -> Stop | None:
         """The CPU halted: time skips to the next event."""
         if not interruptible:
@@ -219,8 +253,7 @@ class Machine:
         if deadline is None:
             if not self.awaits_input:
                 return Stopped("halted") if self._commands.empty() else None
-            self._wake.wait(0.05)
-            self._wake.clear()
+            self._await_command(0.05)
             return None
         if self.pace_real and self._wait_real(deadline):
             return None
@@ -232,9 +265,8 @@ class Machine:
         ahead = (deadline - self._real_now_ns()) / 1e9
         if ahead <= 0:
             return False
-        if not self._wake.wait(min(ahead, 1.0)):
+        if not self._await_command(min(ahead, 1.0)):
             return ahead > 1.0
-        self._wake.clear()
         self.clock.skip_to(min(deadline, self._real_now_ns()))
         return True
 
@@ -279,6 +311,15 @@ class Machine:
             **{name: device.state for name, device in self.board.devices.items()},
         }
 
+    def encoded_parts(self) -> dict[str, tuple[str, int, Any]]:
+        """Every part's schema, version and state, as a snapshot has them. Changes nothing."""
+        parts = self.parts().items()
+        return {name: (schema_of(type(v)).name, schema_of(type(v)).version, encode(v)) for name, v in parts}
+
+    def touched_bytes(self) -> int:
+        """How much RAM may hold other bytes than zero."""
+        return sum(end - start for region in self.ram.regions for start, end in region.touched())
+
     def can_save(self, path: Path, parent: Path | None = None) -> None:
         """Raises what `save` would raise as far as it can be told now: SnapshotError, BackendError."""
         if not path.parent.is_dir():
@@ -303,40 +344,59 @@ class Machine:
         snapshot in the same folder, only the blocks of RAM that differ from its are written. `versions` (by state name)
         writes what an older release reads. Raises SnapshotError for a parent that cannot be one or a state an older
         version cannot say, BackendError when the host cannot write; the machine is unchanged either way."""
+        write(path, self._filling(path, packed, parent, versions))
+
+    def checkpoint(
+        self,
+        path: Path,
+        *,
+        packed: bool = False,
+        parent: Path | None = None,
+        versions: Mapping[str, int] | None = None,
+    ) -> Checkpoint:
+        """As `save`, but the machine may run on at once: what is written is its state at this instant."""
+        fill = self._filling(path, packed, parent, versions)
+        touched = self.touched_bytes()
+        return Checkpoint(path, fill, touched if packed or parent else 2 * touched)  # hashed when packed, else after
+
+    def _filling(self, path: Path, packed: bool, parent: Path | None, versions: Mapping[str, int] | None) -> Fill:
+        """What writes the machine as it is now, without asking it again but for its RAM."""
+        self.await_checked()
+        parts, ram = self.parts(), self.ram
+
+        def fill(writer: Writer) -> None:
+            for name, value in parts.items():
+                wanted = None if versions is None else versions.get(schema_of(type(value)).name, 0)
+                writer.part(name, value if wanted is None else lower(value, wanted))
+            known: list[dict[int, bytes]] = []
+            if parent is not None:
+                with Chain.for_child(parent, path, self._layout()) as chain:
+                    known = [chain.digests(i) for i in range(len(chain.rams))]
+                    writer.base(Parent(chain.identity, parent.name))
+            for i, region in enumerate(ram.regions):
+                before = known[i] if known else None
+                writer.ram(region.name, region.base, region.view, region.touched(), packed=packed, parent=before)
+
+        return fill
+
+    def await_checked(self) -> None:
+        """Until the RAM the machine was woken with has been checked: damaged RAM must not be given new digests. From
+        any thread. Raises SnapshotError when it is damaged."""
         if self._scrub is not None:
             self._scrub.wait()
-        parts = self.parts()
-        if versions is not None:
-            parts = {name: lower(value, versions.get(schema_of(type(value)).name, 0)) for name, value in parts.items()}
-        known: list[dict[int, bytes]] = []
-        identity = b""
-        if parent is not None:
-            with Chain.for_child(parent, path, self._layout()) as chain:
-                known = [chain.digests(i) for i in range(len(chain.rams))]
-                identity = chain.identity
-        try:
-            with Writer(path) as writer:
-                for name, value in parts.items():
-                    writer.part(name, value)
-                if parent is not None:
-                    writer.base(Parent(identity, parent.name))
-                for i, region in enumerate(self.ram.regions):
-                    before = known[i] if known else None
-                    writer.ram(region.name, region.base, region.view, region.touched(), packed=packed, parent=before)
-                writer.commit()
-        except OSError as error:
-            raise BackendError(f"cannot save to {path}: {error.strerror or error}") from None
 
     def reset(self) -> None:
-        """Start the guest again, as after power-on. Raises GuestError for a machine that was restored."""
-        if self._image is None:
+        """Start the guest again, as after power-on. Raises GuestError for a machine that was restored, unless it was
+        given an `image`."""
+        if self.image is None:
             raise GuestError("a restored machine has no kernel to start again from")
         for region in self.ram.regions:
-            region.view[:] = bytes(region.size)
+            for start, end in region.touched():
+                region.view[start:end] = bytes(end - start)
             self.cpu.discard_code(region.base, region.base + region.size)
         self.clock.load(ClockState())
         self.board.reset()
-        self._start(self._image)
+        self._start(self.image)
 
     def catch_up(self, wall_ns: int | None = None) -> None:
         """Let the time pass that the machine missed: its wall clock then shows `wall_ns` (Unix ns), by default this

@@ -9,23 +9,40 @@ import sys
 import termios
 import threading
 import tty
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
-from snapshot.errors import SnapshotError
-from vmm.errors import BackendError
-from vmm.machine import Machine, Stop, Stopped
+from vmm.machine import Machine, Stopped
+from vmm.supervisor import Supervisor, WrongState
 
-_MONITOR = 0x1D  # Ctrl-]
+MONITOR = 0x1D  # Ctrl-]
+
+
+@contextlib.contextmanager
+def raw_mode() -> Iterator[bool]:
+    """While it is entered every key comes through, if standard input is a terminal: whether it is."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield False
+        return
+    kept = termios.tcgetattr(0)
+    tty.setraw(0)
+    try:
+        yield True
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, kept)
 
 
 class Terminal:
     """Context manager: while it is entered, console output goes to standard output and typing goes to the guest."""
 
-    def __init__(self, machine: Machine, save_path: Path | None) -> None:
-        self._machine = machine
+    def __init__(self, vm: Supervisor, save_path: Path | None) -> None:
+        self._vm = vm
+        self._machine = machine = vm.machine
         self._save_path = save_path or Path("anyhyve.snapshot")
         self.interactive = sys.stdin is not None and sys.stdin.isatty()
-        self._kept: list[object] | None = None
+        self._raw = contextlib.ExitStack()
         self._leave = threading.Event()
         self._monitor = False
         self._line = bytearray()  # shown when it ends: a write for each byte would be most of the console's cost
@@ -34,8 +51,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         if self.interactive:
             print(f"anyhyve: Ctrl-] then s saves to {self._save_path}, q quits", file=sys.stderr)
-            self._kept = termios.tcgetattr(0)
-            tty.setraw(0)
+            self._raw.enter_context(raw_mode())
         if sys.stdin is not None and not sys.stdin.closed:
             self._machine.awaits_input = True
             threading.Thread(target=self._read, daemon=True).start()
@@ -43,8 +59,7 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         self._leave.set()
-        if self._kept is not None:
-            termios.tcsetattr(0, termios.TCSADRAIN, self._kept)  # type: ignore[arg-type]
+        self._raw.close()
         with contextlib.suppress(OSError):
             self._flush(self._machine)
 
@@ -80,23 +95,30 @@ class Terminal:
         for byte in data:
             if self._monitor:
                 self._monitor = False
-                if byte == _MONITOR:
+                if byte == MONITOR:
                     rest.append(byte)
                 elif byte in b"qQ":
                     self._machine.post(lambda _: Stopped("quit"))
                 elif byte in b"sS":
-                    self._machine.post(self._save)
-            elif byte == _MONITOR:
+                    self._save()
+            elif byte == MONITOR:
                 self._monitor = True
             else:
                 rest.append(byte)
         return bytes(rest)
 
-    def _save(self, machine: Machine) -> Stop | None:
+    def _save(self) -> None:
+        def done(saved: Future[dict[str, Any]]) -> None:
+            error = saved.exception()
+            if error is None:
+                self._note(f"saved to {self._save_path} at position {saved.result()['position']}")
+            else:
+                self._note(f"not saved: {error}")
+
         try:
-            machine.save(self._save_path)
-            note = f"saved to {self._save_path} at position {machine.position}"
-        except (SnapshotError, BackendError) as error:
-            note = f"not saved: {error}"
-        print(f"\r\nanyhyve: {note}\r", file=sys.stderr)
-        return None
+            self._vm.save(self._save_path.absolute()).add_done_callback(done)
+        except WrongState as error:
+            self._note(f"not saved: {error}")
+
+    def _note(self, text: str) -> None:
+        print(f"\r\nanyhyve: {text}\r", file=sys.stderr)

@@ -15,6 +15,7 @@ import re
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -188,6 +189,12 @@ def _carried(phases: Phases) -> list[Path]:
     return files
 
 
+def leave_at_sigterm() -> None:
+    """An outer time limit ends us by SIGTERM: the computer and the scratch folder go too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 if __name__ == "__main__":
     os.chdir(ROOT)
+    leave_at_sigterm()
     sys.exit(main())

@@ -1,5 +1,10 @@
 """The lane never takes silence for success."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from tests.lane.__main__ import Console, Phases, script
@@ -25,3 +30,27 @@ def test_a_status_that_never_came_is_none(stream):
 
 def test_the_command_asks_for_kvm():
     assert "--require-kvm" in script(["-m", "kvm"])
+
+
+HANG = """
+import sys
+from pathlib import Path
+from tests.lane import __main__ as lane
+lane.ALIVE = Path(sys.argv[1], "alive")
+lane.QEMU = sys.argv[1] + "/qemu"
+lane.leave_at_sigterm()
+lane.run(Path("vmlinuz"), Path("initrd"), 600, lane.Phases())
+"""
+
+
+def test_sigterm_takes_the_computer_along(tmp_path):
+    fake = tmp_path / "qemu"
+    fake.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid; exec sleep 600\n")
+    fake.chmod(0o755)
+    with subprocess.Popen([sys.executable, "-c", HANG, tmp_path]) as process:
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

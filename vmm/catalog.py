@@ -1,0 +1,136 @@
+"""The snapshots of named machines: a folder a machine, and in it files that say themselves what they are.
+
+    STATE/NAME/20261123T161555.snapshot    $XDG_STATE_HOME/anyhyve, by default ~/.local/state/anyhyve
+
+There is no index that could disagree with the files: a snapshot's time is its file's, its parent is written in it, and
+one that is kept is read-only. Deleting never leaves a difference without what it stands on.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snapshot.errors import SnapshotError
+from snapshot.reader import Reader
+from vmm.control.place import check_name
+from vmm.errors import BackendError
+
+SUFFIX = ".snapshot"
+AUTOSAVED = f"autosave{SUFFIX}"
+SUSPENDED = f"suspended{SUFFIX}"
+_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+def root() -> Path:
+    """The folder of folders."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base, "anyhyve")
+
+
+def folder(name: str) -> Path:
+    """Of one machine; made when it is not there. Raises BackendError."""
+    path = root() / check_name(name)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackendError(f"{path}: {error.strerror}") from None
+    return path
+
+
+def new(name: str) -> Path:
+    """A name for a snapshot of now that nothing has yet."""
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    path, count = folder(name) / f"{stamp}{SUFFIX}", 1
+    while path.exists():
+        path, count = path.with_name(f"{stamp}-{count}{SUFFIX}"), count + 1
+    return path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One snapshot in the catalog."""
+
+    machine: str
+    path: Path
+    time_s: float  # Unix
+    size_bytes: int  # on disk
+    parent: str | None  # the file it is a difference to, in the same folder
+    kept: bool
+    problem: str | None  # why it cannot be read
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "path": str(self.path)}
+
+
+def entries(name: str | None = None) -> list[Entry]:
+    """All, or one machine's, oldest first. Raises BackendError for what cannot name a machine."""
+    pattern = check_name(name) if name is not None else "*"
+    return sorted((entry(path) for path in root().glob(f"{pattern}/*{SUFFIX}")), key=lambda e: (e.time_s, e.path))
+
+
+def entry(path: Path) -> Entry:
+    """What can be told of a snapshot without its RAM."""
+    info = path.stat()
+    parent, problem = None, None
+    try:
+        with Reader(path) as reader:
+            parent = None if reader.parent is None else reader.parent.file
+    except (SnapshotError, OSError) as error:
+        problem = str(error)
+    kept = not info.st_mode & _WRITE
+    return Entry(path.parent.name, path, info.st_mtime, info.st_blocks * 512, parent, kept, problem)
+
+
+def newest(name: str) -> Path:
+    """The snapshot to go on from. Raises BackendError when there is none."""
+    found = [each for each in entries(name) if each.problem is None]
+    if not found:
+        raise BackendError(f"there is no snapshot of {name} in {root()}")
+    return found[-1].path
+
+
+def keep(path: Path, on: bool = True) -> None:
+    """Protect a snapshot from `prune` and `delete`; with all it stands on. Or no longer, and then it alone."""
+    for each in _with_ancestors(path) if on else [path]:
+        mode = stat.S_IMODE(each.stat().st_mode)
+        each.chmod(mode & ~_WRITE if on else mode | stat.S_IWUSR)
+
+
+def delete(path: Path) -> None:
+    """Raises BackendError for one that is kept, or that another is a difference to."""
+    found = entry(path)
+    if found.kept:
+        raise BackendError(f"{path}: it is kept")
+    for other in sorted(path.parent.glob(f"*{SUFFIX}")):
+        if entry(other).parent == path.name:
+            raise BackendError(f"{path}: {other.name} is a difference to it")
+    path.unlink()
+
+
+def prune(name: str, leave: int) -> list[Path]:
+    """Delete all of a machine's but the newest `leave`, those kept, and what they stand on. What was deleted."""
+    found = entries(name)
+    staying: set[Path] = set()
+    for each in [*found[max(0, len(found) - leave) :], *(e for e in found if e.kept)]:
+        staying.update(_with_ancestors(each.path))
+    gone = [each.path for each in found if each.path not in staying]
+    for path in gone:
+        path.unlink()
+    return gone
+
+
+def _with_ancestors(path: Path) -> Iterable[Path]:
+    seen: list[Path] = []
+    while path not in seen and path.exists():
+        seen.append(path)
+        parent = entry(path).parent
+        if parent is None:
+            break
+        path = path.with_name(parent)
+    return seen

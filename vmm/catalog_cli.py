@@ -1,0 +1,98 @@
+"""`anyhyve snapshots`, `resume` and `suspend-all`: the catalog of named machines' snapshots."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from vmm import catalog
+from vmm.control import place
+from vmm.control.cli import json_option, rundir_option
+from vmm.control.client import Client, Failed
+from vmm.errors import BackendError
+
+
+@click.group(invoke_without_command=True)
+@click.option("--vm", help="Of this machine only.")
+@json_option
+@click.pass_context
+def snapshots(ctx: click.Context, vm: str | None, as_json: bool) -> None:
+    """The snapshots in the catalog: by machine, oldest first."""
+    if ctx.invoked_subcommand is not None:
+        return
+    found = catalog.entries(vm)
+    if as_json:
+        click.echo(json.dumps([entry.to_json() for entry in found]))
+        return
+    table = Table("machine", "snapshot", "time", "on disk MB", "parent", "kept", "problem")
+    for entry in sorted(found, key=lambda e: (e.machine, e.time_s)):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time_s))
+        size, kept = f"{entry.size_bytes / 1e6:.1f}", "kept" if entry.kept else ""
+        table.add_row(entry.machine, entry.path.name, when, size, entry.parent or "", kept, entry.problem or "")
+    Console().print(table)
+
+
+def _file(ctx: click.Context, param: click.Parameter, value: str) -> Path:
+    """A path, or MACHINE/SNAPSHOT as the list shows them."""
+    path = Path(value)
+    inside = catalog.root() / value
+    if not path.exists() and inside.exists() and inside.parent.parent == catalog.root():
+        return inside
+    if not path.exists():
+        raise BackendError(f"{value}: no such snapshot")
+    return path
+
+
+_argument = click.argument("file", metavar="MACHINE/SNAPSHOT", callback=_file)
+
+
+@snapshots.command()
+@_argument
+@click.option("--not", "off", is_flag=True, help="No longer.")
+def keep(file: Path, off: bool) -> None:
+    """Make a snapshot, and what it stands on, read-only: it is neither pruned, deleted nor replaced."""
+    catalog.keep(file, not off)
+
+
+@snapshots.command()
+@_argument
+def delete(file: Path) -> None:
+    """Delete a snapshot that is not kept and that no difference stands on."""
+    catalog.delete(file)
+
+
+@snapshots.command()
+@click.argument("vm")
+@click.option("--leave", type=click.IntRange(0), default=3, show_default=True, help="How many of the newest stay.")
+def prune(vm: str, leave: int) -> None:
+    """Delete a machine's older snapshots, but those kept and those others stand on."""
+    for path in catalog.prune(vm, leave):
+        click.echo(f"deleted {path}")
+
+
+@click.command("suspend-all")
+@rundir_option
+@json_option
+def suspend_all(rundir: Path | None, as_json: bool) -> None:
+    """Suspend every machine that runs here into the catalog. Exit status 1 when one could not be."""
+    folder, outcome = place.rundir(rundir), {}
+    for name in place.names(folder):
+        try:
+            with Client(folder, name) as client:
+                path = catalog.folder(name) / catalog.SUSPENDED
+                outcome[name] = client.call("suspend", path=str(path))["path"]
+        except (BackendError, Failed) as error:
+            outcome[name] = None
+            click.echo(f"anyhyve: {name}: {error}", err=True)
+    if as_json:
+        click.echo(json.dumps(outcome))
+    else:
+        for name, saved in outcome.items():
+            click.echo(f"{name}: {saved or 'runs on'}")
+    sys.exit(1 if None in outcome.values() else 0)

@@ -1,0 +1,86 @@
+"""A terminal joined to a running machine's console, and parted from it without harm."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from pathlib import Path
+
+from vmm.control.client import Client, Failed
+from vmm.errors import BackendError
+from vmm.terminal import MONITOR, raw_mode
+
+_REPLAY = 1 << 14  # bytes of what was shown before
+_WAIT_S = 30.0
+
+
+def attach(folder: Path, name: str) -> int:
+    """Until Ctrl-] d, or the machine's end. The exit status."""
+    with Client(folder, name) as client, raw_mode() as interactive:
+        if interactive:
+            print(f"anyhyve: {name}: Ctrl-] then d leaves it running\r", file=sys.stderr)
+        try:
+            return _Session(client, interactive).run()
+        except BackendError as error:
+            print(f"\r\nanyhyve: {error}\r", file=sys.stderr)
+            return 0
+        except Failed as error:
+            print(f"\r\nanyhyve: {name}: {error}\r", file=sys.stderr)
+            return 1
+
+
+class _Session:
+    def __init__(self, client: Client, interactive: bool) -> None:
+        self._client = client
+        self._interactive = interactive
+        self._keys = bytearray()  # typed, not sent yet
+        self._writing: int | None = None  # the console.write without answer
+        self._monitor = False
+        self._input_open = True
+        end = client.call("console.read", offset=None)["offset"]
+        self._reading = self._read(max(0, end - _REPLAY))
+
+    def run(self) -> int:
+        while True:
+            sources: list[Client | int] = [self._client, *([0] if self._input_open else [])]
+            ready = [self._client] if self._client.heard else select.select(sources, [], [])[0]
+            if 0 in ready and not self._type(os.read(0, 1024)):
+                return 0
+            if self._client in ready:
+                self._hear()
+            if self._keys and self._writing is None:
+                data = bytes(self._keys[:4096])
+                self._writing = self._client.ask("console.write", data=data.decode("latin-1"))
+
+    def _read(self, offset: int) -> int:
+        return self._client.ask("console.read", offset=offset, wait_s=_WAIT_S)
+
+    def _hear(self) -> None:
+        message = self._client.read()
+        if error := message.get("error"):
+            raise Failed(error["code"], error["message"])
+        if message.get("id") == self._reading:
+            sys.stdout.buffer.write(message["result"]["data"].encode("latin-1"))
+            sys.stdout.buffer.flush()
+            self._reading = self._read(message["result"]["next"])
+        elif message.get("id") == self._writing:
+            del self._keys[: message["result"]["taken"]]
+            self._writing = None
+
+    def _type(self, data: bytes) -> bool:
+        """False when the user leaves."""
+        if not data:
+            self._input_open = False
+        for byte in data:
+            if self._monitor:
+                self._monitor = False
+                if byte in b"dDqQ":
+                    return False
+                if byte == MONITOR:
+                    self._keys.append(byte)
+            elif self._interactive and byte == MONITOR:
+                self._monitor = True
+            else:
+                self._keys.append(byte)
+        return True

@@ -1,0 +1,212 @@
+"""`anyhyve ctl`, `list` and `attach`: a running machine's socket from the command line.
+
+Exit status: 0 done, 1 the answer was an error (its text is printed), 130 cancelled by Ctrl-C (the machine runs on).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+from vmm.control import place, protocol
+from vmm.control.client import Client, Failed
+from vmm.control.methods import METHODS, Method, _bare
+from vmm.errors import BackendError
+
+_LIST_TIMEOUT_S = 2.0
+
+rundir_option = click.option(
+    "--rundir", type=click.Path(path_type=Path, file_okay=False), help="Where sockets are.  [default: $XDG_RUNTIME_DIR]"
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="The answer as JSON.")
+
+
+class _Ctl(click.Group):
+    """One subcommand a method, made from its signature."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(METHODS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _command(METHODS[cmd_name]) if cmd_name in METHODS else None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # bhyvectl names the machine by an option; then there is no NAME before the command.
+        if any(arg == "--vm" or arg.startswith("--vm=") for arg in args):
+            self.params = [param for param in self.params if param.name != "name"]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Ctl, invoke_without_command=True, subcommand_metavar="METHOD [ARGS]...")
+@click.argument("name", required=False)
+@click.option("--vm", help="NAME, as bhyvectl spells it; also the four that follow.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Save and go on.")
+@click.option("--suspend", type=click.Path(path_type=Path), metavar="FILE", help="Save, then end.")
+@click.option("--destroy", is_flag=True, help="End without saving.")
+@click.option("--get-all", is_flag=True, help="Show status, counts and devices.")
+@rundir_option
+@json_option
+@click.pass_context
+def ctl(
+    ctx: click.Context, vm: str | None, checkpoint: Path | None, suspend: Path | None, destroy: bool, get_all: bool,
+    rundir: Path | None, as_json: bool, name: str | None = None,
+) -> None:  # fmt: skip
+    """Ask the running machine NAME: the answer is the result."""
+    ctx.obj = place.rundir(rundir), vm or name, as_json
+    asked = [
+        *([("checkpoint", {"path": str(checkpoint.absolute())})] if checkpoint else []),
+        *([("suspend", {"path": str(suspend.absolute())})] if suspend else []),
+        *([("stop", {})] if destroy else []),
+        *([(each, {}) for each in ("status", "stats", "devices")] if get_all else []),
+    ]
+    if ctx.obj[1] is None or (ctx.invoked_subcommand is None) == (not asked):
+        raise click.UsageError("which machine, and what of it? `ctl NAME METHOD`, or `ctl --vm=NAME --checkpoint=FILE`")
+    for method, params in asked:
+        _ask(ctx, method, params)
+
+
+def _command(method: Method) -> click.Command:
+    params: list[click.Parameter] = [click.Option(["--json", "as_json"], is_flag=True, help="The answer as JSON.")]
+    for name, parameter in method.params.items():
+        kinds = _bare(parameter)
+        doc = parameter.annotation.__metadata__[0]
+        kind: Any = click.Path(path_type=Path) if Path in kinds else kinds[0]
+        option = f"--{name.replace('_', '-')}"
+        if parameter.default is parameter.empty:
+            params.append(click.Argument([name], type=kind))
+        elif bool in kinds:
+            params.append(click.Option([option, name], is_flag=True, help=doc))
+        else:
+            kind = str if kinds[0] is list else kind
+            params.append(click.Option([option, name], type=kind, multiple=kinds[0] is list, help=doc))
+
+    @click.pass_context
+    def run(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
+        ctx.obj = *ctx.obj[:2], ctx.obj[2] or as_json
+        _ask(ctx, method.name, {name: _plain(value) for name, value in values.items() if value not in (None, ())})
+
+    return click.Command(method.name, params=params, callback=run, help=method.doc)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _ask(ctx: click.Context, method: str, params: dict[str, Any]) -> None:
+    folder, name, as_json = ctx.obj
+    try:
+        with Client(folder, name) as client:
+            if method in ("checkpoint", "suspend"):
+                result = _save(client, method, params)
+            elif method == "events":
+                _follow(client, params)
+            else:
+                result = client.call(method, **params)
+    except Failed as error:
+        click.echo(f"anyhyve: {name}: {error}", err=True)
+        sys.exit(130 if error.code == protocol.CANCELLED else 1)
+    if as_json:
+        click.echo(json.dumps(result))
+    elif method == "console.read":
+        sys.stdout.buffer.write(result["data"].encode("latin-1"))
+    else:
+        _show(result)
+
+
+def _save(client: Client, method: str, params: dict[str, Any]) -> Any:
+    """With a progress bar; Ctrl-C cancels, and the machine runs on."""
+    client.call("events", kinds=["progress"])
+    call = client.ask(method, **params)
+    with _bar(f"{method} {client.name}") as progress:
+        while True:
+            try:
+                message = client.read()
+            except KeyboardInterrupt:
+                client.ask("cancel")
+                continue
+            if message.get("method") == "event":
+                progress(message["params"]["done"], message["params"]["total"])
+            elif message.get("id") == call:
+                if error := message.get("error"):
+                    raise Failed(error["code"], error["message"])
+                return message["result"]
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _follow(client: Client, params: dict[str, Any]) -> None:
+    """Events as JSON lines, until the machine ends or Ctrl-C."""
+    client.call("events", **params)
+    try:
+        while True:
+            message = client.read()
+            if message.get("method") == "event":
+                click.echo(json.dumps(message["params"]))
+    except (BackendError, KeyboardInterrupt):
+        sys.exit(0)
+
+
+def _show(result: Any) -> None:
+    console = Console()
+    if isinstance(result, list):
+        table = Table(*(result[0] if result else ["nothing"]))
+        for row in result:
+            table.add_row(*(json.dumps(cell) if isinstance(cell, dict | list) else str(cell) for cell in row.values()))
+        console.print(table)
+        return
+    for key, value in result.items():
+        click.echo(f"{key}: {json.dumps(value) if isinstance(value, dict | bool) or value is None else value}")
+
+
+@click.command("list")
+@rundir_option
+@json_option
+def list_machines(rundir: Path | None, as_json: bool) -> None:
+    """The machines that run here."""
+    folder, found = place.rundir(rundir), []
+    for name in place.names(folder):
+        try:
+            with Client(folder, name, timeout_s=_LIST_TIMEOUT_S) as client:
+                found.append(client.call("status"))
+        except (BackendError, Failed) as error:
+            found.append({"name": name, "state": f"does not answer: {error}"})
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    table = Table("name", "state", "backend", "pid", "memory MiB", "guest time")
+    for each in found:
+        known = "pid" in each
+        table.add_row(
+            each["name"], each["state"], *((
+                each["backend"], str(each["pid"]), str(each["memory_bytes"] >> 20), f"{each['guest_ns'] / 1e9:.3f} s"
+            ) if known else ()),
+        )  # fmt: skip
+    Console().print(table)
+
+
+@click.command()
+@click.argument("name")
+@rundir_option
+def attach(name: str, rundir: Path | None) -> None:
+    """Join NAME's console. Ctrl-] then d leaves it, and the machine runs on."""
+    from vmm.control.attach import attach as join
+
+    sys.exit(join(place.rundir(rundir), name))

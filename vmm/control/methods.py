@@ -1,0 +1,352 @@
+"""What can be asked of a running machine. One function a method: its signature is the check of the parameters, its
+docstring the documentation, its decorator the states it is answered in.
+
+    python -m vmm.control.methods     # as the table of docs/control.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import resource
+import types
+import typing
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from vmm import releases
+from vmm.control.protocol import INVALID_PARAMS, UNKNOWN_METHOD, RpcError
+from vmm.errors import BackendError
+from vmm.lifecycle import ALIVE, State
+from vmm.supervisor import QUIESCE_S, Supervisor, WrongState
+
+MAX_TYPED = 1 << 16  # bytes waiting for the guest to read its serial port
+MAX_READ = 1 << 16  # bytes of console output in one answer
+MAX_WAIT_S = 60
+EVENTS = ("state", "progress", "saved", "save failed", "warning")
+
+_ALL = frozenset(State)
+_AWAKE = frozenset((State.RUNNING, State.PAUSED))
+T = typing.TypeVar("T")
+
+
+class Session(Protocol):
+    """Whoever asks, as far as a method must know."""
+
+    vm: Supervisor
+    name: str
+    events: set[str]
+
+    async def output(self, offset: int, wait_s: float) -> None: ...  # until the console has more than that
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: its function, and the states it is answered in."""
+
+    name: str
+    states: frozenset[State]
+    function: Callable[..., Awaitable[Any]]
+
+    @property
+    def params(self) -> dict[str, inspect.Parameter]:
+        found = inspect.signature(self.function, eval_str=True).parameters
+        return {name: parameter for name, parameter in found.items() if name != "session"}
+
+    @property
+    def doc(self) -> str:
+        return " ".join((self.function.__doc__ or "").split())
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, states: frozenset[State]) -> Callable[[Callable[..., Awaitable[Any]]], Any]:
+    def register(function: Callable[..., Awaitable[Any]]) -> Any:
+        METHODS[name] = Method(name, states, function)
+        return function
+
+    return register
+
+
+async def call(session: Session, name: str, params: dict[str, Any]) -> Any:
+    """The method's result. Raises RpcError, or what the method raises."""
+    if name not in METHODS:
+        raise RpcError(UNKNOWN_METHOD, f"there is no method {name!r}; there are {', '.join(METHODS)}")
+    found = METHODS[name]
+    arguments = bind(found, params)
+    if (state := session.vm.state) not in found.states:
+        raise WrongState(f"{name}: the machine is {state}; it must be {_either(found.states)}")
+    return await found.function(session, **arguments)
+
+
+def bind(found: Method, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters as the function takes them. Raises RpcError."""
+    for name in params:
+        if name not in found.params:
+            raise RpcError(INVALID_PARAMS, f"{found.name} has no parameter {name!r}")
+    arguments = {}
+    for name, parameter in found.params.items():
+        if name in params:
+            arguments[name] = _take(f"{found.name}: {name}", params[name], _bare(parameter))
+        elif parameter.default is parameter.empty:
+            raise RpcError(INVALID_PARAMS, f"{found.name} needs the parameter {name!r}")
+    return arguments
+
+
+def _take(what: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    for kind in kinds:
+        if kind is Path and isinstance(value, str):
+            if not value.startswith("/") or "\0" in value or len(value) > 4095:
+                raise RpcError(INVALID_PARAMS, f"{what} must be an absolute path")
+            return Path(value)
+        if (
+            kind is float
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and 0 <= value <= MAX_WAIT_S
+        ):
+            return float(value)
+        if kind is int and type(value) is int and 0 <= value < 1 << 63:
+            return value
+        if kind is list and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        if kind in (bool, str, types.NoneType) and type(value) is kind:
+            return value
+    raise RpcError(INVALID_PARAMS, f"{what} must be {_spelt(kinds)}")
+
+
+# --- the methods
+
+
+@method("status", _ALL)
+async def status(session: Session) -> Any:
+    """What it is doing: state, backend, guest time, and a save that is under way."""
+    vm = session.vm
+    machine, saving = vm.machine, vm.saving()
+    return {
+        "name": session.name,
+        "state": vm.state,
+        "backend": machine.backend,
+        "pid": os.getpid(),
+        "memory_bytes": machine.config.memory_bytes,
+        "position": machine.position,
+        "guest_ns": machine.clock.now_ns(),
+        "saving": None if saving is None else str(saving),
+    }
+
+
+@method("pause", _AWAKE)
+async def pause(session: Session) -> Any:
+    """Stand still. `changed` is false when it did already."""
+    return {"changed": await _safe(session.vm.pause())}
+
+
+@method("resume", _AWAKE)
+async def resume(session: Session) -> Any:
+    """Go on. `changed` is false when it ran already."""
+    return {"changed": await _safe(session.vm.resume())}
+
+
+@method("checkpoint", _AWAKE)
+async def checkpoint(
+    session: Session,
+    path: Annotated[Path, "the file, replaced only by a whole new one"],
+    stop: Annotated[bool, "stand still until it is on disk"] = False,
+    pack: Annotated[bool, "pack the RAM with zstd"] = False,
+    parent: Annotated[Path | None, "save only what differs from this snapshot"] = None,
+    for_version: Annotated[str | None, "as this release reads it"] = None,
+) -> Any:
+    """Save and go on: the file is the state at one instant, and is written while the machine runs. The answer comes
+    when it is on disk."""
+    return await _save(session, path, stop=stop, pack=pack, parent=parent, for_version=for_version)
+
+
+@method("suspend", _AWAKE)
+async def suspend(
+    session: Session,
+    path: Annotated[Path, "the file, replaced only by a whole new one"],
+    pack: Annotated[bool, "pack the RAM with zstd"] = False,
+    parent: Annotated[Path | None, "save only what differs from this snapshot"] = None,
+    for_version: Annotated[str | None, "as this release reads it"] = None,
+) -> Any:
+    """Save, then end. When it cannot be saved the machine goes on."""
+    return await _save(session, path, end=True, pack=pack, parent=parent, for_version=for_version)
+
+
+@method("cancel", _ALL)
+async def cancel(session: Session) -> Any:
+    """Give up the save that is under way. `path` is its file, null when there was none."""
+    path = session.vm.cancel()
+    return {"path": None if path is None else str(path)}
+
+
+@method("stop", _AWAKE | {State.CREATED})
+async def stop(session: Session) -> Any:
+    """End the machine without saving. A save that is under way is finished."""
+    await _safe(session.vm.stop())
+    return {}
+
+
+@method("reset", _AWAKE)
+async def reset(session: Session) -> Any:
+    """Start the guest again, as after power-on."""
+    await _safe(session.vm.reset())
+    return {}
+
+
+@method("console.read", _ALL)
+async def console_read(
+    session: Session,
+    offset: Annotated[int | None, "from this offset of all that was ever written; null: from what comes next"] = 0,
+    wait_s: Annotated[float, "wait this long for more, when there is none"] = 0.0,
+) -> Any:
+    """Output of the serial console: `data`, each character one byte (ISO 8859-1), and the `offset` it begins at: a
+    later one than asked for where the earlier is no longer kept. `next` is the offset to go on from."""
+    console = session.vm.machine.board.console
+    wanted = console.total if offset is None else offset
+    if wait_s and console.total <= wanted:
+        await session.output(wanted, wait_s)
+    start, data = console.read(wanted, MAX_READ)
+    return {"offset": start, "data": data.decode("latin-1"), "next": start + len(data)}
+
+
+@method("console.write", ALIVE)
+async def console_write(
+    session: Session, data: Annotated[str, "what to type, each character one byte (ISO 8859-1)"]
+) -> Any:
+    """Type at the serial console. `taken` characters were: the rest must wait for the guest to read them."""
+    try:
+        typed = data.encode("latin-1")
+    except UnicodeEncodeError:
+        raise RpcError(INVALID_PARAMS, "console.write: data must be characters up to U+00FF, each one byte") from None
+    taken = typed[: max(0, MAX_TYPED - session.vm.machine.typed)]
+    session.vm.machine.send(taken)
+    return {"taken": len(taken)}
+
+
+@method("snapshot.preflight", _AWAKE)
+async def preflight(
+    session: Session,
+    path: Annotated[Path, "the file it would be"],
+    parent: Annotated[Path | None, "the snapshot it would be a difference to"] = None,
+) -> Any:
+    """Whether a save would succeed, as far as can be told now; with the bytes it may take and the bytes free there."""
+    machine = session.vm.machine
+    machine.can_save(path, parent)
+    most = await _safe(session.vm.at_safe_point(machine.touched_bytes))
+    info = os.statvfs(path.parent)
+    if (free := info.f_bavail * info.f_frsize) < most and parent is None:
+        raise BackendError(f"cannot save to {path}: it may take {most} bytes, and {free} are free there")
+    return {"most_bytes": most, "free_bytes": free}
+
+
+@method("devices", _AWAKE | {State.SAVING})
+async def devices(session: Session, name: Annotated[str | None, "only this one, with its whole state"] = None) -> Any:
+    """Every part of the machine: its name, and its state's schema and version. With `name` also its state."""
+    parts = await _safe(session.vm.at_safe_point(session.vm.machine.encoded_parts))
+    if name is None:
+        return [{"name": part, "schema": schema, "version": version} for part, (schema, version, _) in parts.items()]
+    if name not in parts:
+        raise RpcError(INVALID_PARAMS, f"devices: there is no part {name!r}; there are {', '.join(parts)}")
+    schema, version, state = parts[name]
+    return [{"name": name, "schema": schema, "version": version, "state": state}]
+
+
+@method("stats", _ALL)
+async def stats(session: Session) -> Any:
+    """Counts: exits of the CPU by reason, console bytes, this process' memory and CPU time."""
+    machine, used = session.vm.machine, resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "position": machine.position,
+        "guest_ns": machine.clock.now_ns(),
+        "exits": machine.exits(),
+        "console_bytes": machine.board.console.total,
+        "cpu_s": round(used.ru_utime + used.ru_stime, 3),
+        "max_rss_bytes": used.ru_maxrss * 1024,
+    }
+
+
+@method("events", _ALL)
+async def events(
+    session: Session, kinds: Annotated[list[str] | None, "these only; an empty list: none; null: all"] = None
+) -> Any:
+    """From now on tell this client what happens, as notifications of the method `event`: `kind`, and its details."""
+    wanted = set(EVENTS if kinds is None else kinds)
+    if unknown := wanted - set(EVENTS):
+        raise RpcError(INVALID_PARAMS, f"events: there is no kind {min(unknown)!r}; there are {', '.join(EVENTS)}")
+    session.events.clear()
+    session.events.update(wanted)
+    return {"kinds": sorted(wanted)}
+
+
+# --- inside
+
+
+async def _save(
+    session: Session, path: Path, *, pack: bool, parent: Path | None, for_version: str | None, **how: bool
+) -> Any:
+    versions = None if for_version is None else releases.versions(for_version)
+    session.vm.machine.can_save(path, parent)
+    return await asyncio.wrap_future(session.vm.save(path, packed=pack, parent=parent, versions=versions, **how))
+
+
+async def _safe(done: Future[T]) -> T:
+    """What the machine's thread is to do, if it comes to that in time."""
+    waiting = asyncio.wrap_future(done)
+    if not (await asyncio.wait({waiting}, timeout=QUIESCE_S))[0] and done.cancel():
+        raise BackendError(f"the machine came to no safe point in {QUIESCE_S:g} s; nothing was done")
+    return await waiting
+
+
+def _bare(parameter: inspect.Parameter) -> tuple[type, ...]:
+    """The types a value may have."""
+    kind = parameter.annotation
+    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return tuple(typing.get_origin(each) or each for each in kinds)
+
+
+_SPELT = {
+    Path: "absolute path",
+    str: "string",
+    int: "count",
+    float: f"seconds, {MAX_WAIT_S} at most",
+    bool: "true or false",
+    list: "list of strings",
+    types.NoneType: "null",
+}
+
+
+def _spelt(kinds: tuple[type, ...]) -> str:
+    return " or ".join(_SPELT[kind] for kind in kinds)
+
+
+def _either(states: frozenset[State]) -> str:
+    return " or ".join(state for state in State if state in states)
+
+
+def describe() -> str:
+    """The methods, as docs/control.md shows them."""
+    lines = []
+    for found in METHODS.values():
+        lines += [f"### `{found.name}`", "", found.doc, ""]
+        for name, parameter in found.params.items():
+            doc = typing.get_args(parameter.annotation)[1]
+            needed = "needed" if parameter.default is parameter.empty else f"default `{_json(parameter.default)}`"
+            lines += [f"- `{name}` ({_spelt(_bare(parameter))}; {needed}): {doc}"]
+        lines += [""] if found.params else []
+        lines += ["In any state." if found.states == _ALL else f"When {_either(found.states)}.", ""]
+    return "\n".join(lines)
+
+
+def _json(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value != 0 or value is False else "0"
+
+
+if __name__ == "__main__":
+    print(describe())

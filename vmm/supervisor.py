@@ -1,0 +1,281 @@
+"""A machine under command: paused, resumed, saved and stopped from any thread while its own thread runs it.
+
+    vm = Supervisor(machine)
+    threading.Thread(target=vm.run).start()
+    vm.save(path).result()          # a checkpoint: the machine runs on
+    vm.save(path, end=True)         # a suspend: saved, then ended
+
+Rules
+* Whatever changes the machine happens on its thread, between two instructions. Every command's answer is a Future.
+* A save that fails, for whatever reason, changes nothing: the machine goes on as it was.
+* One save at a time. What was begun is finished even when the machine ends meanwhile: see `close`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vmm.checkpoint import Checkpoint
+from vmm.errors import BackendError, Cancelled, GuestError
+from vmm.lifecycle import ALIVE, Lifecycle, State
+from vmm.machine import Fault, Machine, Stop, Stopped
+
+QUIESCE_S = 5.0  # a machine not between two instructions by then (its console's reader is stuck, say) is not saved
+
+T = TypeVar("T")
+Listener = Callable[[str, dict[str, Any]], None]  # an event's name and its details
+_COMMAND = Stopped("command")
+
+
+class WrongState(GuestError):
+    """The command has no meaning in the state the machine is in."""
+
+
+@dataclass
+class Save:
+    """A save from its asking to its answer. `saved` has path, position, guest_ns, pause_s, wall_s, size_bytes."""
+
+    path: Path
+    end: bool
+    stop: bool
+    options: dict[str, Any]
+    saved: Future[dict[str, Any]] = field(default_factory=Future)
+    cancelled: bool = False
+    checkpoint: Checkpoint | None = None
+    found: dict[str, Any] = field(default_factory=dict)  # of the instant
+    pause_s: float = 0.0
+
+
+class Supervisor:
+    """Owns how a machine runs, not the machine. All methods but `run` may be called from any thread."""
+
+    def __init__(self, machine: Machine, *, quiesce_s: float = QUIESCE_S) -> None:
+        self.machine = machine
+        self.listeners: list[Listener] = []
+        self._life = Lifecycle(lambda state: self.tell("state", state=state))
+        self._quiesce_s = quiesce_s
+        self._end: Stop | None = None
+        self._lock = threading.Lock()  # over the three below
+        self._waiting: set[Future[Any]] = set()
+        self._save: Save | None = None
+        self._saver: threading.Thread | None = None
+
+    # --- the machine's thread
+
+    def run(self, *, position: int | None = None, until: str | None = None, paused: bool = False) -> Stop:
+        """As `Machine.run`, obeying. Raises what that raises."""
+        self._life.move(State.PAUSED if paused else State.RUNNING)
+        self.machine.aim(position, until)
+        try:
+            while (stop := self._stretch()) == _COMMAND and self._end is None:
+                pass
+            stop = self._end or stop
+        except Exception as error:
+            self._over(State.FAILED, str(error))
+            raise
+        except BaseException:  # Ctrl-C
+            self._over(State.STOPPED, "interrupted")
+            raise
+        self._over(State.FAILED if isinstance(stop, Fault) else State.STOPPED, str(stop))
+        return stop
+
+    def _stretch(self) -> Stop:
+        return self.machine.go_on() if self.state is State.RUNNING else self.machine.stand()
+
+    def _over(self, state: State, why: str) -> None:
+        self._life.move(state)
+        with self._lock:
+            rest, self._waiting = self._waiting, set()
+        for future in rest:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(WrongState(f"the machine has ended: {why}"))
+
+    # --- commands
+
+    @property
+    def state(self) -> State:
+        return self._life.state
+
+    def pause(self) -> Future[bool]:
+        """Whether it ran until now."""
+        return self.at_safe_point(lambda: self._move(State.RUNNING, State.PAUSED))
+
+    def resume(self) -> Future[bool]:
+        """Whether it was paused."""
+        return self.at_safe_point(lambda: self._move(State.PAUSED, State.RUNNING))
+
+    def reset(self) -> Future[None]:
+        """Fails with GuestError for a machine without an image to start from."""
+        return self.at_safe_point(self.machine.reset)
+
+    def stop(self, why: str = "stopped") -> Future[None]:
+        """End it without saving."""
+
+        def end() -> None:
+            self._end = Stopped(why)
+
+        return self.at_safe_point(end)
+
+    def save(
+        self,
+        path: Path,
+        *,
+        end: bool = False,
+        stop: bool = False,
+        packed: bool = False,
+        parent: Path | None = None,
+        versions: Mapping[str, int] | None = None,
+    ) -> Future[dict[str, Any]]:
+        """Save to `path`: with `end` the machine then ends, with `stop` or `end` it stands still until the file is on
+        disk. Raises WrongState when a save is under way; the Future fails as `Machine.save` does, with Cancelled, or
+        with BackendError when the machine does not come to a safe point in time."""
+        asked = Save(path, end, stop or end, {"packed": packed, "parent": parent, "versions": versions})
+        with self._lock:
+            if self._save is not None:
+                raise WrongState(f"a save to {self._save.path} is under way")
+            self._save = asked
+            asked.saved.set_running_or_notify_cancel()  # who stops waiting for it does not cancel it
+            self._saver = threading.Thread(target=self._see_through, args=(asked,), name="save")
+        self._saver.start()
+        return asked.saved
+
+    def cancel(self) -> Path | None:
+        """Give up the save that is under way, if it is not on disk yet. Its path."""
+        with self._lock:
+            asked = self._save
+            if asked is None:
+                return None
+            asked.cancelled = True
+        if asked.checkpoint is not None:
+            asked.checkpoint.cancel()
+        return asked.path
+
+    def saving(self) -> Path | None:
+        """Where a save is under way to."""
+        asked = self._save
+        return None if asked is None else asked.path
+
+    def at_safe_point(self, action: Callable[[], T]) -> Future[T]:
+        """Do `action` on the machine's thread, between two instructions."""
+        future: Future[T] = Future()
+
+        def command(_: Machine) -> Stop | None:
+            with self._lock:
+                self._waiting.discard(future)
+            before = self.state
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(action())
+                except Exception as error:
+                    future.set_exception(error)
+            return None if self.state is before and self._end is None else _COMMAND
+
+        with self._lock:
+            ended = self.state not in ALIVE
+            if not ended:
+                self._waiting.add(future)
+        if ended:
+            future.set_exception(WrongState(f"the machine is {self.state}"))
+        else:
+            self.machine.post(command)
+        return future
+
+    def close(self) -> None:
+        """Wait for a save under way, which the end of the machine does not take back."""
+        if self._saver is not None:
+            self._saver.join()
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Tell all listeners."""
+        for listener in list(self.listeners):
+            listener(event, details)
+
+    # --- inside
+
+    def _move(self, start: State, to: State) -> bool:
+        if self.state is start:
+            self._life.move(to)
+            return True
+        return False
+
+    def _see_through(self, asked: Save) -> None:
+        """A save's own thread."""
+        began = time.monotonic()
+        try:
+            self.machine.await_checked()
+            self._begin(asked)
+            self._write(asked)
+        except Exception as error:
+            self._done(asked)
+            self.tell("save failed", path=str(asked.path), why=str(error))
+            asked.saved.set_exception(error)
+            return
+        size = asked.path.stat().st_blocks * 512 if asked.path.exists() else 0
+        wall = time.monotonic() - began
+        saved = {"path": str(asked.path), **asked.found, "pause_s": round(asked.pause_s, 6),
+                 "wall_s": round(wall, 6), "size_bytes": size}  # fmt: skip
+        self._done(asked)
+        self.tell("saved", **saved)
+        asked.saved.set_result(saved)
+
+    def _done(self, asked: Save) -> None:
+        with self._lock:
+            self._save = None
+
+    def _begin(self, asked: Save) -> None:
+        """The instant. Leaves the machine running, or standing still."""
+
+        def instant() -> None:
+            machine, began = self.machine, time.monotonic()
+            if asked.cancelled:
+                raise Cancelled(f"the save to {asked.path} was cancelled")
+            asked.checkpoint = machine.checkpoint(asked.path, **asked.options)
+            asked.found = {"position": machine.position, "guest_ns": machine.clock.now_ns(), "was": self.state}
+            if asked.stop:
+                self._life.move(State.SAVING)
+            asked.pause_s = time.monotonic() - began
+
+        began = self.at_safe_point(instant)
+        try:
+            began.result(self._quiesce_s)
+        except TimeoutError:
+            if began.cancel():
+                raise BackendError(
+                    f"cannot save to {asked.path}: no safe point came in {self._quiesce_s:g} s; the machine runs on"
+                ) from None
+            began.result()
+
+    def _write(self, asked: Save) -> None:
+        """Until the file is on disk, or not; then the machine goes on, or ends."""
+        assert asked.checkpoint is not None
+        was, began = asked.found.pop("was"), time.monotonic()
+        if asked.cancelled:
+            asked.checkpoint.cancel()
+        saved = False
+        try:
+            asked.checkpoint.wait(self._progress)
+            saved = True
+        finally:
+            if asked.stop:
+                asked.pause_s += time.monotonic() - began
+                self._after(was, asked.end and saved)
+
+    def _progress(self, done: int, total: int) -> None:
+        self.tell("progress", done=done, total=total)
+
+    def _after(self, was: State, end: bool) -> None:
+        """From `saving` on: the end, or back to what the machine was."""
+
+        def go_on() -> None:
+            if end:
+                self._end = Stopped("suspended")
+            else:
+                self._life.move(was)
+
+        self.at_safe_point(go_on).exception()
