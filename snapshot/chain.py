@@ -44,6 +44,8 @@ class Chain:
             chain = cls(parent)
         except OSError as error:
             raise SnapshotError(f"parent {parent}: {error.strerror or error}") from None
+        except SnapshotError as error:
+            raise SnapshotError(f"parent {parent}: {error}") from None
         try:
             if len(chain.readers) == MAX_CHAIN:
                 raise SnapshotError(f"parent {parent}: the chain has {MAX_CHAIN} snapshots already")

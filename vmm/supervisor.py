@@ -59,7 +59,7 @@ class Supervisor:
         self.machine = machine
         self.listeners: list[Listener] = []
         self._life = Lifecycle(lambda state: self.tell("state", state=state))
-        self._quiesce_s = quiesce_s
+        self.quiesce_s = quiesce_s
         self._end: Stop | None = None
         self._lock = threading.Lock()  # over the three below
         self._waiting: set[Future[Any]] = set()
@@ -243,11 +243,11 @@ class Supervisor:
 
         began = self.at_safe_point(instant)
         try:
-            began.result(self._quiesce_s)
+            began.result(self.quiesce_s)
         except TimeoutError:
             if began.cancel():
                 raise BackendError(
-                    f"cannot save to {asked.path}: no safe point came in {self._quiesce_s:g} s; the machine runs on"
+                    f"cannot save to {asked.path}: no safe point came in {self.quiesce_s:g} s; the machine runs on"
                 ) from None
             began.result()
 

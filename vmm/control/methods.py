@@ -22,7 +22,7 @@ from vmm import releases
 from vmm.control.protocol import INVALID_PARAMS, UNKNOWN_METHOD, RpcError
 from vmm.errors import BackendError
 from vmm.lifecycle import ALIVE, State
-from vmm.supervisor import QUIESCE_S, Supervisor, WrongState
+from vmm.supervisor import Supervisor, WrongState
 
 MAX_TYPED = 1 << 16  # bytes waiting for the guest to read its serial port
 MAX_READ = 1 << 16  # bytes of console output in one answer
@@ -143,13 +143,13 @@ async def status(session: Session) -> Any:
 @method("pause", _AWAKE)
 async def pause(session: Session) -> Any:
     """Stand still. `changed` is false when it did already."""
-    return {"changed": await _safe(session.vm.pause())}
+    return {"changed": await _safe(session, session.vm.pause())}
 
 
 @method("resume", _AWAKE)
 async def resume(session: Session) -> Any:
     """Go on. `changed` is false when it ran already."""
-    return {"changed": await _safe(session.vm.resume())}
+    return {"changed": await _safe(session, session.vm.resume())}
 
 
 @method("checkpoint", _AWAKE)
@@ -188,14 +188,14 @@ async def cancel(session: Session) -> Any:
 @method("stop", _AWAKE | {State.CREATED})
 async def stop(session: Session) -> Any:
     """End the machine without saving. A save that is under way is finished."""
-    await _safe(session.vm.stop())
+    await _safe(session, session.vm.stop())
     return {}
 
 
 @method("reset", _AWAKE)
 async def reset(session: Session) -> Any:
     """Start the guest again, as after power-on."""
-    await _safe(session.vm.reset())
+    await _safe(session, session.vm.reset())
     return {}
 
 
@@ -238,7 +238,7 @@ async def preflight(
     """Whether a save would succeed, as far as can be told now; with the bytes it may take and the bytes free there."""
     machine = session.vm.machine
     machine.can_save(path, parent)
-    most = await _safe(session.vm.at_safe_point(machine.touched_bytes))
+    most = await _safe(session, session.vm.at_safe_point(machine.touched_bytes))
     info = os.statvfs(path.parent)
     if (free := info.f_bavail * info.f_frsize) < most and parent is None:
         raise BackendError(f"cannot save to {path}: it may take {most} bytes, and {free} are free there")
@@ -248,7 +248,7 @@ async def preflight(
 @method("devices", _AWAKE | {State.SAVING})
 async def devices(session: Session, name: Annotated[str | None, "only this one, with its whole state"] = None) -> Any:
     """Every part of the machine: its name, and its state's schema and version. With `name` also its state."""
-    parts = await _safe(session.vm.at_safe_point(session.vm.machine.encoded_parts))
+    parts = await _safe(session, session.vm.at_safe_point(session.vm.machine.encoded_parts))
     if name is None:
         return [{"name": part, "schema": schema, "version": version} for part, (schema, version, _) in parts.items()]
     if name not in parts:
@@ -295,11 +295,11 @@ async def _save(
     return await asyncio.wrap_future(session.vm.save(path, packed=pack, parent=parent, versions=versions, **how))
 
 
-async def _safe(done: Future[T]) -> T:
+async def _safe(session: Session, done: Future[T]) -> T:
     """What the machine's thread is to do, if it comes to that in time."""
-    waiting = asyncio.wrap_future(done)
-    if not (await asyncio.wait({waiting}, timeout=QUIESCE_S))[0] and done.cancel():
-        raise BackendError(f"the machine came to no safe point in {QUIESCE_S:g} s; nothing was done")
+    waiting, limit_s = asyncio.wrap_future(done), session.vm.quiesce_s
+    if not (await asyncio.wait({waiting}, timeout=limit_s))[0] and done.cancel():
+        raise BackendError(f"no safe point came in {limit_s:g} s; nothing was done, and the machine runs on")
     return await waiting
 
 
@@ -312,12 +312,12 @@ def _bare(parameter: inspect.Parameter) -> tuple[type, ...]:
 
 
 _SPELT = {
-    Path: "absolute path",
-    str: "string",
-    int: "count",
+    Path: "an absolute path",
+    str: "a string",
+    int: "a count",
     float: f"seconds, {MAX_WAIT_S} at most",
     bool: "true or false",
-    list: "list of strings",
+    list: "a list of strings",
     types.NoneType: "null",
 }
 

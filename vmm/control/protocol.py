@@ -88,7 +88,7 @@ def parse(line: bytes) -> Request:
 def id_of(line: bytes) -> Any:
     """The id of what could not be parsed as a request, if it has one."""
     try:
-        found = json.loads(line.decode())["id"]
+        found = json.loads(line.decode(), parse_constant=_no_constant)["id"]
     except (ValueError, RecursionError, TypeError, KeyError):
         return None
     return found if isinstance(found, str | int | float) and not isinstance(found, bool) else None

@@ -90,7 +90,7 @@ class Server:
         # Whatever is due is answered by now or in a moment: the machine has refused what it did not get to.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
-                await asyncio.gather(*(client.farewell() for client in self._clients))
+                await asyncio.gather(*(client.farewell() for client in self._clients), return_exceptions=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
