@@ -33,6 +33,7 @@ test-kvm-emulated: guest
 bench: guest
 	$(BIN)/python -m bench.boot --guest $(GUEST)
 	$(BIN)/python -m bench.save_restore --guest $(GUEST)
+	$(BIN)/python -m bench.checkpoint --guest $(GUEST)
 	$(BIN)/python -m bench.port_read
 	$(BIN)/python -m bench.kvm_exit
 	$(BIN)/python -m bench.kvm_restore

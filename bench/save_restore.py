@@ -32,16 +32,17 @@ GOAL = "shell ready"
 
 
 class Qemu:
-    """One QEMU with a QMP socket."""
+    """One QEMU with a QMP socket, its guest's serial console on pipes."""
 
-    def __init__(self, guest: Path, folder: Path, *extra: str) -> None:
+    def __init__(self, guest: Path, folder: Path, *extra: str, memory_mib: int = 256) -> None:
         self.socket_path = folder / f"qmp{time.monotonic_ns()}"
         self.process = subprocess.Popen(
             [shutil.which("qemu-system-x86_64") or sys.exit("bench: no qemu-system-x86_64 here"),
-             "-accel", "tcg", "-m", "256", "-smp", "1", "-display", "none", "-nic", "none", "-serial", "stdio",
+             "-accel", "tcg", "-m", str(memory_mib), "-smp", "1", "-display", "none", "-nic", "none",
+             "-serial", "stdio",
              "-kernel", str(guest / "vmlinuz"), "-initrd", str(guest / "initrd.img"), "-append", CMDLINE,
              "-qmp", f"unix:{self.socket_path},server=on,wait=off", *extra],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self._socket = socket.socket(socket.AF_UNIX)
         while True:
@@ -69,6 +70,11 @@ class Qemu:
         seen = b""
         while text not in seen:
             seen += self.process.stdout.read1(65536)  # type: ignore[attr-defined]
+
+    def type(self, data: bytes) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
 
     def until_done(self) -> None:
         while self("query-migrate").get("status") != "completed":

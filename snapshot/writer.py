@@ -12,6 +12,7 @@ Rules
   machine no longer waits. The file is read, not mapped: a disk error is then an OSError and not a SIGBUS.
 * A fork of this process may finish the file: the child calls ram() and commit(), the parent asks in_place() when the
   child has ended, and leaves the block, which removes what is not in place.
+* A read-only file is not replaced (EACCES): so a snapshot is kept.
 * One writer to a name: a second is refused with EBUSY while the first is at work. What a killed one left is reused.
 * Parts first, "config" before all others; then RAM in order of base; then optional chunks.
 * What does not fit the format is SnapshotError; what the host refuses is OSError; calls out of order are our fault.
@@ -108,6 +109,8 @@ class Writer:
         self._end = FILE_HEADER.size
         self._json_total = 0
         self._open = True
+        if not _may_replace(self.path):
+            raise OSError(errno.EACCES, "the file there is read-only", str(path))
         self._fd = _open_alone(self._temporary)
 
     def part(self, name: str, value: object) -> None:
@@ -322,6 +325,13 @@ class Writer:
         while view:
             written = os.pwrite(self._fd, view, offset)
             view, offset = view[written:], offset + written
+
+
+def _may_replace(path: Path) -> bool:
+    try:
+        return bool(path.lstat().st_mode & 0o222)
+    except FileNotFoundError:
+        return True
 
 
 def _open_alone(path: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vmm import catalog
 from vmm.control import place
@@ -30,7 +30,7 @@ def snapshots(ctx: click.Context, vm: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([entry.to_json() for entry in found]))
         return
-    table = Table("machine", "snapshot", "time", "on disk MB", "parent", "kept", "problem")
+    table = Table("machine", Column("snapshot", no_wrap=True), "time", "on disk MB", "parent", "kept", "problem")
     for entry in sorted(found, key=lambda e: (e.machine, e.time_s)):
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time_s))
         size, kept = f"{entry.size_bytes / 1e6:.1f}", "kept" if entry.kept else ""

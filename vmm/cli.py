@@ -297,11 +297,11 @@ def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
     from vmm.control.server import Server
 
     assert goal.name is not None
-    place = Place(rundir(goal.rundir), goal.name)
-    stack.enter_context(Server(vm, place))
     autosave = catalog.folder(goal.name) / catalog.AUTOSAVED if goal.autosave else None
     suspend_to = catalog.folder(goal.name) / catalog.SUSPENDED if goal.suspend_on_term else None
     stack.enter_context(Automatic(vm, autosave=autosave, every_s=goal.autosave or 0, suspend_to=suspend_to))
+    # After the signals: no socket is left by a signal that came too early.
+    stack.enter_context(Server(vm, Place(rundir(goal.rundir), goal.name)))
     vm.machine.awaits_input = True  # somebody may attach
 
     def warn(event: str, details: dict[str, Any]) -> None:

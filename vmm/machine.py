@@ -326,6 +326,8 @@ class Machine:
             raise BackendError(f"cannot save to {path}: {path.parent} is not a folder")
         if not os.access(path.parent, os.W_OK):
             raise BackendError(f"cannot save to {path}: permission denied")
+        if path.exists() and not path.stat().st_mode & 0o222:
+            raise BackendError(f"cannot save to {path}: the file there is read-only")
         if parent is not None:
             Chain.for_child(parent, path, self._layout()).close()
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import OWN
 from vmm.control.client import Client
 from vmm.control.place import Place
 from vmm.control.server import Server
@@ -126,3 +129,82 @@ def gate(monkeypatch, tmp_path_factory):
 
     monkeypatch.setattr(Machine, "_filling", gated)
     return file.touch
+
+
+# --- machines of the command line
+
+
+MAIN = "from vmm.cli import main; main()"
+
+
+@pytest.fixture
+def environment(tmp_path_factory):
+    """XDG folders of the test's own."""
+    base = tmp_path_factory.mktemp("xdg")
+    (base / "run").mkdir(mode=0o700)
+    return {**os.environ, "XDG_RUNTIME_DIR": str(base / "run"), "XDG_STATE_HOME": str(base / "state")}
+
+
+@pytest.fixture
+def anyhyve(environment):
+    """A function that runs one command to its end."""
+
+    def run(*arguments, **options):
+        command = [sys.executable, "-c", MAIN, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, timeout=60, env=environment, **options)
+
+    return run
+
+
+@pytest.fixture
+def named(environment, anyhyve):
+    """A function that starts the own guest under a name. At the end all are stopped, and left no socket behind."""
+    made = []
+
+    def start(name, *arguments, command=("run", "--kernel", OWN, "--flat"), wait=True, **options):
+        words = [sys.executable, "-c", MAIN, *map(str, command), "--name", name, *map(str, arguments)]
+        made.append(
+            subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+                **options,
+            )
+        )
+        sockets = Path(environment["XDG_RUNTIME_DIR"], "anyhyve")
+        if wait:
+            eventually(lambda: made[-1].poll() is not None or (sockets / f"{name}.sock").exists())
+            assert made[-1].poll() is None, made[-1].stderr.read()
+            eventually(lambda: Client(sockets, name).call("status")["state"] in ("running", "paused"))
+        return made[-1]
+
+    yield start
+    for process in made:
+        if process.poll() is None:
+            process.terminate()
+            if process.poll() is None:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.terminate()
+                    process.wait(10)
+        process.stdout.close()
+        process.stderr.close()
+        assert process.pid not in sessions(), "a process was left"
+    sockets = Path(environment["XDG_RUNTIME_DIR"], "anyhyve")
+    assert not sockets.exists() or not os.listdir(sockets), "a socket or a lock was left"
+    assert not list(Path(environment["XDG_STATE_HOME"]).rglob("*.tmp")), "a temporary file was left"
+
+
+def sessions() -> set[int]:
+    """Every session that has a living process."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                found.add(int(fields[3]))
+    return found

@@ -97,20 +97,6 @@ def test_whatever_is_commanded_the_result_is_the_same(undisturbed, commands):
     assert not children()
 
 
-def test_a_live_checkpoint_is_the_file_a_full_stop_writes(tmp_path):
-    """At a hundred positions, while the guest runs on and dirties what is being written."""
-    with boot() as machine:
-        for n in range(100):
-            machine.run(position=20_000 + 37_003 * n)
-            options = {"packed": n % 3 == 1, "parent": tmp_path / "parent" if n % 3 == 2 else None}
-            live = machine.checkpoint(tmp_path / "live", **options)
-            machine.save(tmp_path / "stop", **options)
-            machine.run(position=machine.position + 30_000)
-            live.wait()
-            assert (tmp_path / "live").read_bytes() == (tmp_path / "stop").read_bytes(), n
-            (tmp_path / "stop").rename(tmp_path / "parent")
-
-
 def test_what_is_aimed_at_survives_every_stop_on_the_way():
     """A command comes with each byte of output: the text waited for is half written at most of them."""
     with boot() as machine:

@@ -82,7 +82,8 @@ def _command(method: Method) -> click.Command:
         kind: Any = click.Path(path_type=Path) if Path in kinds else kinds[0]
         option = f"--{name.replace('_', '-')}"
         if parameter.default is parameter.empty:
-            params.append(click.Argument([name], type=kind))
+            saves = method.name in ("checkpoint", "suspend")  # without a name: into the catalog
+            params.append(click.Argument([name], type=kind, required=not saves))
         elif bool in kinds:
             params.append(click.Option([option, name], is_flag=True, help=doc))
         else:
@@ -108,6 +109,7 @@ def _ask(ctx: click.Context, method: str, params: dict[str, Any]) -> None:
     try:
         with Client(folder, name) as client:
             if method in ("checkpoint", "suspend"):
+                params.setdefault("path", str(_in_catalog(name, method)))
                 result = _save(client, method, params)
             elif method == "events":
                 _follow(client, params)
@@ -122,6 +124,12 @@ def _ask(ctx: click.Context, method: str, params: dict[str, Any]) -> None:
         sys.stdout.buffer.write(result["data"].encode("latin-1"))
     else:
         _show(result)
+
+
+def _in_catalog(name: str, method: str) -> Path:
+    from vmm import catalog
+
+    return catalog.new(name) if method == "checkpoint" else catalog.folder(name) / catalog.SUSPENDED
 
 
 def _save(client: Client, method: str, params: dict[str, Any]) -> Any:

@@ -1,0 +1,92 @@
+"""How long a guest of 1 GiB that dirties its memory stands still for a checkpoint, against QEMU TCG's stop-and-save of
+the same guest in the same run: Debian, 300 MB of files in RAM, copying 100 MB of them for ever.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.save_restore import CMDLINE, GOAL, Qemu, timed
+from snapshot.verify import verify
+from vmm.boot import Image
+from vmm.machine import Machine, MachineConfig
+from vmm.supervisor import Supervisor
+
+MIB = 1024
+DIRTY = (
+    "mount -t tmpfs -o size=900m none /tmp; yes anyhyve | head -c 300000000 > /tmp/a; echo fil''led; "
+    "while :; do head -c 100000000 /tmp/a > /tmp/b; done\n"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--guest", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    out = Console()
+    folder = Path(tempfile.mkdtemp(dir="."))
+    try:
+        measure(arguments.guest, arguments.rounds, folder, out)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
+    image = Image.from_files(guest / "vmlinuz", guest / "initrd.img", CMDLINE)
+    with out.status("booting both and filling their memory"):
+        qemu = Qemu(guest, folder, memory_mib=MIB)
+        qemu.until(GOAL.encode())
+        qemu.type(DIRTY.encode())
+        machine = Machine.boot(MachineConfig(memory_bytes=MIB << 20), image)
+        machine.run(until=GOAL)
+        machine.send(DIRTY.encode())
+        machine.run(until="filled")
+        qemu.until(b"filled")
+    vm = Supervisor(machine)
+    runner = threading.Thread(target=vm.run)
+    runner.start()
+    qemu("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+    live, full, theirs = [], [], []
+    for _ in range(rounds):
+        qemu("stop")  # the other shall have the computer to itself
+        time.sleep(0.3)
+        live.append(vm.save(folder / "live").result())
+        verify(folder / "live")
+        full.append(vm.save(folder / "full", stop=True).result())
+        vm.pause().result()
+        qemu("cont")
+        time.sleep(0.3)
+
+        def migrate() -> None:
+            qemu("stop")
+            qemu("migrate", uri=f"exec:cat > {folder / 'stream'}")
+            qemu.until_done()
+
+        theirs.append(timed(migrate))
+        vm.resume().result()
+    vm.stop()
+    runner.join()
+    qemu.close()
+    them = statistics.median(theirs)
+    table = Table(f"{MIB} MiB guest, dirtying memory: the guest stands still", "ms", "of QEMU's")
+    for what, saves in (("checkpoint", live), ("checkpoint --stop", full)):
+        us = statistics.median(save["pause_s"] for save in saves) * 1e3
+        table.add_row(what, f"{us:.1f}", f"{us / them:.3f}")
+    table.add_row("QEMU: stop and save", f"{them:.1f}", "1")
+    out.print(table)
+    size, wall = (statistics.median(save[key] for save in live) for key in ("size_bytes", "wall_s"))
+    out.print(f"a checkpoint is whole on disk after {wall:.2f} s: {size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A checkpoint changes nothing, and its file is the machine at one instant, while the guest runs on."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from snapshot.verify import verify
+from tests.conftest import OWN
+from vmm.boot import Image
+from vmm.control.client import Client
+from vmm.control.place import Place
+from vmm.control.server import Server
+from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.supervisor import Supervisor
+
+
+def run_on(machine: Machine) -> None:
+    """So far that it dirties what is being written."""
+    if machine.backend == "emu":
+        machine.run(position=machine.position + 30_000)
+        return
+    timer = threading.Timer(0.01, machine.post, (lambda _: Stopped("command"),))
+    timer.start()
+    assert machine.run() == Stopped("command")
+    timer.join()
+
+
+def live_is_full_stop(backend, tmp_path, count):
+    with Machine.boot(MachineConfig(memory_bytes=8 << 20), Image.from_files(OWN, flat=True), backend) as machine:
+        for n in range(count):
+            run_on(machine)
+            options = {"packed": n % 3 == 1, "parent": tmp_path / "parent" if n % 3 == 2 else None}
+            live = machine.checkpoint(tmp_path / "live", **options)
+            machine.save(tmp_path / "stop", **options)
+            before = machine.clock.now_ns()
+            run_on(machine)
+            assert machine.clock.now_ns() > before
+            live.wait()
+            assert (tmp_path / "live").read_bytes() == (tmp_path / "stop").read_bytes(), n
+            (tmp_path / "stop").rename(tmp_path / "parent")
+
+
+def test_a_live_checkpoint_is_the_file_a_full_stop_writes(tmp_path):
+    live_is_full_stop("emu", tmp_path, 100)
+
+
+def test_a_live_checkpoint_is_the_file_a_full_stop_writes_on_kvm(crossing, tmp_path):
+    live_is_full_stop(crossing, tmp_path, 12)
+
+
+def boot(debian) -> Machine:
+    image = Image.from_files(debian / "vmlinux", debian / "initrd.img", "console=ttyS0 mitigations=off quiet")
+    return Machine.boot(MachineConfig(memory_bytes=128 << 20), image)
+
+
+@pytest.mark.debian
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_checkpoints_in_a_loop_during_a_boot(debian, tmp_path, count):
+    """Over the socket; each is written while the guest boots on, verifies, wakes and comes to the shell. And the boot's
+    own result is that of one nobody disturbed."""
+    with boot(debian) as machine:
+        assert machine.run(until="shell ready") == Stopped("pattern")
+        undisturbed = machine.digests(), bytes(machine.board.console.output)
+    (tmp_path / "run").mkdir(mode=0o700)
+    with boot(debian) as machine:
+        vm, stops = Supervisor(machine), []
+        runner = threading.Thread(target=lambda: stops.append(vm.run(until="shell ready")))
+        with Server(vm, Place(tmp_path / "run", "box")), Client(tmp_path / "run", "box") as client:
+            runner.start()
+            for n in range(count):
+                file, position = tmp_path / "cut", client.call("status")["position"]
+                call = client.ask("checkpoint", path=str(file))
+                time.sleep(0.8 / count)
+                client.ask("pause")  # the boot shall not be over before the last
+                answers = {(message := client.read())["id"]: message for _ in range(2)}
+                assert answers[call]["result"]["position"] >= position, answers
+                verify(file)
+                with Machine.restore(file) as woken:
+                    assert woken.run(until="shell ready") == Stopped("pattern"), n
+                    assert woken.digests() == undisturbed[0], n
+                assert client.call("resume") == {"changed": True}
+                time.sleep(0.2 / count)
+            runner.join()
+        assert stops == [Stopped("pattern")]
+        assert (machine.digests(), bytes(machine.board.console.output)) == undisturbed
