@@ -78,14 +78,16 @@ def test_whatever_is_commanded_the_result_is_the_same(undisturbed, commands):
         runner = threading.Thread(target=lambda: stop.append(vm.run(position=END, paused=True)))
         runner.start()
         eventually(lambda: vm.state is State.PAUSED)
-        vm.resume().result()
-        for what in commands:
-            command(vm, what, Path(scratch), saved)
-            assert vm.state in (State.RUNNING, State.PAUSED, State.STOPPED)
-        if vm.state is State.PAUSED:
+        try:
             vm.resume().result()
-        runner.join()
-        vm.close()
+            for what in commands:
+                command(vm, what, Path(scratch), saved)
+                assert vm.state in (State.RUNNING, State.PAUSED, State.STOPPED)
+        finally:
+            if vm.state is State.PAUSED:
+                vm.resume()
+            runner.join()
+            vm.close()
         assert stop == [Stopped("position")] and vm.state is State.STOPPED
         assert (machine.digests(), bytes(machine.board.console.output)) == undisturbed
         for file in saved:

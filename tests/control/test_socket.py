@@ -338,7 +338,10 @@ import json, os, socket, sys
 os.setuid(65534)
 wire = socket.socket(socket.AF_UNIX)
 wire.connect(sys.argv[1])
-wire.sendall(b'{"jsonrpc":"2.0","id":1,"method":"stop"}\\n')
+try:
+    wire.sendall(b'{"jsonrpc":"2.0","id":1,"method":"stop"}\\n')
+except BrokenPipeError:  # it was cut off already; what was said before can be read
+    pass
 print(wire.makefile().readline())
 """
 
