@@ -60,6 +60,7 @@ class KvmCpu(Cpu):
         self._a20 = True
         self._host_ns = _now()  # when the clock was moved on last,
         self._seen_ns = clock.now_ns()  # and where to
+        self._stood_tsc: int | None = None  # the TSC of that moment, once somebody wanted to know; until it runs again
         self._finisher: Cpu | None = None
         self._stepper: Stepper | None = None
         self._regs = abi.Regs()
@@ -70,6 +71,7 @@ class KvmCpu(Cpu):
 
     def run(self, budget_ns: int) -> Exit:
         run8, clock = self._run8, self._clock
+        self._stood_tsc = None
         self._resume_time()
         if self._halted:
             if not (self._pin and run8[_IF]):
@@ -114,6 +116,7 @@ class KvmCpu(Cpu):
 
     def step(self, arrive: int, interrupted: bool, entered: bool, sysret: bool) -> None:
         """One instruction as another CPU ran it, which came to RIP `arrive`: after an interrupt, into a handler."""
+        self._stood_tsc = None
         if self._stepper is None:
             self._stepper = Stepper(self._vm, self._ram, self._alarm, self._serve, self.save)
         if interrupted:
@@ -128,8 +131,10 @@ class KvmCpu(Cpu):
         self._take_posted()
 
     def save(self) -> CpuState:
-        tsc = self._vm.read_tsc() - self._tsc_in(_now() - self._host_ns) & (1 << 64) - 1
-        return state.save(self._vcpu, self._halted, tsc)
+        if self._stood_tsc is None:
+            self._stood_tsc = self._vm.read_tsc() - self._tsc_in(_now() - self._host_ns)
+        tsc = self._stood_tsc + self._tsc_in(self._clock.now_ns() - self._seen_ns)  # what was skipped since counts
+        return state.save(self._vcpu, self._halted, tsc & (1 << 64) - 1)
 
     def load(self, saved: CpuState) -> None:
         state.load(self._vcpu, saved)
@@ -138,6 +143,7 @@ class KvmCpu(Cpu):
         self._halted = saved.halted
         self._host_ns, self._seen_ns = _now(), self._clock.now_ns()
         self._vm.write_tsc(saved.tsc)
+        self._stood_tsc = None
         self._look()
 
     @staticmethod

@@ -125,6 +125,15 @@ def test_ctrl_c_cancels_and_the_machine_runs_on(box, gate, tmp_path, environment
     eventually(lambda: box.call("status")["position"] > before["position"])
 
 
+def test_a_long_save_shows_how_far_it_is(box, gate, tmp_path, environment):
+    terminal = OnTerminal(environment, "ctl", "--rundir", box.folder, "box", "checkpoint", tmp_path / "cut")
+    terminal.until(b"checkpoint box")
+    terminal.until(b"iB")
+    gate()
+    terminal.until(b"path: ")
+    assert terminal.wait() == 0
+
+
 # --- attach
 
 

@@ -153,6 +153,13 @@ def test_cancel_comes_too_late_for_what_is_in_place(tmp_path):
         checkpoint.cancel()
 
 
+def test_who_stops_waiting_for_a_save_does_not_cancel_it(box, tmp_path, gate):
+    waiting = box.vm.save(tmp_path / "cut")
+    assert not waiting.cancel()
+    gate()
+    assert waiting.result()["path"] == str(tmp_path / "cut")
+
+
 def test_cancel_in_mid_save(tmp_path, gate):
     with boot() as machine:
         checkpoint = machine.checkpoint(tmp_path / "cut")

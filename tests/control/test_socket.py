@@ -297,6 +297,7 @@ def test_the_end_of_the_machine_takes_no_save_back(box, tmp_path, gate):
         eventually(lambda: box.end)
         closing = threading.Thread(target=box.close)
         closing.start()
+        time.sleep(1.5 * server._FAREWELL_S)  # longer than what is left unanswered otherwise
         assert not file.exists()
         gate()
         answer = client.read()

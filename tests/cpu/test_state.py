@@ -167,3 +167,12 @@ def test_an_event_that_cannot_be_delivered(backend):
     machine.cpu.load(dataclasses.replace(machine.cpu.save(), event=event))
     program.finish()
     assert [(t.vector, t.error & ~1) for t in program.traps] == [(13, 0x70 * 8 + 2)]
+
+
+@each_backend
+def test_the_tsc_of_a_cpu_that_stands_still_is_the_guests_time(paused):
+    """Asked twice it says the same; what guest time skips, it skips."""
+    machine, before = paused
+    assert machine.cpu.save() == before
+    machine.clock.skip(123_456)
+    assert machine.cpu.save().tsc - before.tsc == 123_456 * machine.config.tsc_khz // 1_000_000

@@ -888,3 +888,16 @@ def test_digests_are_blake3_and_nothing_else() -> None:
     """The official test vector of the empty input, so that a swapped hash function cannot pass unseen."""
     assert blake3(b"").hexdigest() == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
     assert hashlib.blake2s(b"").hexdigest() != blake3(b"").hexdigest()
+
+
+def test_a_file_another_process_put_in_place_is_left_alone(tmp_path):
+    """A fork finished it; by now somebody else writes under the temporary's name."""
+    path = tmp_path / "cut"
+    with Writer(path) as writer:
+        assert not writer.in_place
+        path.with_name("cut.tmp").rename(path)  # as the fork does
+        assert writer.in_place
+        with Writer(path) as other:
+            writer.__exit__(None, None, None)
+            assert path.with_name("cut.tmp").exists() and not other.in_place
+    assert [file.name for file in tmp_path.iterdir()] == ["cut"]
