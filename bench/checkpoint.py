@@ -4,10 +4,7 @@ the same guest in the same run: Debian, 300 MB of files in RAM, copying them for
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import statistics
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.save_restore import CMDLINE, GOAL, Qemu, timed
+from bench.save_restore import CMDLINE, GOAL, Qemu, main, timed
 from snapshot.verify import verify
 from vmm.boot import Image
 from vmm.machine import Machine, MachineConfig
@@ -26,19 +23,6 @@ DIRTY = (
     "mount -t tmpfs -o size=900m none /tmp; for i in $(seq 150); do cat /bin/busybox; done > /tmp/a; echo fil''led; "
     "while :; do cat /tmp/a > /tmp/b; done\n"
 )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--guest", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    out = Console()
-    folder = Path(tempfile.mkdtemp(dir="."))
-    try:
-        measure(arguments.guest, arguments.rounds, folder, out)
-    finally:
-        shutil.rmtree(folder)
 
 
 def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
@@ -89,4 +73,4 @@ def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, rounds=9)

@@ -97,15 +97,15 @@ def wake(file: Path) -> None:
     machine.close()
 
 
-def main() -> None:
+def main(measure: Callable[[Path, int, Path, Console], None], rounds: int) -> None:
+    """Call `measure` with the guest's folder, rounds, and a scratch folder on this disk."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--guest", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=rounds)
     arguments = parser.parse_args()
-    out = Console()
     folder = Path(tempfile.mkdtemp(dir="."))
     try:
-        measure(arguments.guest, arguments.rounds, folder, out)
+        measure(arguments.guest, arguments.rounds, folder, Console())
     finally:
         shutil.rmtree(folder)
 
@@ -185,4 +185,4 @@ def sizes(machine: Machine, folder: Path, stream: Path) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, rounds=5)

@@ -1,13 +1,25 @@
-"""What a machine under command can be, and become. One table; the documentation's picture is drawn from it.
+"""What a machine under command can be called, be, and become. One table; the documentation's picture is drawn from it.
 
 python -m vmm.lifecycle     # as a Mermaid diagram
 """
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from enum import StrEnum
+
+from vmm.errors import BackendError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """Raises BackendError for what cannot name a machine."""
+    if not _NAME.fullmatch(name):
+        raise BackendError(f"{name!r} cannot name a machine: letters, digits, '.', '_' and '-', 64 at most")
+    return name
 
 
 class State(StrEnum):

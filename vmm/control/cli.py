@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vmm.control import place, protocol
 from vmm.control.client import Client, Failed
-from vmm.control.methods import METHODS, Method, _bare
+from vmm.control.methods import METHODS, Method
 from vmm.errors import BackendError
 
 _LIST_TIMEOUT_S = 2.0
@@ -76,12 +76,11 @@ def ctl(
 
 def _command(method: Method) -> click.Command:
     params: list[click.Parameter] = [click.Option(["--json", "as_json"], is_flag=True, help="The answer as JSON.")]
-    for name, parameter in method.params.items():
-        kinds = _bare(parameter)
-        doc = parameter.annotation.__metadata__[0]
+    for name, param in method.params.items():
+        kinds, doc = param.kinds, param.doc
         kind: Any = click.Path(path_type=Path) if Path in kinds else kinds[0]
         option = f"--{name.replace('_', '-')}"
-        if parameter.default is parameter.empty:
+        if param.needed:
             saves = method.name in ("checkpoint", "suspend")  # without a name: into the catalog
             params.append(click.Argument([name], type=kind, required=not saves))
         elif bool in kinds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import os
 import resource
 import types
@@ -15,6 +16,7 @@ import typing
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -45,6 +47,27 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
+class Param:
+    """One parameter of a method: the types its value may have, and what it is when it is not given."""
+
+    kinds: tuple[type, ...]
+    doc: str
+    default: Any
+    needed: bool
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter) -> Param:
+        kind, doc = typing.get_args(parameter.annotation)
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        needed = parameter.default is parameter.empty
+        return cls(tuple(typing.get_origin(each) or each for each in kinds), doc, parameter.default, needed)
+
+    @property
+    def spelt(self) -> str:
+        return " or ".join(_SPELT[kind] for kind in self.kinds)
+
+
+@dataclass(frozen=True)
 class Method:
     """One method: its function, and the states it is answered in."""
 
@@ -52,10 +75,10 @@ class Method:
     states: frozenset[State]
     function: Callable[..., Awaitable[Any]]
 
-    @property
-    def params(self) -> dict[str, inspect.Parameter]:
+    @cached_property
+    def params(self) -> dict[str, Param]:
         found = inspect.signature(self.function, eval_str=True).parameters
-        return {name: parameter for name, parameter in found.items() if name != "session"}
+        return {name: Param.of(parameter) for name, parameter in found.items() if name != "session"}
 
     @property
     def doc(self) -> str:
@@ -90,16 +113,16 @@ def bind(found: Method, params: dict[str, Any]) -> dict[str, Any]:
         if name not in found.params:
             raise RpcError(INVALID_PARAMS, f"{found.name} has no parameter {name!r}")
     arguments = {}
-    for name, parameter in found.params.items():
+    for name, param in found.params.items():
         if name in params:
-            arguments[name] = _take(f"{found.name}: {name}", params[name], _bare(parameter))
-        elif parameter.default is parameter.empty:
+            arguments[name] = _take(f"{found.name}: {name}", params[name], param)
+        elif param.needed:
             raise RpcError(INVALID_PARAMS, f"{found.name} needs the parameter {name!r}")
     return arguments
 
 
-def _take(what: str, value: Any, kinds: tuple[type, ...]) -> Any:
-    for kind in kinds:
+def _take(what: str, value: Any, param: Param) -> Any:
+    for kind in param.kinds:
         if kind is Path and isinstance(value, str):
             if not value.startswith("/") or "\0" in value or len(value) > 4095:
                 raise RpcError(INVALID_PARAMS, f"{what} must be an absolute path")
@@ -117,7 +140,7 @@ def _take(what: str, value: Any, kinds: tuple[type, ...]) -> Any:
             return value
         if kind in (bool, str, types.NoneType) and type(value) is kind:
             return value
-    raise RpcError(INVALID_PARAMS, f"{what} must be {_spelt(kinds)}")
+    raise RpcError(INVALID_PARAMS, f"{what} must be {param.spelt}")
 
 
 # --- the methods
@@ -303,14 +326,6 @@ async def _safe(session: Session, done: Future[T]) -> T:
     return await waiting
 
 
-def _bare(parameter: inspect.Parameter) -> tuple[type, ...]:
-    """The types a value may have."""
-    kind = parameter.annotation
-    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return tuple(typing.get_origin(each) or each for each in kinds)
-
-
 _SPELT = {
     Path: "an absolute path",
     str: "a string",
@@ -322,10 +337,6 @@ _SPELT = {
 }
 
 
-def _spelt(kinds: tuple[type, ...]) -> str:
-    return " or ".join(_SPELT[kind] for kind in kinds)
-
-
 def _either(states: frozenset[State]) -> str:
     return " or ".join(state for state in State if state in states)
 
@@ -335,17 +346,12 @@ def describe() -> str:
     lines = []
     for found in METHODS.values():
         lines += [f"### `{found.name}`", "", found.doc, ""]
-        for name, parameter in found.params.items():
-            doc = typing.get_args(parameter.annotation)[1]
-            needed = "needed" if parameter.default is parameter.empty else f"default `{_json(parameter.default)}`"
-            lines += [f"- `{name}` ({_spelt(_bare(parameter))}; {needed}): {doc}"]
+        for name, param in found.params.items():
+            needed = "needed" if param.needed else f"default `{json.dumps(param.default)}`"
+            lines += [f"- `{name}` ({param.spelt}; {needed}): {param.doc}"]
         lines += [""] if found.params else []
         lines += ["In any state." if found.states == _ALL else f"When {_either(found.states)}.", ""]
     return "\n".join(lines)
-
-
-def _json(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value != 0 or value is False else "0"
 
 
 if __name__ == "__main__":

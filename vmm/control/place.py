@@ -15,15 +15,14 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from vmm.errors import BackendError
+from vmm.lifecycle import check_name
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BACKLOG = 256
 
 
@@ -34,13 +33,6 @@ def rundir(explicit: Path | None = None) -> Path:
     if base := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(base, "anyhyve")
     return Path(f"/tmp/anyhyve-{os.getuid()}")
-
-
-def check_name(name: str) -> str:
-    """Raises BackendError for what cannot name a machine."""
-    if not NAME.fullmatch(name):
-        raise BackendError(f"{name!r} cannot name a machine: letters, digits, '.', '_' and '-', 64 at most")
-    return name
 
 
 def open_folder(path: Path, *, create: bool) -> int:
