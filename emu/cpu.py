@@ -17,6 +17,7 @@ import mmap
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import unicorn
@@ -54,6 +55,13 @@ _NUMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void
 _BLOCK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
 
 PORTABLE = "ANYHYVE_PORTABLE"  # set in the environment: use Python callbacks though machine code would do
+
+
+@dataclass(frozen=True)
+class _Mark:
+    context: Any
+    saved: CpuState
+    dr: tuple[int, ...]
 
 
 class EmuCpu(Cpu):
@@ -155,6 +163,18 @@ class EmuCpu(Cpu):
         self._halted = saved.halted
         self._set_tsc(saved.tsc)
         state.load(self._engine, saved)
+
+    def mark(self) -> object:
+        return _Mark(self._engine.context(), self.save(), tuple(self._engine.dr))
+
+    def reset(self, mark: object) -> None:
+        assert isinstance(mark, _Mark)
+        if tuple(self._engine.dr) != mark.dr:
+            self.load(mark.saved)
+            return
+        self._engine.restore_context(mark.context)
+        self._engine.old_exception.value = -1
+        self._event, self._halted = mark.saved.event, mark.saved.halted
 
     @staticmethod
     def refusal(state: CpuState) -> str | None:

@@ -299,6 +299,15 @@ class Engine:
         pointer.value = self.executable(thunk(start + found + len(_SLOW_STORE), pointer.value))
         return True
 
+    def context(self) -> Any:
+        """All registers, in the engine's own layout: for this engine only."""
+        return self.uc.context_save()
+
+    def restore_context(self, context: Any) -> None:
+        """Breakpoints must be armed as they were then: an armed one is a host pointer beside the register."""
+        self.uc.context_restore(context)
+        self.flush_tlb()
+
     def raise_exception(self, vector: int, error_code: int) -> None:
         """Set up a fault for the INTR hook to deliver."""
         self.exception_index.value = vector

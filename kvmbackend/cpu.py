@@ -143,8 +143,15 @@ class KvmCpu(Cpu):
         self._halted = saved.halted
         self._host_ns, self._seen_ns = _now(), self._clock.now_ns()
         self._vm.write_tsc(saved.tsc)
-        self._stood_tsc = None
+        self._stood_tsc = saved.tsc
         self._look()
+
+    def mark(self) -> object:
+        return self.save()
+
+    def reset(self, mark: object) -> None:
+        assert isinstance(mark, CpuState)
+        self.load(mark)
 
     @staticmethod
     def refusal(saved: CpuState) -> str | None:

@@ -49,21 +49,43 @@ def present_extents(fd: int, size: int, offset: int = 0) -> list[tuple[int, int]
 
 def dirty_extents(address: int, size: int) -> list[tuple[int, int]]:
     """The extents, counted from `address`, of a private mapping's pages that are its own copies."""
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    scanner = Scanner(address, size)
     try:
-        return scan_extents(fd, address, size)
-    except OSError as error:
-        if error.errno not in (errno.ENOTTY, errno.EINVAL):
-            raise
-        return pagemap_extents(fd, address, size)
+        return scanner.extents()
     finally:
-        os.close(fd)
+        scanner.close()
+
+
+class Scanner:
+    """`dirty_extents` of one mapping, again and again: what can be prepared is."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self._address, self._size = address, size
+        self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._regions = array.array("Q", bytes(8 * _REGION_WORDS * _REGIONS))
+        self._scans = True  # until the kernel says it has no PAGEMAP_SCAN
+
+    def extents(self) -> list[tuple[int, int]]:
+        if self._scans:
+            try:
+                return _scan(self._fd, self._address, self._size, self._regions)
+            except OSError as error:
+                if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                    raise
+                self._scans = False
+        return pagemap_extents(self._fd, self._address, self._size)
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 def scan_extents(fd: int, address: int, size: int) -> list[tuple[int, int]]:
     """`dirty_extents` by one walk in the kernel. Raises OSError (ENOTTY) before Linux 6.7."""
+    return _scan(fd, address, size, array.array("Q", bytes(8 * _REGION_WORDS * _REGIONS)))
+
+
+def _scan(fd: int, address: int, size: int, regions: array.array[int]) -> list[tuple[int, int]]:
     extents: list[tuple[int, int]] = []
-    regions = array.array("Q", bytes(8 * _REGION_WORDS * _REGIONS))
     at, stop = address, address + size
     while at < stop:
         request = bytearray(

@@ -201,7 +201,7 @@ def run(
     assert image is not None
     rate = tsc_khz or backends.factory(backend).tsc_khz()
     start_ns = DEFAULT_EPOCH_NS if epoch is None else epoch * 10**9
-    config = _config(memory_bytes=memory or DEFAULT_MEMORY, epoch_ns=start_ns, tsc_khz=rate)
+    config = _config(memory_bytes=DEFAULT_MEMORY if memory is None else memory, epoch_ns=start_ns, tsc_khz=rate)
     with Machine.boot(config, image, backend) as machine:
         sys.exit(_drive(machine, Goal(**goal)))
 

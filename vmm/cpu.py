@@ -201,6 +201,8 @@ class Cpu(Protocol):
     def stop_at(self, position: int | None) -> None: ...  # run() returns Reached at the first boundary not before it
     def post_writes(self, port: int, on: bool) -> None: ...  # byte writes of `port` may reach the bus late, in order
     def registers(self) -> tuple[int, ...]: ...  # those of REGISTERS: what of save() costs little
+    def mark(self) -> object: ...  # the state, in this backend's own shape, for `reset` of this very CPU
+    def reset(self, mark: object) -> None: ...
     def save(self) -> CpuState: ...  # architectural state, no backend's layout
     def load(self, state: CpuState) -> None: ...
     @staticmethod

@@ -33,6 +33,7 @@ from vmm.config import MachineConfig
 from vmm.cpu import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown
 from vmm.devices import rtc
 from vmm.errors import BackendError, GuestError
+from vmm.mark import Mark
 from vmm.ram import Ram
 from vmm.saved import Saved, admit, host_memory, map_ram
 from vmm.scrub import Scrub
@@ -74,6 +75,7 @@ class Machine:
         self.board = Board(self.clock, self)
         self._open = True
         self._scrub: Scrub | None = None
+        self._mark: Mark | None = None
         self.pace_real = False
         self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
         self.image: Image | None = None  # what `reset` starts from
@@ -387,7 +389,26 @@ class Machine:
         if self._scrub is not None:
             self._scrub.wait()
 
-    def reset(self) -> None:
+    def mark(self) -> None:
+        """Remember this moment for `reset`. Raises SnapshotError, BackendError."""
+        self._unmark()
+        self._mark = Mark(self)
+
+    def reset(self, *, verify: bool = False) -> int:
+        """Back to the moment of `mark`: how many bytes of RAM had been written since. With `verify` all is compared
+        with how it was then, and AssertionError names what differs."""
+        assert self._mark is not None, "no mark to go back to"
+        written = self._mark.reset()
+        if verify and (found := self._mark.differences()):
+            raise AssertionError(f"after the reset differ: {', '.join(found[:8])}")
+        return written
+
+    def _unmark(self) -> None:
+        if self._mark is not None:
+            self._mark.close()
+            self._mark = None
+
+    def restart(self) -> None:
         """Start the guest again, as after power-on. Raises GuestError for a machine that was restored, unless it was
         given an `image`."""
         if self.image is None:
@@ -434,6 +455,7 @@ class Machine:
             self._open = False
             if self._scrub is not None:
                 self._scrub.leave()
+            self._unmark()
             self.cpu.close()
             self.ram.close()
 

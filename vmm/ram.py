@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from snapshot import pages
 from vmm.errors import BackendError, GuestError
 
 PAGE = 4096
+_COPY = 8 << 20
+_MAP_FIXED = 0x10  # mmap(2), linux/mman.h
 HOLE_START = 0xC000_0000  # 3 GiB: PCI and chipset MMIO lie from here to 4 GiB
 HOLE_END = 0x1_0000_0000
 
@@ -40,13 +43,30 @@ class Region:
         """(start, end) of what may hold other bytes than zero: finding it costs nothing for untouched pages."""
         return self.stored + pages.dirty_extents(self.address, self.size)
 
-    def revert(self) -> list[tuple[int, int]]:
-        """Give up what was written since the mapping was made: the snapshot's bytes, or zeroes, show again. Returns
-        (start, end) of what changed; code translated from there is stale."""
-        extents = pages.dirty_extents(self.address, self.size)
-        for start, end in extents:
-            self.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
-        return extents
+    def fixed(self) -> tuple[Region, mmap.mmap]:
+        """Make what it holds now what a page shows that was not written since, as if it had been restored from there:
+        the region, at the same address, and its contents, not to be changed. Raises OSError."""
+        with contextlib.ExitStack() as undo:
+            file = os.memfd_create(self.name, os.MFD_CLOEXEC)
+            undo.callback(os.close, file)
+            os.truncate(file, self.size)
+            extents = self.touched()
+            for start, end in extents:
+                while start < end:
+                    start += os.pwrite(file, self.view[start : min(end, start + _COPY)], start)
+            _map_private(self.address, self.size, file)
+            return replace(self, stored=extents), mmap.mmap(file, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
+
+
+def _map_private(address: int, size: int, fd: int) -> None:
+    """Put a private mapping of a file where another mapping is. Python's mmap has no MAP_FIXED."""
+    flags = mmap.MAP_PRIVATE | _MAP_FIXED | pages.NORESERVE
+    place = ctypes.c_void_p(address)
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    function.restype = ctypes.c_void_p
+    mapped = function(place, ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, ctypes.c_long(0))
+    if mapped != address:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def layout(size: int) -> list[tuple[int, int]]:

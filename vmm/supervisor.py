@@ -112,7 +112,7 @@ class Supervisor:
 
     def reset(self) -> Future[None]:
         """Fails with GuestError for a machine without an image to start from."""
-        return self.at_safe_point(self.machine.reset)
+        return self.at_safe_point(self.machine.restart)
 
     def stop(self, why: str = "stopped") -> Future[None]:
         """End it without saving."""

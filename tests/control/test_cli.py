@@ -114,6 +114,7 @@ def test_ctrl_c_cancels_and_the_machine_runs_on(box, gate, tmp_path, environment
     client = subprocess.Popen(
         [sys.executable, "-c", MAIN, "ctl", "--rundir", box.folder, "box", "suspend", tmp_path / "cut"],
         stderr=subprocess.PIPE, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     eventually(lambda: children() - {client.pid})
     client.send_signal(signal.SIGINT)

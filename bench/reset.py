@@ -1,0 +1,66 @@
+"""Resets of a machine in one process, with CPU and all devices, against QEMU's `loadvm`: a guest that dirties so many
+pages in a loop, from the mark to its next exit and back. And whether the memory stays flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from vmm.boot import Image
+from vmm.machine import Machine, MachineConfig, Stopped
+
+ROUNDS, BATCH = 7, 300
+
+
+def dirtying(pages: int) -> bytes:
+    """mov edi, 0x200000; mov ecx, pages; 1: inc dword [rdi]; add edi, 0x1000; dec ecx; jnz 1b; mov dx, 0x501;
+    out dx, al; and again. The same guest as bench.kvm_restore's."""
+    return (
+        b"\xbf\x00\x00\x20\x00\xb9" + pages.to_bytes(4, "little") + b"\xff\x07\x81\xc7\x00\x10\x00\x00\xff\xc9\x75\xf4"
+        b"\x66\xba\x01\x05\xee\xeb\xe3"
+    )
+
+
+def rates(pages: int, batch: int, verify: bool) -> list[float]:
+    """Resets a second, of each round."""
+    found = []
+    with Machine.boot(MachineConfig(memory_bytes=16 << 20), Image(dirtying(pages), flat=True)) as machine:
+        assert machine.run().reason == "exit"
+        machine.mark()
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            for _ in range(batch):
+                machine.run()
+                written = machine.reset(verify=verify)
+            found.append(batch / (time.perf_counter() - started))
+        assert written >= pages * 4096 and isinstance(machine.run(), Stopped)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--verify-reset", action="store_true", help="compare everything after each; slow")
+    parser.add_argument("--million", action="store_true", help="a million resets, and the memory they took")
+    arguments = parser.parse_args()
+    out = Console()
+    table = Table("dirty pages", "resets/s")
+    for pages in (1, 10, 50, 200):
+        us = statistics.median(rates(pages, BATCH, arguments.verify_reset))
+        table.add_row(str(pages), f"{us:,.0f}")
+    out.print(table)
+    if arguments.million:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        started = time.perf_counter()
+        rates(10, 1_000_000 // ROUNDS + 1, False)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        out.print(f"a million resets: {time.perf_counter() - started:.0f} s, memory grew by {grown} KiB")
+
+
+if __name__ == "__main__":
+    main()

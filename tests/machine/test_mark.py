@@ -1,0 +1,203 @@
+"""mark and reset: whatever happened in between, everything is as it was, as often as one likes."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import resource
+import threading
+
+import pytest
+
+from snapshot.verify import verify
+from tests.conftest import BACKENDS, OWN
+from vmm.boot import Image
+from vmm.machine import Machine, MachineConfig, Stopped
+
+
+def boot(backend="emu", code=None, mib=8) -> Machine:
+    image = Image.from_files(OWN, flat=True) if code is None else Image(code, flat=True)
+    return Machine.boot(MachineConfig(memory_bytes=mib << 20), image, backend)
+
+
+def run_some(machine, draw):
+    if machine.backend == "emu":
+        machine.run(position=machine.position + draw.randrange(1, 300_000))
+        return
+    timer = threading.Timer(draw.uniform(0, 0.01), machine.post, (lambda _: Stopped("command"),))
+    timer.start()
+    machine.run()
+    timer.join()
+
+
+def test_run_roll_back_and_roll_back_again():
+    """From marks at random places: each run from one ends the same, whatever other runs there were from it."""
+    draw = random.Random("mark")
+    with boot() as machine:
+        for _ in range(25):
+            run_some(machine, draw)
+            before = machine.digests()
+            machine.mark()
+            assert machine.digests() == before, "a mark changes nothing"
+            goal = machine.position + draw.randrange(1, 200_000)
+            ends = []
+            for _ in range(3):
+                machine.run(position=goal)
+                ends.append(machine.digests())
+                run_some(machine, draw)
+                machine.send(b"xyz")
+                run_some(machine, draw)
+                machine.reset(verify=True)
+                assert machine.digests() == before
+            assert ends[0] == ends[1] == ends[2]
+
+
+def test_on_kvm(crossing):
+    draw = random.Random("mark")
+    with boot(crossing) as machine:
+        for _ in range(5):
+            run_some(machine, draw)
+            machine.mark()
+            for _ in range(5):
+                run_some(machine, draw)
+                assert machine.reset(verify=True) > 0
+
+
+SELF_MODIFYING = bytes.fromhex("b0 07 fe 05 f9ffffff 66ba0105 ee f4".replace(" ", ""))
+"""mov al, 7; inc byte [that 7]; mov dx, 0x501; out dx, al; hlt"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_code_that_changed_itself_is_the_old_code_again(backend):
+    with boot(backend, SELF_MODIFYING) as machine:
+        machine.mark()
+        for _ in range(3):
+            assert machine.run() == Stopped("exit", 7 << 1 | 1)
+            assert machine.reset(verify=True) > 0
+
+
+@pytest.mark.parametrize("scans", [True, False])
+def test_ram_beyond_the_hole_and_without_the_fast_scan(scans):
+    with boot(mib=3074) as machine:  # two regions
+        machine.run(position=500_000)
+        machine.mark()
+        for scanner in machine._mark._scanners:
+            scanner._scans = scans
+        high = machine.ram.regions[1]
+        high.view[5000] = 7
+        machine.run(position=600_000)
+        assert machine.reset() >= 8192
+        assert high.view[5000] == 0
+        machine.reset(verify=False)
+
+
+def test_a_woken_machine_and_a_save_after_the_mark(tmp_path):
+    with boot() as machine:
+        machine.run(position=1_000_000)
+        machine.save(tmp_path / "before")
+    with Machine.restore(tmp_path / "before") as machine:
+        machine.mark()
+        machine.run(position=1_200_000)
+        machine.reset(verify=True)
+        machine.save(tmp_path / "stop")
+        checkpoint = machine.checkpoint(tmp_path / "live")
+        machine.run(position=1_200_000)
+        checkpoint.wait()
+    for file in ("before", "stop", "live"):
+        verify(tmp_path / file)
+        assert (tmp_path / file).read_bytes() == (tmp_path / "before").read_bytes()
+
+
+def test_a_new_mark_replaces_the_old():
+    with boot() as machine:
+        machine.run(position=100_000)
+        machine.mark()
+        machine.run(position=300_000)
+        machine.mark()
+        there = machine.digests()
+        machine.run(position=500_000)
+        machine.reset(verify=True)
+        assert machine.digests() == there
+
+
+def test_breakpoints_armed_since_are_gone():
+    with boot() as machine:
+        machine.run(position=200_000)
+        machine.mark()
+        for armed in (0x401, 0x455):
+            machine.cpu.load(dataclasses.replace(machine.cpu.save(), dr0=0x1234, dr7=armed))
+            machine.run(position=300_000)
+            machine.reset(verify=True)
+
+
+# --- what would be forgotten is found
+
+
+def plant(machine, what):
+    match what:
+        case "ram":
+            machine._mark._scanners[0].extents = lambda: []
+        case "page":
+            extents = machine._mark._scanners[0].extents
+            machine._mark._scanners[0].extents = lambda: extents()[1:]
+        case "cpu":
+            machine.cpu.reset = lambda mark: None
+        case "time":
+            machine._mark._words = bytes(machine.clock.words)
+        case "device":
+            machine._mark._devices = [each for each in machine._mark._devices if type(each[0]).__name__ != "Pit"]
+
+
+@pytest.mark.parametrize("what", ["ram", "page", "cpu", "time", "device"])
+def test_verify_names_what_a_reset_forgot(what):
+    with boot() as machine:
+        machine.run(position=20_000)
+        machine.mark()
+        machine.run(position=2_000_000)
+        plant(machine, what)
+        names = {"ram": "ram.0", "page": "ram.0", "cpu": "cpu.0", "time": "clock", "device": "pit"}
+        with pytest.raises(AssertionError, match=rf"after the reset differ: .*{names[what]}"):
+            machine.reset(verify=True)
+
+
+# --- for ever
+
+
+def grows_by(count):
+    """KiB that the process grew by over so many resets, the first tenth not counted."""
+    with boot() as machine:
+        machine.run(position=300_000)
+        machine.mark()
+        for n in range(count):
+            if n == count // 10:
+                before = resident()
+            machine.run(position=300_000 + 200 + n % 7)
+            machine.reset()
+        grown = resident() - before
+        machine.reset(verify=True)
+        return grown
+
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize() // 1024
+
+
+def test_memory_stays_flat():
+    assert grows_by(20_000) < 2048
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_a_million_resets():
+    assert grows_by(1_000_000) < 2048
+
+
+@pytest.mark.slow
+def test_ten_thousand_verified():
+    draw = random.Random("verified")
+    with boot(mib=2) as machine:
+        machine.run(position=1_000_000)
+        machine.mark()
+        for _ in range(10_000):
+            machine.run(position=machine.position + draw.randrange(1, 20_000))
+            machine.reset(verify=True)
