@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.save_restore import CMDLINE, GOAL, Qemu, main, timed
+from bench.qemu import CMDLINE, Qemu, debian
+from bench.save_restore import GOAL, main, timed
 from snapshot.verify import verify
 from vmm.boot import Image
 from vmm.machine import Machine, MachineConfig
@@ -28,7 +29,7 @@ DIRTY = (
 def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
     image = Image.from_files(guest / "vmlinuz", guest / "initrd.img", CMDLINE)
     with out.status("booting both and filling their memory"):
-        qemu = Qemu(guest, folder, memory_mib=MIB)
+        qemu = Qemu(folder, *debian(guest), memory_mib=MIB)
         qemu.until(GOAL.encode())
         qemu.type(DIRTY.encode())
         machine = Machine.boot(MachineConfig(memory_bytes=MIB << 20), image)

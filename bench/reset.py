@@ -6,12 +6,19 @@ from __future__ import annotations
 
 import argparse
 import resource
+import shutil
 import statistics
+import struct
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from bench.qemu import Qemu
+from bench.save_restore import timed
 from vmm.boot import Image
 from vmm.machine import Machine, MachineConfig, Stopped
 
@@ -43,16 +50,41 @@ def rates(pages: int, batch: int, verify: bool) -> list[float]:
     return found
 
 
+def loadvms(pages: int, folder: Path) -> float:
+    """Milliseconds of QEMU's `loadvm`, with the same loop as a multiboot kernel dirtying pages in between."""
+    loop = dirtying(pages)[:21]
+    address, size = 0x100000, 32
+    header = struct.pack("<3I5I", 0x1BADB002, 0x10000, -(0x1BADB002 + 0x10000) & 0xFFFFFFFF,
+                         address, address, 0, 0, address + size)  # fmt: skip
+    kernel, disk = folder / "kernel", folder / "disk"
+    kernel.write_bytes(header + loop + b"\xeb" + (-(len(loop) + 2) & 0xFF).to_bytes(1, "little"))
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "64M"], check=True)
+    qemu = Qemu(folder, "-kernel", str(kernel), "-drive", f"file={disk},if=none,format=qcow2", memory_mib=16)
+    time.sleep(2)  # its firmware
+    qemu("human-monitor-command", **{"command-line": "savevm mark"})
+    taken = []
+    for _ in range(20):
+        time.sleep(0.005)
+        taken.append(timed(lambda: qemu("human-monitor-command", **{"command-line": "loadvm mark"})))
+    assert qemu("query-status")["running"]
+    qemu.close()
+    return statistics.median(taken)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--verify-reset", action="store_true", help="compare everything after each; slow")
     parser.add_argument("--million", action="store_true", help="a million resets, and the memory they took")
     arguments = parser.parse_args()
     out = Console()
-    table = Table("dirty pages", "resets/s")
+    table = Table("dirty pages", "resets/s, with the run", "QEMU loadvm/s, without", "times")
+    qemu = shutil.which("qemu-img") is not None and shutil.which("qemu-system-x86_64") is not None
     for pages in (1, 10, 50, 200):
         us = statistics.median(rates(pages, BATCH, arguments.verify_reset))
-        table.add_row(str(pages), f"{us:,.0f}")
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            them = 1e3 / loadvms(pages, Path(folder)) if qemu else None
+        theirs = ("no QEMU here", "") if them is None else (f"{them:,.0f}", f"{us / them:.0f}")
+        table.add_row(str(pages), f"{us:,.0f}", *theirs)
     out.print(table)
     if arguments.million:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

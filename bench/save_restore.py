@@ -8,81 +8,22 @@ restore  file to first instruction in a live process, against QEMU's `migrate-in
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import zstandard
 from rich.console import Console
 from rich.table import Table
 
+from bench.qemu import CMDLINE, Qemu, debian
 from vmm.boot import Image
 from vmm.machine import Machine, MachineConfig
 
-CMDLINE = "console=ttyS0 mitigations=off"
 GOAL = "shell ready"
-
-
-class Qemu:
-    """One QEMU with a QMP socket, its guest's serial console on pipes."""
-
-    def __init__(self, guest: Path, folder: Path, *extra: str, memory_mib: int = 256) -> None:
-        self.socket_path = folder / f"qmp{time.monotonic_ns()}"
-        self.process = subprocess.Popen(
-            [shutil.which("qemu-system-x86_64") or sys.exit("bench: no qemu-system-x86_64 here"),
-             "-accel", "tcg", "-m", str(memory_mib), "-smp", "1", "-display", "none", "-nic", "none",
-             "-serial", "stdio",
-             "-kernel", str(guest / "vmlinuz"), "-initrd", str(guest / "initrd.img"), "-append", CMDLINE,
-             "-qmp", f"unix:{self.socket_path},server=on,wait=off", *extra],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        self._socket = socket.socket(socket.AF_UNIX)
-        while True:
-            try:
-                self._socket.connect(str(self.socket_path))
-                break
-            except OSError:
-                time.sleep(0.01)
-        self._file = self._socket.makefile("rw")
-        self._file.readline()
-        self("qmp_capabilities")
-
-    def __call__(self, command: str, **arguments: Any) -> Any:
-        self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._file.flush()
-        while True:
-            answer = json.loads(self._file.readline())
-            if "error" in answer:
-                sys.exit(f"bench: QEMU: {answer['error']['desc']}")
-            if "return" in answer:
-                return answer["return"]
-
-    def until(self, text: bytes) -> None:
-        assert self.process.stdout
-        seen = b""
-        while text not in seen:
-            seen += self.process.stdout.read1(65536)  # type: ignore[attr-defined]
-
-    def type(self, data: bytes) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(data)
-        self.process.stdin.flush()
-
-    def until_done(self) -> None:
-        while self("query-migrate").get("status") != "completed":
-            time.sleep(0.0005)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -115,7 +56,7 @@ def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
     with out.status("booting both"):
         machine = Machine.boot(MachineConfig(memory_bytes=256 << 20), image)
         machine.run(until=GOAL)
-        qemu = Qemu(guest, folder)
+        qemu = Qemu(folder, *debian(guest))
         qemu.until(GOAL.encode())
     stream = folder / "qemu.stream"
     qemu("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
@@ -134,7 +75,7 @@ def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
     restores, incoming = [], []
     for _ in range(rounds):
         restores.append(timed(lambda: wake(folder / "ours")))
-        waiting = Qemu(guest, folder, "-incoming", "defer")
+        waiting = Qemu(folder, *debian(guest), "-incoming", "defer")
 
         def come(waiting: Qemu = waiting) -> None:
             waiting("migrate-incoming", uri=f"exec:cat {stream}")
