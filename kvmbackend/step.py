@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fcntl import ioctl
+from time import monotonic_ns
 
 from kvmbackend import abi
 from kvmbackend.alarm import Alarm
@@ -18,7 +19,7 @@ from vmm.cpu import CpuState
 from vmm.ram import Ram
 
 _HLT, _TF = 0xF4, 1 << 8
-_PATIENCE_NS = 1_000_000_000  # no instruction takes as long
+_PATIENCE_NS = 20_000_000_000  # no instruction takes as long, on a busy computer that emulates this one neither
 
 
 class Stepper:
@@ -80,13 +81,16 @@ class Stepper:
         """Run until KVM exits for `wanted`. False when something else came first."""
         self._alarm.enter()
         self._alarm.set(_PATIENCE_NS)
+        end = monotonic_ns() + _PATIENCE_NS
         try:
             while True:
                 try:
                     ioctl(self._vm.vcpu, abi.RUN, 0)
                 except InterruptedError:
                     self._alarm.quiet()
-                    return False
+                    if monotonic_ns() >= end:
+                        return False
+                    continue  # a kick
                 reason = self._run32[abi.RUN_REASON // 4]
                 if reason == wanted:
                     return True

@@ -368,6 +368,11 @@ def without_docs(value: Json) -> Json:
     return [without_docs(item) for item in value] if isinstance(value, list) else value
 
 
+def type_of(hint: Any, where: str) -> Type:
+    """The type a hint declares, as for a field. Raises TypeError, naming `where`."""
+    return _type_of(hint, where)[0]
+
+
 def _type_of(hint: Any, where: str) -> tuple[Type, str]:
     doc = ""
     marks: tuple[Any, ...] = ()

@@ -73,11 +73,19 @@ def _declare(kind: str, offsets: tuple[int, ...], bank: str, size: int) -> Calla
     return mark
 
 
+def outside(function: F) -> F:
+    """Mark what happens to the device from without: the host's input, a pin, INTA. Arguments are annotated as fields of
+    a state are, so that generic tests can draw them."""
+    function._outside = True  # type: ignore[attr-defined]
+    return function
+
+
 class Device(Generic[S]):
     """Base of every device model. Subclasses set `State` and take wiring as constructor arguments."""
 
     State: ClassVar[type]
     registers: ClassVar[tuple[Register, ...]] = ()
+    outside: ClassVar[tuple[str, ...]] = ()  # names of methods
     state: S
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -89,6 +97,8 @@ class Device(Generic[S]):
                 indexed = arguments > (1 if kind == "write" else 0)
                 found[kind, bank, offset, size] = Register(kind, bank, offset, size, name, indexed)
         cls.registers = tuple(found.values())
+        marked = (name for name, member in vars(cls).items() if getattr(member, "_outside", False))
+        cls.outside = tuple(dict.fromkeys((*cls.outside, *marked)))
 
     def __init__(self) -> None:
         self.state = self.State()

@@ -25,8 +25,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Annotated
 
-from snapshot.schema import Size, state, u8
-from vmm.device import Device, Line, reads, writes
+from snapshot.schema import MaxSize, Range, Size, state, u5, u8
+from vmm.device import Device, Line, outside, reads, writes
 from vmm.devices.ps2 import (
     BREAK,
     SET_2_TO_1,
@@ -80,12 +80,20 @@ class I8042(Device[I8042State]):
         super().__init__()
         self._irq1, self._irq12, self._a20, self._reset_system = irq1, irq12, a20, reset
 
-    def key(self, code: bytes) -> None:
+    @outside
+    def key(self, code: Annotated[bytes, MaxSize(8)]) -> None:
         """Host input: one key's make or break code, all its bytes, in set 2."""
         keyboard_key(self.state.keyboard, code)
         self._fill()
 
-    def move(self, dx: int, dy: int, buttons: int, wheel: int = 0) -> None:
+    @outside
+    def move(
+        self,
+        dx: Annotated[int, Range(-1024, 1023)],
+        dy: Annotated[int, Range(-1024, 1023)],
+        buttons: u5,
+        wheel: Annotated[int, Range(-128, 127)] = 0,
+    ) -> None:
         """Host input: right, up, the buttons that are down (left, right, middle, 4, 5), wheel towards the user."""
         mouse_move(self.state.mouse, dx, dy, buttons, wheel)
         self._fill()

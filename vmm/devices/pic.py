@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from snapshot.schema import OneOf, state, u3, u5, u8
-from vmm.device import Device, Line, reads, writes
+from vmm.device import Device, Line, outside, reads, writes
 
 CASCADE = 2  # the master's input that the slave drives
 
@@ -55,8 +55,9 @@ class Pic(Device[PicState]):
 
     # --- inputs and INTA
 
-    def set_line(self, irq: int, level: bool) -> None:
-        """Drive IR input `irq` (0..7)."""
+    @outside
+    def set_line(self, irq: u3, level: bool) -> None:
+        """Drive IR input `irq`."""
         s, bit = self.state, 1 << irq
         if level:
             if not s.lines & bit:
@@ -72,6 +73,7 @@ class Pic(Device[PicState]):
         """The INT pin's level."""
         return self._highest() is not None
 
+    @outside
     def acknowledge(self) -> int:
         """INTA: the vector; that of IR7 when the request is gone (datasheet, "the IR7 routine")."""
         s = self.state
@@ -79,6 +81,7 @@ class Pic(Device[PicState]):
         if irq is None:
             return s.base << 3 | 7
         self._take(irq)
+        self._drive()
         return s.base << 3 | irq
 
     def serving(self) -> int | None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 from snapshot.schema import MaxSize, state, u2, u4, u5, u8, u16
-from vmm.device import Device, Line, reads, writes
+from vmm.device import Device, Line, outside, reads, writes
 
 FIFO = 16
 TRIGGER = (1, 4, 8, 14)
@@ -63,7 +63,8 @@ class Uart(Device[UartState]):
 
     # --- the far end
 
-    def receive(self, data: bytes) -> int:
+    @outside
+    def receive(self, data: Annotated[bytes, MaxSize(2 * HOST_QUEUE)]) -> int:
         """Characters for the guest. Returns how many were taken; the host keeps the rest."""
         s = self.state
         taken = min(len(data), HOST_QUEUE - len(s.host_input))

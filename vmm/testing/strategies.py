@@ -1,0 +1,57 @@
+"""Hypothesis strategies from declarations: values of fields, states, accesses, what comes from outside."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import strategies as st
+
+from snapshot import schema
+from vmm.device import Device, Register
+
+WAITS = st.sampled_from((1, 100, 1000, 10**6, 10**9)) | st.integers(0, 10**15)  # ns
+
+
+def values(kind: schema.Type) -> st.SearchStrategy[Any]:
+    """Any value a field type allows."""
+    match kind:
+        case schema.IntType(low, high):
+            edges = [v for v in (low, low + 1, high - 1, high) if low <= v <= high]
+            return st.integers(low, high) | st.sampled_from(edges)
+        case schema.BoolType():
+            return st.booleans()
+        case schema.WordType(words):
+            return st.sampled_from(words)
+        case schema.TextType(most):
+            return st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=min(most, 64))
+        case schema.BytesType(least, most):
+            return st.binary(min_size=least, max_size=max(least, min(most, 64)))
+        case schema.ListType(item, least, most):
+            return st.lists(values(item), min_size=least, max_size=max(least, min(most, 16))).map(tuple)
+        case schema.OptionalType(item):
+            return st.none() | values(item)
+        case schema.StructType(cls):
+            return states(cls)
+    raise AssertionError(f"no strategy for {kind}")
+
+
+def states(cls: type) -> st.SearchStrategy[Any]:
+    """Any value of a @state class: its defaults with some fields replaced, or every field drawn."""
+    fields = {f.name: values(f.type) for f in schema.schema_of(cls).fields}
+    some = st.fixed_dictionaries({}, optional=fields).map(lambda given: cls(**given))
+    return some | st.fixed_dictionaries(fields).map(lambda given: cls(**given))
+
+
+def registers(cls: type[Device[Any]], kind: str) -> st.SearchStrategy[Register]:
+    """A declared register that can be read, or written."""
+    return st.sampled_from([register for register in cls.registers if register.kind == kind])
+
+
+def inputs(method: Callable[..., Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Arguments for a method that is marked as @outside."""
+    hints = typing.get_type_hints(method, include_extras=True)
+    names = list(inspect.signature(method).parameters)[1:]
+    return st.fixed_dictionaries({name: values(schema.type_of(hints[name], name)) for name in names})
