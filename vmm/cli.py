@@ -34,6 +34,7 @@ _ELSEWHERE = {  # command: module, attribute; imported when asked for: a boot of
     "ctl": ("vmm.control.cli", "ctl"),
     "list": ("vmm.control.cli", "list_machines"),
     "lockstep": ("vmm.lockstep_cli", "lockstep"),
+    "replay": ("vmm.replay_cli", "replay"),
     "snapshot": ("vmm.snapshot_cli", "snapshot"),
     "snapshots": ("vmm.catalog_cli", "snapshots"),
     "suspend-all": ("vmm.catalog_cli", "suspend_all"),

@@ -5,6 +5,7 @@ Absent: MCS-80/85 mode (ICW1 IC4=0, CALL vectors), buffered mode's SP/EN pin, sl
 
 Priorities are counted from `lowest`: the input after it is the highest (datasheet, "Priority Resolver"). An edge is
 latched in `irr` when a line rises and is forgotten if the line falls before INTA; that is what makes a spurious IR7.
+An OCW3 with P = 0, "no poll command" (figure 8), takes back a poll that was not read yet; QEMU keeps that.
 """
 
 from __future__ import annotations
