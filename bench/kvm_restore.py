@@ -3,7 +3,6 @@ the guest, then everything back. Needs /dev/kvm."""
 
 from __future__ import annotations
 
-import copy
 import statistics
 import sys
 import tempfile
@@ -15,7 +14,6 @@ from rich.console import Console
 from vmm.boot import Image
 from vmm.errors import BackendError
 from vmm.machine import Machine, MachineConfig
-from vmm.saved import Saved
 
 PAGES, RESETS = 100, 300
 # mov edi, 0x200000; mov ecx, PAGES; 1: inc dword [rdi]; add edi, 0x1000; dec ecx; jnz 1b; mov dx, 0x501; out dx, al
@@ -24,12 +22,6 @@ CODE = (
     b"\xbf\x00\x00\x20\x00\xb9" + PAGES.to_bytes(4, "little") + b"\xff\x07\x81\xc7\x00\x10\x00\x00\xff\xc9\x75\xf4"
     b"\x66\xba\x01\x05\xee\xeb\xe3"
 )
-
-
-def states(machine: Machine) -> Saved:
-    parts = machine.parts()
-    devices = {name: parts[name] for name in machine.board.devices}
-    return Saved(parts["config"], parts["board"], parts["clock"], parts["cpu.0"], devices)
 
 
 def main() -> int:
@@ -53,14 +45,13 @@ def main() -> int:
                     times.append((time.perf_counter() - started) * 1e3)
             out.print(f"restore on KVM, file to first exit, {mib} MiB: {statistics.median(times):.1f} ms")
         with Machine.restore(file, "kvm", max_memory=4 << 30) as woken:
-            kept = copy.deepcopy(states(woken))
+            woken.mark()
             whole, back = [], []
             for _ in range(RESETS):
                 started = time.perf_counter()
                 woken.run()
                 ran = time.perf_counter()
-                dirty = sum(end - start for region in woken.ram.regions for start, end in region.revert())
-                woken.assign(copy.deepcopy(kept))
+                dirty = woken.reset()
                 whole.append(time.perf_counter() - started)
                 back.append(time.perf_counter() - ran)
                 assert dirty >= PAGES * 4096

@@ -1,23 +1,42 @@
 """RAM gives up what was written since it was mapped."""
 
+import mmap
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snapshot.pages import Scanner
 from vmm.ram import PAGE, Ram
 
 PAGES = 64
 
 
-@given(st.sets(st.integers(0, PAGES - 1)), st.sets(st.integers(0, PAGES - 1)))
-def test_revert_gives_the_first_bytes_back_and_says_what_changed(first, second):
+PAGE_SETS = st.sets(st.integers(0, PAGES - 1))
+
+
+@given(PAGE_SETS, PAGE_SETS, PAGE_SETS)
+def test_what_is_fixed_shows_again_when_later_pages_are_given_up(before, *after):
     ram = Ram.fresh(PAGES * PAGE)
     (region,) = ram.regions
-    for written in (first, second):
+    for page in before:
+        region.view[page * PAGE + 7] = 1
+    held = bytes(region.view)
+    fixed, contents = region.fixed()
+    assert fixed.address == region.address and bytes(fixed.view) == bytes(contents) == held
+    scanner = Scanner(fixed.address, fixed.size)
+    for written in after:
         for page in written:
-            region.view[page * PAGE + 7] = 1
-        changed = {page for start, end in region.revert() for page in range(start // PAGE, end // PAGE)}
-        assert written <= changed
-        assert bytes(region.view) == bytes(PAGES * PAGE)
+            region.view[page * PAGE + 7] = 2
+        extents = scanner.extents()
+        assert written <= {page for start, end in extents for page in range(start // PAGE, end // PAGE)}
+        assert {at for start, end in fixed.touched() for at in range(start, end, PAGE)} >= {
+            page * PAGE for page in before
+        }
+        for start, end in extents:
+            fixed.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+        assert bytes(region.view) == held and not scanner.extents()
+    scanner.close()
+    contents.close()
     ram.close()
 
 

@@ -1,0 +1,124 @@
+"""cut_anywhere finds what a save forgets or changes; and finds nothing in ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import OWN
+from vmm.boot import Image
+from vmm.machine import Machine, MachineConfig
+from vmm.saved import Saved
+from vmm.testing.cuts import Trace, cut_anywhere
+
+END = 6_000_000
+
+
+def boot(mib=8) -> Machine:
+    return Machine.boot(MachineConfig(memory_bytes=mib << 20), Image.from_files(OWN, flat=True))
+
+
+def test_no_trace_at_three_hundred_cuts(tmp_path):
+    assert cut_anywhere(boot, end=END, points=300, folder=tmp_path).points == 300
+
+
+@pytest.mark.slow
+def test_no_trace_at_ten_thousand_cuts(tmp_path):
+    report = cut_anywhere(boot, end=END, points=10_000, folder=tmp_path, seed="many")
+    print(f"{report.points} cuts, {report.wall_s / report.points * 1e3:.1f} ms each")
+
+
+def forget(monkeypatch, change):
+    """Let every restore come out changed, as if a field had not been saved."""
+    decode = Saved.decode.__func__
+    monkeypatch.setattr(Saved, "decode", classmethod(lambda cls, chain: change(decode(cls, chain))))
+
+
+def without_xmm3(saved):
+    xmm = list(saved.cpu.fpu.xmm)
+    xmm[3] = bytes(16)
+    return dataclasses.replace(
+        saved, cpu=dataclasses.replace(saved.cpu, fpu=dataclasses.replace(saved.cpu.fpu, xmm=tuple(xmm)))
+    )
+
+
+def with_another_divisor(saved):
+    saved.devices["com1"].divisor = 0
+    return saved
+
+
+def with_time_lost(saved):
+    return dataclasses.replace(saved, clock=dataclasses.replace(saved.clock, skipped_ns=saved.clock.skipped_ns + 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(without_xmm3, "cpu.0.fpu"), (with_another_divisor, "com1.divisor"), (with_time_lost, "clock.skipped_ns")],
+)
+def test_what_is_forgotten_is_named(monkeypatch, tmp_path, change, name):
+    forget(monkeypatch, change)
+    with pytest.raises(Trace) as found:
+        cut_anywhere(boot, end=END, points=100, folder=tmp_path, fresh=10**9)
+    assert name in found.value.fields and name in str(found.value)
+    assert found.value.first - found.value.cut < 16, "to the instruction: it differs from the first on"
+
+
+def test_a_difference_that_shows_late_is_bisected(monkeypatch, tmp_path):
+    """Planted: a woken machine changes a byte, not at once but when it has run on for a while."""
+    go_on = Machine.go_on
+
+    def late(self):
+        stop = go_on(self)
+        if self._scrub is not None and self.position >= cut + 5000:
+            self.ram.slice(0x3F_F000, 1)[0] = 1
+        return stop
+
+    restore = Machine.restore.__func__
+
+    def woken(cls, *arguments, **options):
+        nonlocal cut
+        machine = restore(cls, *arguments, **options)
+        cut = machine.position
+        return machine
+
+    cut = 0
+    monkeypatch.setattr(Machine, "go_on", late)
+    monkeypatch.setattr(Machine, "restore", classmethod(woken))
+    with pytest.raises(Trace, match=r"ram.0.0x3ff000: '00.* became '01") as found:
+        cut_anywhere(boot, end=END, points=20, folder=tmp_path, fresh=10**9)
+    assert found.value.cut + 5000 <= found.value.first < found.value.cut + 5016
+
+
+def test_a_save_that_changes_the_machine_is_found(monkeypatch, tmp_path):
+    save = Machine.save
+
+    def clumsy(self, path, **options):
+        save(self, path, **options)
+        self.board.devices["com1"].state.thr_empty ^= True  # as bhyve's did
+
+    monkeypatch.setattr(Machine, "save", clumsy)
+    with pytest.raises(Trace, match="the machine that was saved"):
+        cut_anywhere(boot, end=END, points=20, folder=tmp_path, fresh=10**9)
+
+
+def test_the_test_that_is_left_fails_by_itself(monkeypatch, tmp_path):
+    """The planted fault is in the file: what was saved there is wrong for ever."""
+    parts = Machine.parts
+
+    def forgetful(self):
+        found = parts(self)
+        return (
+            {**found, "cpu.0": dataclasses.replace(found["cpu.0"], r15=0)}
+            if sys._getframe(1).f_code.co_name == "_filling"
+            else found
+        )
+
+    monkeypatch.setattr(Machine, "parts", forgetful)
+    with pytest.raises(Trace) as found:
+        cut_anywhere(boot, end=END, points=20, folder=tmp_path, fresh=10**9)
+    assert "cpu.0.r15" in found.value.fields
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", found.value.files[0]], capture_output=True, text=True)
+    assert run.returncode == 1 and "1 failed" in run.stdout, run.stdout
