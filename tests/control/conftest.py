@@ -167,7 +167,7 @@ def named(environment, anyhyve):
             subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,  # a pipe nobody reads would stop it in the end
                 stderr=subprocess.PIPE,
                 env=environment,
                 start_new_session=True,
@@ -191,7 +191,6 @@ def named(environment, anyhyve):
                 except subprocess.TimeoutExpired:
                     process.terminate()
                     process.wait(10)
-        process.stdout.close()
         process.stderr.close()
         assert process.pid not in sessions(), "a process was left"
     sockets = Path(environment["XDG_RUNTIME_DIR"], "anyhyve")
