@@ -1,0 +1,163 @@
+"""Which property finds it, when a field is forgotten? Every field of every device's and the CPU's state is dropped from
+what a save holds, one at a time; docs/scoreboard.md is the table this makes.
+
+    python -m tests.scoreboard > docs/scoreboard.md
+
+A device's field is looked for by vmm.testing's state machine, but without comparing states: only by what a guest or the
+outside can see (answers, lines, acts). What it cannot see so is found by the comparison of states, and named as such.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
+
+from snapshot import schema
+from tests.cpu.program import Program
+from tests.cpu.test_state import STATES
+from vmm.board import SLOTS
+from vmm.cpu import EventState, SegmentState
+from vmm.device import Device
+from vmm.devices.debugcon import Debugcon
+from vmm.testing import device_machine
+
+EXAMPLES = 300
+HOW = settings(
+    max_examples=EXAMPLES, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False, deadline=None,
+    database=None, derandomize=True,
+)  # fmt: skip
+
+
+MISSED = "NOT CAUGHT"
+# What a running program cannot have in all combinations, but a register can hold.
+SEGMENT = st.builds(
+    SegmentState, selector=st.integers(0, 0xFFFF), base=st.integers(0, (1 << 47) - 1), limit=st.integers(0, 0xFFFFFFFF),
+    type=st.integers(0, 15), s=st.booleans(), dpl=st.integers(0, 3), present=st.booleans(), avl=st.booleans(),
+    long=st.booleans(), db=st.booleans(), granular=st.booleans(),
+)  # fmt: skip
+HIDDEN = st.fixed_dictionaries(
+    {
+        **dict.fromkeys(("es", "cs", "ss", "ds", "fs", "gs", "ldtr"), SEGMENT),
+        "tr": SEGMENT.map(lambda segment: dataclasses.replace(segment, type=segment.type | 2)),  # busy
+        "event": st.none() | st.builds(EventState, kind=st.just("interrupt"), vector=st.integers(32, 255)),
+    }
+)
+
+
+@dataclasses.dataclass
+class Row:
+    part: str
+    field: str
+    caught: str
+    seconds: float
+
+
+def paths(cls: type, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every field, those of nested states one by one."""
+    for field in schema.schema_of(cls).fields:
+        match field.type:
+            case schema.StructType(inner) | schema.ListType(schema.StructType(inner)):
+                yield from paths(inner, (*before, field.name))
+            case _:
+                yield (*before, field.name)
+
+
+def forget(cls: type, path: tuple[str, ...]) -> Callable[[Any], Any]:
+    """Set the field to what a fresh device has there."""
+
+    def spoil(state: Any) -> Any:
+        return _put(state, path, cls())
+
+    return spoil
+
+
+def _put(state: Any, path: tuple[str, ...], fresh: Any) -> Any:
+    name, *rest = path
+    mine, default = getattr(state, name), getattr(fresh, name)
+    if rest and isinstance(mine, tuple):
+        default = tuple(_put(item, tuple(rest), like) for item, like in zip(mine, default, strict=True))
+    elif rest:
+        default = _put(mine, tuple(rest), default)
+    return dataclasses.replace(state, **{name: default})
+
+
+def build(cls: type[Device[Any]]) -> Any:
+    return (lambda rig: Debugcon(rig.sink("out"), 0xE9)) if cls is Debugcon else cls
+
+
+def seen(machine: type[Any]) -> str | None:
+    """What the state machine says of it, in its own words."""
+    try:
+        run_state_machine_as_test(machine, settings=HOW)
+    except AssertionError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def devices() -> Iterator[Row]:
+    for cls in sorted({slot.device for slot in SLOTS}, key=lambda device: device.__name__):
+        for path in paths(cls.State):
+            began = time.monotonic()
+            machine = device_machine(build(cls), spoil=forget(cls.State, path))
+            machine.same_state = False  # type: ignore[attr-defined]
+            caught = seen(machine)
+            if caught is None:
+                machine.same_state = True  # type: ignore[attr-defined]
+                caught = seen(machine)
+            what = MISSED if caught is None else caught.split(" answers ")[0] if " answers " in caught else caught
+            yield Row(cls.__name__, ".".join(path), what, time.monotonic() - began)
+
+
+def cpu() -> Iterator[Row]:
+    """By the identity of load and save, over random states."""
+    with Program("pause; jmp done", "emu").pause().machine as machine:
+        base = machine.cpu.save()
+
+        def identity(spoil: Callable[[Any], Any]) -> str:
+            @settings(max_examples=EXAMPLES, phases=[Phase.generate], database=None, deadline=None, derandomize=True)
+            @given(STATES, HIDDEN)
+            def holds(fields: dict[str, Any], hidden: dict[str, Any]) -> None:
+                wanted = dataclasses.replace(base, **{**fields, **hidden})
+                machine.cpu.load(spoil(wanted))
+                assert machine.cpu.save() == wanted, "what is saved is not what was loaded"
+
+            try:
+                holds()
+            except AssertionError as error:
+                return str(error).splitlines()[0]
+            return MISSED
+
+        assert identity(lambda state: state) == MISSED, "the property itself is wrong"
+        for path in paths(type(base)):
+            began = time.monotonic()
+            yield Row("CPU", ".".join(path), identity(forget(type(base), path)), time.monotonic() - began)
+        machine.cpu.load(base)
+
+
+def main() -> int:
+    rows = []
+    for row in chain(devices(), cpu()):
+        rows.append(row)
+        print(f"{row.part}.{row.field}: {row.caught}, {row.seconds:.2f} s", file=sys.stderr, flush=True)
+    print(
+        "# Scoreboard\n\nMade by `python -m tests.scoreboard`: each field is left out of what is saved, and wakes as in"
+    )
+    print("a fresh machine. Which property finds it, within how many seconds:\n")
+    print("| state | field | found by | seconds |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row.part} | {row.field} | {row.caught} | {row.seconds:.2f} |")
+    missed = [row for row in rows if row.caught == MISSED]
+    print(f"\n{len(rows) - len(missed)} of {len(rows)} fields are found.")
+    return len(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main() > 0)
