@@ -28,11 +28,10 @@ def test_every_field_has_its_row_and_is_found():
     ("device", "field"), [("Pit", "counters.latch"), ("Uart", "scr"), ("Rtc", "index"), ("Pic", "imr")]
 )
 def test_a_row_is_true(device, field):
-    (cls,) = {slot.device for slot in SLOTS if slot.device.__name__ == device}
-    path = tuple(field.split("."))
-    assert path in scoreboard.paths(cls.State)
-    assert scoreboard.seen(device_machine(scoreboard.build(cls), spoil=scoreboard.forget(cls.State, path)))
-    assert scoreboard.seen(device_machine(scoreboard.build(cls))) is None
+    subject, path = scoreboard.SUBJECTS[device], tuple(field.split("."))
+    assert path in scoreboard.paths(subject.device.State)
+    assert scoreboard.seen(device_machine(subject, spoil=scoreboard.forget(subject.device.State, path)))
+    assert scoreboard.seen(device_machine(subject)) is None
 
 
 @pytest.mark.slow

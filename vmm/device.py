@@ -80,12 +80,19 @@ def outside(function: F) -> F:
     return function
 
 
+def invariant(function: F) -> F:
+    """Mark a method `() -> bool` that says what holds of the state: whatever is done, it goes on holding."""
+    function._invariant = True  # type: ignore[attr-defined]
+    return function
+
+
 class Device(Generic[S]):
     """Base of every device model. Subclasses set `State` and take wiring as constructor arguments."""
 
     State: ClassVar[type]
     registers: ClassVar[tuple[Register, ...]] = ()
     outside: ClassVar[tuple[str, ...]] = ()  # names of methods
+    invariants: ClassVar[tuple[str, ...]] = ()
     state: S
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -97,8 +104,8 @@ class Device(Generic[S]):
                 indexed = arguments > (1 if kind == "write" else 0)
                 found[kind, bank, offset, size] = Register(kind, bank, offset, size, name, indexed)
         cls.registers = tuple(found.values())
-        marked = (name for name, member in vars(cls).items() if getattr(member, "_outside", False))
-        cls.outside = tuple(dict.fromkeys((*cls.outside, *marked)))
+        cls.outside = _marked(cls, "_outside", cls.outside)
+        cls.invariants = _marked(cls, "_invariant", cls.invariants)
 
     def __init__(self) -> None:
         self.state = self.State()
@@ -117,3 +124,8 @@ class Device(Generic[S]):
 
     def restored(self) -> None:
         """State was assigned as a whole: drive line levels from it. Raise no edge, change no state."""
+
+
+def _marked(cls: type, mark: str, inherited: tuple[str, ...]) -> tuple[str, ...]:
+    own = (name for name, member in vars(cls).items() if getattr(member, mark, False))
+    return tuple(dict.fromkeys((*inherited, *own)))

@@ -1,16 +1,15 @@
-"""Hypothesis strategies from declarations: values of fields, states, accesses, what comes from outside."""
+"""Hypothesis strategies from declarations: values of fields, states, registers, calls from outside."""
 
 from __future__ import annotations
 
-import inspect
-import typing
-from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
 
 from snapshot import schema
 from vmm.device import Device, Register
+from vmm.testing.actions import Call
+from vmm.testing.subject import Subject
 
 WAITS = st.sampled_from((1, 100, 1000, 10**6, 10**9)) | st.integers(0, 10**15)  # ns
 
@@ -50,8 +49,8 @@ def registers(cls: type[Device[Any]], kind: str) -> st.SearchStrategy[Register]:
     return st.sampled_from([register for register in cls.registers if register.kind == kind])
 
 
-def inputs(method: Callable[..., Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Arguments for a method that is marked as @outside."""
-    hints = typing.get_type_hints(method, include_extras=True)
-    names = list(inspect.signature(method).parameters)[1:]
-    return st.fixed_dictionaries({name: values(schema.type_of(hints[name], name)) for name in names})
+def calls(subject: Subject, method: str) -> st.SearchStrategy[Call]:
+    """Calls of a method that is marked as @outside."""
+    wanted = subject.calls[method]
+    given = st.fixed_dictionaries({name: values(kind) for name, kind in wanted.items()})
+    return given.map(lambda values: Call(method, tuple((n, wanted[n].encode(v, n)) for n, v in values.items())))

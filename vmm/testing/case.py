@@ -1,0 +1,198 @@
+"""One test of one device, as a value: the state it wakes in, and what is done to it. It can be run, made smaller, kept
+in a file and written as a pytest file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import blake3
+
+from snapshot import canon, schema
+from snapshot.errors import SnapshotError
+from snapshot.schema import Json
+from vmm.errors import GuestError
+from vmm.qtest import Command
+from vmm.testing import actions
+from vmm.testing.actions import Action, Wake
+from vmm.testing.subject import Subject
+from vmm.testing.twins import Bounded, Twins
+
+_STATE = re.compile(r"^[\w.]+: ")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`golden` is a device's state as a snapshot holds it, `fields` what stands in it instead; `now` in guest ns."""
+
+    device: str
+    golden: dict[str, Json]
+    now: int
+    fields: dict[str, Json]
+    actions: tuple[Action, ...]
+
+    @functools.cached_property
+    def id(self) -> str:
+        return blake3.blake3(canon.encode(self.to_json())).hexdigest()[:8]
+
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "device": self.device,
+            "golden": self.golden,
+            "now": self.now,
+            "fields": self.fields,
+            "actions": [str(action) for action in self.actions],
+        }
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        """Raises GuestError."""
+        try:
+            found = json.loads(text)
+            listed = tuple(actions.parse(line) for line in found.pop("actions"))
+            case = cls(**found, actions=listed)
+            if type(case.device) is not str or type(case.now) is not int or type(case.golden) is not dict:
+                raise ValueError
+            return replace(case, fields=dict(case.fields))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise GuestError("not a case") from None
+
+    def run(self, *, bounded: bool = True, **how: Any) -> None:
+        """Raises what the device raises, or AssertionError for what does not hold; GuestError when the case is none of
+        this device. A state that is none of its schema must be refused, and then is."""
+        subject = Subject.named(self.device)
+        state = subject.device.State
+        declared = schema.schema_of(state)
+        try:
+            value = schema.decode(declared.name, declared.version, {**self.golden, **self.fields}, state)
+        except SnapshotError:
+            return
+        assert schema.encode(value) == {**self.golden, **self.fields}, "a state is not as it was read"
+        twins = Twins(subject, value, self.now, **how)
+        for action in self.actions:
+            if bounded:
+                with Bounded():
+                    twins.do(action)
+                    twins.check()
+            else:
+                twins.do(action)
+                twins.check()
+
+    def failure(self, **how: Any) -> str | None:
+        """What goes wrong, in words that are the same whenever it goes wrong for the same reason; None when nothing
+        does."""
+        try:
+            self.run(**how)
+        except GuestError:
+            raise
+        except Exception as error:
+            return cause(error)
+        return None
+
+
+def cause(error: BaseException) -> str:
+    """The kind of an error, what it says but for numbers, and where: the innermost function that is not a test's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/vmm/testing/" not in f.filename]
+    where = f" in {frames[-1].name}" if frames else ""
+    said = re.sub(r"0x[0-9a-f]+|\d+|b?'[^']*'", "N", str(error).split("\n")[0])
+    return f"{type(error).__name__}: {said}{where}"
+
+
+def shrink(case: Case, fails: Callable[[Case], bool]) -> Case:
+    """The smallest difference from the golden state and the shortest list of accesses that still fail."""
+    smaller: Case | None = case
+    while smaller is not None:
+        case = smaller
+        smaller = next((other for other in _simpler(case) if fails(other)), None)
+    return case
+
+
+def _simpler(case: Case) -> Iterator[Case]:
+    """Cases with less in them, the boldest first."""
+    count = len(case.actions)
+    size = count
+    while size:
+        for start in range(0, count, size):
+            yield replace(case, actions=case.actions[:start] + case.actions[start + size :])
+        size //= 2
+    for name, value in case.fields.items():
+        rest = {other: kept for other, kept in case.fields.items() if other != name}
+        yield replace(case, fields=rest)
+        for simpler in _towards(case.golden.get(name), value):
+            yield replace(case, fields={**rest, name: simpler})
+    for i, action in enumerate(case.actions):
+        for easier in _easier(action):
+            yield replace(case, actions=(*case.actions[:i], easier, *case.actions[i + 1 :]))
+
+
+def _towards(golden: Json, value: Json) -> Iterator[Json]:
+    """Values nearer to the golden one."""
+    if value == golden:
+        return
+    match value, golden:
+        case dict(), dict() if value.keys() == golden.keys():
+            for key in value:
+                if value[key] != golden[key]:
+                    yield {**value, key: golden[key]}
+                    for nearer in _towards(golden[key], value[key]):
+                        yield {**value, key: nearer}
+        case list(), list() if len(value) == len(golden):
+            for i, (item, old) in enumerate(zip(value, golden, strict=True)):
+                if item != old:
+                    for nearer in (old, *_towards(old, item)):
+                        yield [*value[:i], nearer, *value[i + 1 :]]
+        case list(), _ if value:
+            yield from ([], value[: len(value) // 2], value[:-1])
+        case str(), _ if value:
+            yield from ("", value[: len(value) // 4 * 2], value[:-2], "00" * (len(value) // 2))
+        case int(), _ if not isinstance(value, bool):
+            yield from _numbers(value)
+
+
+def _numbers(value: int) -> Iterator[int]:
+    """Smaller ones, and fewer bits."""
+    yield from (other for other in (0, 1, value // 2, value - 1) if abs(other) < abs(value))
+    if value > 0:
+        yield from (value & ~(1 << bit) for bit in range(value.bit_length()) if value >> bit & 1)
+
+
+def _easier(action: Action) -> Iterator[Action]:
+    match action:
+        case Command(value=int(value)):
+            yield from (replace(action, value=number) for number in _numbers(value))
+        case actions.Call(method, arguments):
+            for i, (name, value) in enumerate(arguments):
+                for simpler in _towards(None, value):
+                    yield actions.Call(method, (*arguments[:i], (name, simpler), *arguments[i + 1 :]))
+        case Wake():
+            return
+
+
+PYTEST = '''"""Found by `anyhyve fuzz`: {cause}"""
+
+from vmm.testing import Case
+
+
+def test_{name}():
+    Case.from_json("""{case}""").run()
+'''
+
+
+def as_pytest(case: Case, why: str) -> str:
+    """A test file that fails as the case does, and needs nothing but this package."""
+    text = json.dumps(case.to_json(), indent=1).replace("\\", "\\\\")
+    name = re.sub(r"\W+", "_", f"{case.device}_{case.id}")
+    return PYTEST.format(cause=why.replace("\\", "\\\\").replace('"', "'"), name=name, case=text)
+
+
+def as_qtest(case: Case, why: str) -> str:
+    """The accesses as QEMU's qtest has them. What it has no words for stands in comments."""
+    lines = [f"# {case.device} {case.id}: {why}"]
+    lines += [f"# state: {name} = {json.dumps(value)}" for name, value in case.fields.items()]
+    lines += [str(action) if isinstance(action, Command) else f"# {action}" for action in case.actions]
+    return "".join(f"{line}\n" for line in lines)

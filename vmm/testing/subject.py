@@ -1,0 +1,115 @@
+"""What is tested: a device, how it is built on a rig, and at which ports its registers lie."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from snapshot import schema
+from snapshot.errors import SnapshotError
+from vmm.board import SLOTS, Slot
+from vmm.device import Device, Register
+from vmm.devices.pic import Pic
+from vmm.errors import GuestError
+from vmm.testing.actions import Call
+from vmm.testing.rig import Build, Rig, wiring
+
+BANK = 0x100  # banks of a device that is on no board are put this far apart
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`ports`: (port, bank) of each bank."""
+
+    name: str
+    device: type[Device[Any]]
+    build: Build
+    ports: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def of(cls, device: type[Device[Any]] | Build) -> Subject:
+        """A class whose constructor says what its wires are, or a function that builds a device from a Rig."""
+        build = wiring(device) if isinstance(device, type) else device
+        made = type(build(Rig()))
+        banks = sorted({register.bank for register in made.registers})
+        name = f"{made.__module__}:{made.__qualname__}"
+        return cls(name, made, build, tuple((i * BANK, bank) for i, bank in enumerate(banks)))
+
+    @classmethod
+    @functools.cache
+    def named(cls, name: str) -> Subject:
+        """A part of the board ("com1"), or somebody's class ("package.module:Class"). Raises GuestError."""
+        if (slot := next((slot for slot in SLOTS if slot.name == name), None)) is not None:
+            return cls(name, slot.device, partial(_build, slot), slot.ports)
+        module, _, attribute = name.partition(":")
+        if not attribute:
+            raise GuestError(f"no device {name!r}: the board has {', '.join(s.name for s in SLOTS)}; or MODULE:CLASS")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise GuestError(f"{name}: {error}") from None
+        if not (isinstance(found, type) and issubclass(found, Device)):
+            raise GuestError(f"{name}: not a Device class")
+        try:
+            return cls.of(found)
+        except TypeError as error:
+            raise GuestError(str(error)) from None
+
+    def port(self, register: Register) -> int:
+        """Where this register is."""
+        return next(port for port, bank in self.ports if bank == register.bank) + register.offset
+
+    @functools.cached_property
+    def calls(self) -> dict[str, dict[str, schema.Type]]:
+        """The @outside methods, with the types of their parameters."""
+        found = {}
+        for method in self.device.outside:
+            function = getattr(self.device, method)
+            hints = typing.get_type_hints(function, include_extras=True)
+            names = list(inspect.signature(function).parameters)[1:]
+            found[method] = {name: schema.type_of(hints[name], f"{method}.{name}") for name in names}
+        return found
+
+    def arguments(self, call: Call) -> dict[str, Any]:
+        """Of a call of an @outside method, decoded. Raises GuestError when the device has no such method, or it takes
+        others."""
+        wanted, given = self.calls.get(call.method), dict(call.arguments)
+        if wanted is None:
+            raise GuestError(f"{self.name} has no method {call.method!r} marked @outside")
+        if wanted.keys() != given.keys():
+            raise GuestError(f"{self.name}: {call.method} takes {', '.join(wanted) or 'nothing'}")
+        try:
+            return {name: kind.decode(given[name], name) for name, kind in wanted.items()}
+        except SnapshotError as error:
+            raise GuestError(f"{self.name}: {call.method}: {error}") from None
+
+
+def _build(slot: Slot, rig: Rig) -> Device[Any]:
+    """As on the board, with its wires ending in a rig."""
+
+    def console(name: str) -> Any:
+        return SimpleNamespace(transmit=rig.sink(name))
+
+    def line(name: str) -> Callable[..., Any]:
+        return lambda which: rig.line(f"{name}{which}")
+
+    board: Any = SimpleNamespace(
+        clock=rig.clock,
+        pics=SimpleNamespace(
+            line=line("irq"), master=Pic(rig.line("intr")), slave=Pic(rig.line("intr"), master=False)
+        ),
+        serial=console,
+        debug=console("debug"),
+        posting=line("posting "),
+        a20=line("a20 "),
+        request_reset=rig.sink("reset"),
+        request_exit=rig.sink("exit"),
+    )  # fmt: skip
+    return slot.build(board)

@@ -1,0 +1,164 @@
+"""A device and the twin woken from its snapshot: whatever is done is done to both, and these must hold:
+
+* nothing raises, an answer fits its width, and an access does a bounded amount of work;
+* the twin cannot be told from the original: same answers, same lines, same acts on the outside, same state;
+* saving changes nothing; `restored()` changes no state, acts on nothing, and drives the lines as they were;
+* the state stays within its schema, and a deadline that has been served does not lie in the past;
+* what the device declares as @invariant goes on holding, once it has held.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from snapshot import schema
+from vmm.bus import Bus
+from vmm.qtest import Command
+from vmm.testing.actions import Action, Call, Wake
+from vmm.testing.rig import Rig
+from vmm.testing.subject import Subject
+
+_MAX_EXPIRIES = 64
+MAX_LINES = 20_000  # of Python that one access may run
+LAST_NS = 1 << 55  # guest time fits 56 bits, and a device may look as far ahead again
+
+
+class Twins:
+    """`spoil` changes what the twin wakes with: a planted fault, to see whether it is found. Without `same_state` only
+    what can be seen from outside is compared. Every method raises AssertionError, naming what does not hold."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        state: Any,
+        now: int,
+        *,
+        spoil: Callable[[Any], Any] = lambda state: state,
+        same_state: bool = True,
+    ) -> None:
+        self._spoil, self._same_state = spoil, same_state
+        self.first = _Twin(subject, now, state)
+        self.twin: _Twin | None = None
+        self._kept = [name for name in subject.device.invariants if getattr(self.first.device, name)()]
+
+    def do(self, action: Action) -> Any:
+        """Returns what a read or a call answered."""
+        match action:
+            case Wake():
+                self.twin = self.first.wake(self._spoil)
+            case Command(op, value=value) if op.startswith("clock"):
+                now = self.first.rig.now
+                if op == "clock_step":
+                    value = (self.first.device.deadline() or now) if value is None else now + value
+                self._move_to(value or 0)
+            case _:
+                return self._both(action)
+        return None
+
+    def check(self) -> None:
+        """What holds at any time."""
+        first, twin = self.first, self.twin
+        first.expire()
+        schema.encode(first.device.state)  # what is done to it stays within the schema
+        for name in self._kept:
+            assert getattr(first.device, name)(), f"{name} holds no more"
+        if twin is None:
+            return
+        twin.expire()
+        schema.encode(twin.device.state)
+        assert not self._same_state or twin.device.state == first.device.state, "the twin is in another state"
+        assert twin.rig.events == first.rig.events, "the twin acts differently on the outside"
+        for line in first.rig.lines.keys() & twin.rig.lines.keys():
+            assert first.rig.lines[line] == twin.rig.lines[line], f"line {line} of the twin differs"
+
+    def _both(self, action: Command | Call) -> Any:
+        answer = self.first.play(action)
+        if self.twin is not None:
+            other = self.twin.play(action)
+            assert answer == other, f"the twin answers {other!r}, not {answer!r}"
+        return answer
+
+    def _move_to(self, now: int) -> None:
+        for twin in (self.first, self.twin):
+            if twin is not None:
+                twin.rig.now = max(twin.rig.now, min(now, LAST_NS))
+
+
+class _Twin:
+    """One device on a bus of its own, woken in `state`."""
+
+    def __init__(self, subject: Subject, now: int, state: Any) -> None:
+        self.subject, self.rig = subject, Rig(now=now)
+        self.device = subject.build(self.rig)
+        self.bus = Bus()
+        for port, bank in subject.ports:
+            self.bus.claim_ports(self.device, port, bank)
+        self.device.state = copy.deepcopy(state)
+        self.device.restored()
+        self.acted = bool(self.rig.events)
+        self.rig.events.clear()
+
+    def wake(self, spoil: Callable[[Any], Any]) -> _Twin:
+        """Another, from what a snapshot would hold of this one."""
+        state = self.device.state
+        kept, declared = copy.deepcopy(state), schema.schema_of(type(state))
+        saved = schema.encode(state)
+        assert self.device.state == kept, "saving changed the state"
+        woken = spoil(schema.decode(declared.name, declared.version, saved, type(state)))
+        before = schema.encode(woken)
+        made = _Twin(self.subject, self.rig.now, woken)
+        assert schema.encode(made.device.state) == before, "restored() changed the state"
+        assert not made.acted, "restored() acted on the outside"
+        for line, level in made.rig.lines.items():
+            assert self.rig.lines.get(line, level) == level, f"line {line} differs after the restore"
+        self.rig.events.clear()
+        return made
+
+    def play(self, action: Command | Call) -> Any:
+        answer = None
+        match action:
+            case Command("in", size, address):
+                answer = self.bus.port_in(address, size)
+                assert 0 <= answer < 1 << 8 * size, f"a read of {size} bytes answered {answer:#x}"
+            case Command("out", size, address, value):
+                self.bus.port_out(address, size, value or 0)
+            case Call(method):
+                answer = getattr(self.device, method)(**self.subject.arguments(action))
+            case _:
+                raise AssertionError(f"a device on ports only: {action}")
+        self.expire()
+        return answer
+
+    def expire(self) -> None:
+        """As the board does."""
+        for _ in range(_MAX_EXPIRIES):
+            deadline = self.device.deadline()
+            if deadline is None or deadline > self.rig.now:
+                return
+            self.device.expire()
+        raise AssertionError("the deadline stays in the past")
+
+
+class Bounded:
+    """Context manager. Raises AssertionError when more than so many lines of Python run in it: an access of a guest's
+    does a bounded amount of work, whatever the state and however much time has passed."""
+
+    def __init__(self, most: int = MAX_LINES) -> None:
+        self._left = most
+
+    def __enter__(self) -> None:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise AssertionError("an access does not come to an end")
+        return self._trace
