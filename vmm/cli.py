@@ -32,6 +32,7 @@ from vmm.terminal import Terminal
 _ELSEWHERE = {  # command: module, attribute; imported when asked for: a boot of two seconds should not wait for them
     "attach": ("vmm.control.cli", "attach"),
     "ctl": ("vmm.control.cli", "ctl"),
+    "fuzz": ("vmm.fuzz_cli", "fuzz"),
     "list": ("vmm.control.cli", "list_machines"),
     "lockstep": ("vmm.lockstep_cli", "lockstep"),
     "replay": ("vmm.replay_cli", "replay"),

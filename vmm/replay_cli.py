@@ -1,4 +1,4 @@
-"""`anyhyve replay`: accesses to devices from a file, here and on another machine."""
+"""`anyhyve replay`: a find of `anyhyve fuzz`, or accesses to devices from a file; here and on another machine."""
 
 from __future__ import annotations
 
@@ -9,31 +9,69 @@ from pathlib import Path
 import click
 
 from vmm import qtest
-from vmm.errors import GuestError
+from vmm.errors import BackendError, GuestError
+from vmm.fuzz_cli import FOLDER
 
 
 @click.command()
-@click.option(
-    "--qtest", "file", required=True, type=click.Path(path_type=Path), help="Commands, as QEMU's qtest has them."
-)
+@click.argument("id", required=False)
+@click.option("--in", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True,
+              help="Where `fuzz` kept it.")  # fmt: skip
+@click.option("--qtest", "file", type=click.Path(path_type=Path), help="Commands, as QEMU's qtest has them.")
 @click.option("--against", type=click.Choice(["qemu"]), help="Play them there too, and find the first difference.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def replay(file: Path, against: str | None, as_json: bool) -> None:
-    """Play accesses to the board's devices, and print what the reads answer. Exit status 1 when the other machine
-    answers otherwise."""
+def replay(id: str | None, folder: Path, file: Path | None, against: str | None, as_json: bool) -> None:
+    """Play a find again, by its ID: exit status 1 when it still fails. Or play the accesses in a file to the board's
+    devices, and print what the reads answer: exit status 1 when the other machine answers otherwise."""
+    if (id is None) == (file is None):
+        raise click.UsageError("give an ID, or --qtest FILE")
+    if file is None:
+        if against:
+            raise click.UsageError("--against compares accesses: give the find's own --qtest FILE")
+        _find(folder, str(id), as_json)
+        return
     try:
         commands = [command for _, command in qtest.parse(file.read_text())]
     except UnicodeDecodeError:
         raise GuestError(f"{file}: not text") from None
     if against is None:
-        board = qtest.OurBoard()
-        answers = [(command, answer) for command in commands if (answer := board.play(command)) is not None]
-        if as_json:
-            click.echo(json.dumps([[str(command), answer] for command, answer in answers]))
-            return
-        for command, answer in answers:
-            click.echo(f"{command}: {answer:#x}")
+        _here(commands, as_json)
+    else:
+        _there(commands, as_json)
+
+
+def _find(folder: Path, id: str, as_json: bool) -> None:
+    try:
+        from vmm.testing import fuzz
+    except ImportError as error:
+        raise BackendError(f"{error.name} is not installed: pip install 'anyhyve[test]'") from None
+    if (path := fuzz.find(folder, id)) is None:
+        raise GuestError(f"no find {id} in {folder}")
+    sys.path.insert(0, "")  # for MODULE:CLASS
+    case = fuzz.load(path)
+    why = case.failure()
+    if as_json:
+        click.echo(json.dumps({**case.to_json(), "cause": why}))
+    else:
+        for name, value in case.fields.items():
+            click.echo(f"{case.device}.{name} = {json.dumps(value)}, not {json.dumps(case.golden.get(name))}")
+        for action in case.actions:
+            click.echo(str(action))
+        click.echo(f"{case.device}: {why or 'fails no more'}")
+    sys.exit(0 if why is None else 1)
+
+
+def _here(commands: list[qtest.Command], as_json: bool) -> None:
+    board = qtest.OurBoard()
+    answers = [(command, answer) for command in commands if (answer := board.play(command)) is not None]
+    if as_json:
+        click.echo(json.dumps([[str(command), answer] for command, answer in answers]))
         return
+    for command, answer in answers:
+        click.echo(f"{command}: {answer:#x}")
+
+
+def _there(commands: list[qtest.Command], as_json: bool) -> None:
     with qtest.Qemu() as qemu:
         found = qtest.compare(commands, qtest.OurBoard(), qemu)
     if as_json:

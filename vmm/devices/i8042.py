@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 from snapshot.schema import MaxSize, Range, Size, state, u5, u8
-from vmm.device import Device, Line, outside, reads, writes
+from vmm.device import Device, Line, invariant, outside, reads, writes
 from vmm.devices.ps2 import (
     BREAK,
     SET_2_TO_1,
@@ -97,6 +97,11 @@ class I8042(Device[I8042State]):
         """Host input: right, up, the buttons that are down (left, right, middle, 4, 5), wheel towards the user."""
         mouse_move(self.state.mouse, dx, dy, buttons, wheel)
         self._fill()
+
+    @invariant
+    def what_can_be_read_does_not_wait(self) -> bool:
+        """The controller's own byte waits only while the output buffer is full."""
+        return self.state.reply is None or self.state.output_full
 
     def restored(self) -> None:
         self._a20(self.state.a20)

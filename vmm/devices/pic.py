@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from snapshot.schema import OneOf, state, u3, u5, u8
-from vmm.device import Device, Line, outside, reads, writes
+from vmm.device import Device, Line, invariant, outside, reads, writes
 
 CASCADE = 2  # the master's input that the slave drives
 
@@ -69,6 +69,11 @@ class Pic(Device[PicState]):
             s.lines &= ~bit
             s.irr &= ~bit
             self._drive()
+
+    @invariant
+    def a_request_is_of_a_line_that_is_high(self) -> bool:
+        """An edge is forgotten when its line falls."""
+        return not self.state.irr & ~self.state.lines
 
     def pending(self) -> bool:
         """The INT pin's level."""

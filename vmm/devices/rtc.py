@@ -18,7 +18,7 @@ from datetime import date
 from typing import Annotated
 
 from snapshot.schema import Size, i64, state, u7, u64
-from vmm.device import Clock, Device, Line, reads, writes
+from vmm.device import Clock, Device, Line, invariant, reads, writes
 
 SECOND = 10**9
 CRYSTAL_HZ = 32_768
@@ -204,6 +204,10 @@ class Rtc(Device[RtcState]):
             if enabled & ALARMED and (seconds := _Calendar(bytearray(s.ram)).until_alarm()) is not None:
                 due.append(s.second_ns + seconds * SECOND)
         return max(0, min(due)) if due else None
+
+    @invariant
+    def nothing_is_worked_out_ahead_of_time(self) -> bool:
+        return self.state.settled_ns <= self._clock.now_ns()
 
     def expire(self) -> None:
         self._settle(self._clock.now_ns())

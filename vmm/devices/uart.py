@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 from snapshot.schema import MaxSize, state, u2, u4, u5, u8, u16
-from vmm.device import Device, Line, outside, reads, writes
+from vmm.device import Device, Line, invariant, outside, reads, writes
 
 FIFO = 16
 TRIGGER = (1, 4, 8, 14)
@@ -72,6 +72,11 @@ class Uart(Device[UartState]):
         self._refill()
         self._drive()
         return taken
+
+    @invariant
+    def one_byte_without_a_fifo(self) -> bool:
+        """The receiver buffer holds one character (datasheet, 8.4)."""
+        return self.state.fifo or len(self.state.received) <= 1
 
     # --- registers
 

@@ -8,6 +8,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,13 +76,9 @@ class Case:
         assert schema.encode(value) == {**self.golden, **self.fields}, "a state is not as it was read"
         twins = Twins(subject, value, self.now, **how)
         for action in self.actions:
-            if bounded:
-                with Bounded():
-                    twins.do(action)
-                    twins.check()
-            else:
+            with Bounded() if bounded else nullcontext():
                 twins.do(action)
-                twins.check()
+        twins.check()
 
     def failure(self, **how: Any) -> str | None:
         """What goes wrong, in words that are the same whenever it goes wrong for the same reason; None when nothing
@@ -147,16 +144,23 @@ def _towards(golden: Json, value: Json) -> Iterator[Json]:
                     for nearer in (old, *_towards(old, item)):
                         yield [*value[:i], nearer, *value[i + 1 :]]
         case list(), _ if value:
-            yield from ([], value[: len(value) // 2], value[:-1])
+            yield from (value[:size] for size in _sizes(len(value)))
         case str(), _ if value:
-            yield from ("", value[: len(value) // 4 * 2], value[:-2], "00" * (len(value) // 2))
+            yield from (value[: 2 * size] for size in _sizes(len(value) // 2))
+            if value.strip("0"):
+                yield "0" * len(value)
         case int(), _ if not isinstance(value, bool):
             yield from _numbers(value)
 
 
+def _sizes(size: int) -> Iterator[int]:
+    """Smaller ones: nothing, half, three quarters ... one less."""
+    yield from ((size - (size >> shift)) for shift in range(size.bit_length()) if size)
+
+
 def _numbers(value: int) -> Iterator[int]:
     """Smaller ones, and fewer bits."""
-    yield from (other for other in (0, 1, value // 2, value - 1) if abs(other) < abs(value))
+    yield from (size if value > 0 else -size for size in _sizes(abs(value)))
     if value > 0:
         yield from (value & ~(1 << bit) for bit in range(value.bit_length()) if value >> bit & 1)
 

@@ -77,6 +77,13 @@ def _action(subject: Subject, c: Choices) -> Action:
     return Command("clock_step", value=c.below(most + 1) if most else None)
 
 
+def _written(subject: Subject, c: Choices, size: int) -> int:
+    """Half of them numbers that stand in the device's code."""
+    if subject.constants and c.below(2):
+        return c.one_of(subject.constants) & (1 << 8 * size) - 1
+    return c.below(1 << 8 * size)
+
+
 def value(c: Choices, kind: schema.Type) -> Json:
     """Any that the type allows, in its encoded form."""
     match kind:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
 from snapshot import schema
@@ -68,14 +69,37 @@ class Subject:
 
     @functools.cached_property
     def calls(self) -> dict[str, dict[str, schema.Type]]:
-        """The @outside methods, with the types of their parameters."""
-        found = {}
+        """The @outside methods, with the types of their parameters; and RESET#, which every device has."""
+        found: dict[str, dict[str, schema.Type]] = {"reset": {}}
         for method in self.device.outside:
             function = getattr(self.device, method)
             hints = typing.get_type_hints(function, include_extras=True)
             names = list(inspect.signature(function).parameters)[1:]
             found[method] = {name: schema.type_of(hints[name], f"{method}.{name}") for name in names}
         return found
+
+    @functools.cached_property
+    def modules(self) -> tuple[ModuleType, ...]:
+        """Those the device is made of: those of its classes, and what they take from their own packages."""
+        found: dict[str, None] = {}
+        for base in self.device.__mro__[: self.device.__mro__.index(Device)]:
+            package = base.__module__.rpartition(".")[0]
+            near = {str(getattr(value, "__module__", "")) for value in vars(sys.modules[base.__module__]).values()}
+            found[base.__module__] = None
+            found |= dict.fromkeys(sorted(name for name in near if package and name.rpartition(".")[0] == package))
+        return tuple(sys.modules[name] for name in found)
+
+    @functools.cached_property
+    def constants(self) -> tuple[int, ...]:
+        """The numbers its code compares with and computes with: commands, masks, limits."""
+        found: set[int] = set()
+        for module in self.modules:
+            found |= {value for value in vars(module).values() if type(value) is int and value >= 0}
+            for value in vars(module).values():
+                if isinstance(value, type) and value.__module__ == module.__name__:
+                    for member in vars(value).values():
+                        found.update(_constants(member.__code__) if inspect.isfunction(member) else ())
+        return tuple(sorted(found))
 
     def arguments(self, call: Call) -> dict[str, Any]:
         """Of a call of an @outside method, decoded. Raises GuestError when the device has no such method, or it takes
@@ -89,6 +113,14 @@ class Subject:
             return {name: kind.decode(given[name], name) for name, kind in wanted.items()}
         except SnapshotError as error:
             raise GuestError(f"{self.name}: {call.method}: {error}") from None
+
+
+def _constants(code: CodeType) -> Iterator[int]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _constants(constant)
+        elif type(constant) is int and constant >= 0:
+            yield constant
 
 
 def _build(slot: Slot, rig: Rig) -> Device[Any]:

@@ -1,0 +1,151 @@
+"""`anyhyve fuzz`: what devices do in any state and at any access."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from snapshot.chain import Chain
+from snapshot.reader import decode_part
+from snapshot.schema import encode, schema_of
+from vmm.board import SLOTS
+from vmm.clock import ClockState, GuestClock
+from vmm.config import MachineConfig
+from vmm.errors import BackendError
+
+FOLDER = Path("anyhyve-fuzz")
+
+
+@click.command()
+@click.argument("devices", nargs=-1, required=True, metavar="DEVICE...|all")
+@click.option("--from", "snapshot", type=click.Path(path_type=Path), help="Begin with the states in this snapshot "
+              "(else with those after power-on).")  # fmt: skip
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Of work per device.")
+@click.option("--jobs", type=click.IntRange(1, 1024), help="Processes (default: one for each CPU).")
+@click.option("--dask", "scheduler", help="Address of a Dask scheduler, whose workers do it.")
+@click.option("--in", "folder", type=click.Path(path_type=Path, file_okay=False), default=FOLDER, show_default=True,
+              help="Where corpus and findings are kept.")  # fmt: skip
+@click.option("--seed", default="0", help="Other draws.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def fuzz(
+    devices: tuple[str, ...],
+    snapshot: Path | None,
+    seconds: float,
+    jobs: int | None,
+    scheduler: str | None,
+    folder: Path,
+    seed: str,
+    as_json: bool,
+) -> None:
+    """Fuzz devices: parts of the board (com1, rtc, ...; all), or Device classes of yours as MODULE:CLASS.
+
+    Fields of a device's saved state are changed, and whatever a guest can do is done to it. Each find is made as small
+    as it gets, and kept as a case to replay, a pytest file and qtest text. Exit status 1 when there are finds. Ctrl-C
+    ends it early, and leaves what it has."""
+    try:
+        from vmm.testing import fuzz as engine
+    except ImportError as error:
+        raise BackendError(f"{error.name} is not installed: pip install 'anyhyve[test]'") from None
+    sys.path.insert(0, os.getcwd())  # for MODULE:CLASS
+    names = [slot.name for slot in SLOTS] if devices == ("all",) else list(dict.fromkeys(devices))
+    starts = _starts(names, snapshot)
+    try:
+        with _workers(scheduler, jobs) as (executor, count), _progress(as_json) as show:
+            report = engine.campaign(
+                starts, executor, jobs=count, seconds=seconds, folder=folder, seed=seed, progress=show
+            )
+    except OSError as error:
+        raise BackendError(f"{error.filename or folder}: {error.strerror}") from None
+    where = "" if folder == FOLDER else f" --in {folder}"
+    if as_json:
+        finds = [{"id": i, "device": case.device, "cause": why} for i, (why, case) in report.finds.items()]
+        click.echo(json.dumps({
+            "executions": report.executions, "actions": report.actions, "per_second": round(report.per_second, 1),
+            "lines": {name: len(lines) for name, lines in report.lines.items()}, "finds": finds,
+            "fixed": report.fixed,
+        }))  # fmt: skip
+    else:
+        click.echo(f"{_said(report)} of {len(starts)} devices")
+        for i in report.fixed:
+            click.echo(f"{i} fails no more")
+        for i, (why, case) in report.finds.items():
+            click.echo(f"{case.device}: {why}\n  anyhyve replay {i}{where}")
+    sys.exit(1 if report.finds else 0)
+
+
+def _starts(names: list[str], snapshot: Path | None) -> list[Any]:
+    """Each device's state in the snapshot: by its part's name, for somebody's class by the state's."""
+    from vmm.testing.fuzz import Start
+    from vmm.testing.subject import Subject
+
+    subjects = [Subject.named(name) for name in names]
+    parts, now = {}, 0
+    if snapshot is not None:
+        with Chain(snapshot) as chain:
+            parts = dict(chain.parts)
+            clock = GuestClock(decode_part(parts["config"], MachineConfig).tsc_khz)
+            clock.load(decode_part(parts["clock"], ClockState))
+            now = clock.now_ns()
+    starts = []
+    for subject in subjects:
+        wanted = subject.device.State
+        part = parts.get(subject.name) or next(
+            (part for part in parts.values() if part.schema["name"] == schema_of(wanted).name), None
+        )
+        state = wanted() if part is None else decode_part(part, wanted)
+        starts.append(Start(subject.name, encode(state), now))
+    return starts
+
+
+@contextmanager
+def _workers(scheduler: str | None, jobs: int | None) -> Iterator[tuple[Executor, int]]:
+    """Processes here, or somebody's Dask."""
+    if scheduler is None:
+        count = jobs or os.cpu_count() or 1
+        with ProcessPoolExecutor(count, initializer=_leave_interrupts) as pool:
+            yield pool, count
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise BackendError("Dask is not installed: pip install 'anyhyve[dask]'") from None
+    try:
+        client = Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise BackendError(f"no Dask scheduler at {scheduler}: {error}") from None
+    with client:
+        yield client.get_executor(), jobs or max(1, sum(client.nthreads().values()))
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is for the process that gathers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("fuzzing")
+
+        def show(report: Any) -> None:
+            bar.update(task, description=f"{_said(report)}, {len(report.finds)} finds")
+
+        yield show
+
+
+def _said(report: Any) -> str:
+    cases, rate = sum(report.executions.values()), report.per_second
+    return f"{cases:,} cases, {report.actions:,} actions, {rate:,.0f} cases/s and process, {report.covered} lines"

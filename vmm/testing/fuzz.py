@@ -1,0 +1,354 @@
+"""Fuzzing of devices: cases out of bytes, those that reach new lines kept and changed further.
+
+`explore` is one slice of work, of one device for some seconds, and needs nothing but its Task: it runs in this process,
+in a pool of them, or on another computer. `campaign` hands out slices to any concurrent.futures executor, gathers what
+they bring, and keeps it in a folder: what reached what, and what was found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import blake3
+
+from snapshot.schema import Json
+from vmm.errors import GuestError
+from vmm.testing import draw
+from vmm.testing.case import Case, as_pytest, as_qtest, cause, shrink
+from vmm.testing.subject import Subject
+
+Line = tuple[str, int]  # of a device's code: file name, line number
+SLICE_S = 2.0
+_HANG_S = 5
+_SHRINK_S = 30
+_SIZES = (16, 64, 200, 400)  # bytes of a new input
+_MOST = 1000  # bytes of one that grew
+_EXACT = 16  # every so many-th case with its lines counted
+_HOSTILE = 8  # every so many-th slice is of states no schema allows
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is fuzzed, and from where: a device's state in a snapshot, and the guest time there."""
+
+    device: str
+    golden: dict[str, Json]
+    now: int
+
+
+@dataclass(frozen=True)
+class Task:
+    start: Start
+    hostile: bool
+    seed: str
+    seconds: float
+    corpus: tuple[bytes, ...]
+    known: frozenset[str]  # causes that are not worth finding again
+
+
+@dataclass
+class Result:
+    device: str
+    executions: int = 0
+    actions: int = 0
+    seconds: float = 0.0
+    reached: dict[bytes, frozenset[Line]] = field(default_factory=dict)  # inputs, and what each was the first to reach
+    finds: dict[str, Case] = field(default_factory=dict)  # by cause
+
+
+def explore(task: Task) -> Result:
+    """Fuzz one device for a while."""
+    subject, draws = Subject.named(task.start.device), random.Random(task.seed)
+    result, coverage = Result(task.start.device), _Coverage(subject)
+    pool, began = list(task.corpus), time.monotonic()
+    for data in itertools.chain(task.corpus, _inputs(draws, pool)):
+        if (elapsed := time.monotonic() - began) > task.seconds:
+            break
+        case = draw.case(subject, task.start.golden, task.start.now, data, hostile=task.hostile)
+        result.executions += 1
+        result.actions += len(case.actions)
+        why = _failure(case, coverage, exact=result.executions % _EXACT == 0)
+        if why is not None and why not in task.known and why not in result.finds:
+            result.finds[why] = _smallest(case, why)
+        if found := coverage.take():
+            if data not in task.corpus:
+                pool.append(data)
+            result.reached[data] = found
+    result.seconds = elapsed
+    return result
+
+
+def _inputs(draws: random.Random, pool: list[bytes]) -> Iterator[bytes]:
+    """New ones, and changed ones of those that reached something."""
+    while True:
+        data = draws.randbytes(draws.choice(_SIZES))
+        if pool and draws.random() < 0.6:
+            kept = bytearray(draws.choice(pool))
+            at = draws.randrange(len(kept) + 1)
+            match draws.randrange(4):
+                case 0:
+                    kept[at:] = data
+                case 1:
+                    kept[at : at + 8] = data[:8]
+                case 2:
+                    kept[at:] = draws.choice(pool)[at:]
+                case _:
+                    kept += data
+            data = bytes(kept[:_MOST])
+        yield data
+
+
+def _failure(case: Case, coverage: _Coverage, *, exact: bool) -> str | None:
+    with _alarm():
+        if exact:
+            return case.failure()
+        try:
+            with coverage:
+                return case.failure(bounded=False)
+        except _Hangs as error:
+            return cause(error)
+
+
+def _smallest(case: Case, why: str) -> Case:
+    """As small as it gets within a while."""
+    until = time.monotonic() + _SHRINK_S
+
+    def fails(other: Case) -> bool:
+        if time.monotonic() > until:
+            return False
+        return other.failure() == why
+
+    return shrink(case, fails) if fails(case) else case
+
+
+class _Hangs(AssertionError):
+    pass
+
+
+@contextmanager
+def _alarm() -> Iterator[None]:
+    """What does not come to an end by itself. Where there are no signals (a thread of somebody's pool) only the counted
+    cases end."""
+
+    def ring(*_: object) -> None:
+        raise _Hangs("an access does not come to an end")
+
+    try:
+        before = signal.signal(signal.SIGALRM, ring)
+    except ValueError:
+        yield
+        return
+    signal.alarm(_HANG_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _Coverage:
+    """Which lines of the device's own modules ran, by the interpreter's tracing. Code whose lines were all seen is
+    traced no more, so that it costs less the longer it runs."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._files = {module.__file__ for module in subject.modules}
+        self._missing: dict[CodeType, set[int]] = {}
+        self._new: set[Line] = set()
+
+    def take(self) -> frozenset[Line]:
+        """What is new since the last time."""
+        found, self._new = frozenset(self._new), set()
+        return found
+
+    def __enter__(self) -> None:
+        self._before = sys.gettrace()
+        sys.settrace(self._call)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
+        code = frame.f_code
+        missing = self._missing.get(code)
+        if missing is None:
+            ours = code.co_filename in self._files
+            missing = {line for _, _, line in code.co_lines() if line} - {code.co_firstlineno} if ours else set()
+            self._missing[code] = missing
+        return self._line if missing else None
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        missing, line = self._missing[frame.f_code], frame.f_lineno
+        if line in missing:
+            missing.discard(line)
+            self._new.add((os.path.basename(frame.f_code.co_filename), line))
+        return self._line
+
+
+@dataclass
+class Report:
+    """What a campaign did, so far."""
+
+    executions: dict[str, int] = field(default_factory=dict)
+    actions: int = 0
+    seconds: float = 0.0  # of work, all processes together
+    lines: dict[str, set[Line]] = field(default_factory=dict)
+    finds: dict[str, tuple[str, Case]] = field(default_factory=dict)  # cause and case by id
+    fixed: list[str] = field(default_factory=list)  # ids of older finds that fail no more
+
+    @property
+    def per_second(self) -> float:
+        """Cases, of one process."""
+        return sum(self.executions.values()) / self.seconds if self.seconds else 0.0
+
+    @property
+    def covered(self) -> int:
+        return len(set().union(*self.lines.values())) if self.lines else 0
+
+
+def campaign(
+    starts: list[Start],
+    executor: Executor,
+    *,
+    jobs: int,
+    seconds: float,
+    folder: Path,
+    seed: object = 0,
+    progress: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """`seconds` of work for each device, `jobs` slices at a time. KeyboardInterrupt ends it early; what was gathered is
+    in the folder in any case. Raises GuestError for a folder that holds something else."""
+    kept = {start.device: Corpus(folder / start.device.replace(":", ".")) for start in starts}
+    report, pending = Report(), set[Future[Result]]()
+    for case in findings(folder):
+        if case.device in kept and (why := case.failure()) is not None:
+            report.finds[case.id] = why, case
+        elif case.device in kept:
+            report.fixed.append(case.id)
+    tasks = _slices(starts, kept, seconds, seed, report)
+    try:
+        for first in itertools.islice(tasks, jobs):
+            pending.add(executor.submit(explore, first))
+        while pending:
+            done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                _gather(future.result(), kept, report, folder)
+                if (task := next(tasks, None)) is not None:
+                    pending.add(executor.submit(explore, task))
+            progress(report)
+    except KeyboardInterrupt:
+        for future in pending:
+            future.cancel()
+    finally:
+        for corpus in kept.values():
+            corpus.minimise()
+    return report
+
+
+def _slices(
+    starts: list[Start], kept: dict[str, Corpus], seconds: float, seed: object, report: Report
+) -> Iterator[Task]:
+    """Each device in its turn, until each had its time."""
+    rounds = max(1, round(seconds / SLICE_S))
+    for n in range(rounds):
+        for start in starts:
+            yield Task(
+                start,
+                hostile=n % _HOSTILE == _HOSTILE - 1,
+                seed=f"{seed} {start.device} {n}",
+                seconds=min(SLICE_S, seconds),
+                corpus=tuple(kept[start.device].reached),
+                known=frozenset(why for why, case in report.finds.values() if case.device == start.device),
+            )
+
+
+def _gather(result: Result, kept: dict[str, Corpus], report: Report, folder: Path) -> None:
+    report.executions[result.device] = report.executions.get(result.device, 0) + result.executions
+    report.actions += result.actions
+    report.seconds += result.seconds
+    lines = report.lines.setdefault(result.device, set())
+    for data, reached in result.reached.items():
+        kept[result.device].add(data, reached)
+        lines |= reached
+    known = {why for why, case in report.finds.values() if case.device == result.device}
+    for why, case in result.finds.items():
+        if why not in known:
+            report.finds[case.id] = why, case
+            keep(folder, case, why)
+
+
+class Corpus:
+    """Inputs that reached something, one file each, named by what is in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.reached: dict[bytes, set[Line]] = {
+            path.read_bytes()[:_MOST]: set() for path in sorted(folder.iterdir()) if path.is_file()
+        }
+        self._seen: set[Line] = set()
+
+    def add(self, data: bytes, lines: Iterable[Line]) -> None:
+        new = set(lines)
+        if data in self.reached:
+            self.reached[data] |= new
+        elif new - self._seen:
+            self.reached[data] = new
+            self._path(data).write_bytes(data)
+        self._seen |= new
+
+    def minimise(self) -> None:
+        """Give up those that reach nothing another does not: the ones that reach most stay."""
+        seen: set[Line] = set()
+        for data, lines in sorted(self.reached.items(), key=lambda item: (-len(item[1]), len(item[0]))):
+            if lines and not lines - seen:
+                self._path(data).unlink(missing_ok=True)
+                del self.reached[data]
+            seen |= lines
+
+    def _path(self, data: bytes) -> Path:
+        return self._folder / blake3.blake3(data).hexdigest()[:16]
+
+
+FINDINGS = "findings"
+
+
+def keep(folder: Path, case: Case, why: str) -> None:
+    """A find, as three files: to be replayed, as a pytest file, as qtest text."""
+    place = folder / FINDINGS
+    place.mkdir(parents=True, exist_ok=True)
+    (place / f"{case.id}.json").write_text(json.dumps(case.to_json(), indent=1) + "\n")
+    (place / f"test_{case.id}.py").write_text(as_pytest(case, why))
+    (place / f"{case.id}.qtest").write_text(as_qtest(case, why))
+
+
+def findings(folder: Path) -> Iterator[Case]:
+    """Those in the folder."""
+    for path in sorted((folder / FINDINGS).glob("*.json")):
+        yield load(path)
+
+
+def find(folder: Path, id: str) -> Path | None:
+    """The file of a find, by its id or the beginning of that."""
+    found = [path for path in (folder / FINDINGS).glob("*.json") if path.stem.startswith(id)]
+    return found[0] if len(found) == 1 else None
+
+
+def load(path: Path) -> Case:
+    """Raises GuestError when the file holds no case."""
+    try:
+        return Case.from_json(path.read_text())
+    except (UnicodeDecodeError, GuestError):
+        raise GuestError(f"{path}: not a finding of `anyhyve fuzz`") from None
