@@ -27,7 +27,7 @@ import blake3
 from snapshot.schema import Json
 from vmm.errors import GuestError
 from vmm.testing import draw
-from vmm.testing.case import Case, as_pytest, as_qtest, cause, shrink
+from vmm.testing.case import Case, as_pytest, as_qtest, shrink
 from vmm.testing.subject import Subject
 
 Line = tuple[str, int]  # of a device's code: file name, line number
@@ -112,14 +112,10 @@ def _inputs(draws: random.Random, pool: list[bytes]) -> Iterator[bytes]:
 
 
 def _failure(case: Case, coverage: _Coverage, *, exact: bool) -> str | None:
-    with _alarm():
-        if exact:
-            return case.failure()
-        try:
-            with coverage:
-                return case.failure(bounded=False)
-        except _Hangs as error:
-            return cause(error)
+    if exact:
+        return case.failure()
+    with _alarm(), coverage:
+        return case.failure(bounded=False)
 
 
 def _smallest(case: Case, why: str) -> Case:
@@ -134,17 +130,13 @@ def _smallest(case: Case, why: str) -> Case:
     return shrink(case, fails) if fails(case) else case
 
 
-class _Hangs(AssertionError):
-    pass
-
-
 @contextmanager
 def _alarm() -> Iterator[None]:
     """What does not come to an end by itself. Where there are no signals (a thread of somebody's pool) only the counted
     cases end."""
 
     def ring(*_: object) -> None:
-        raise _Hangs("an access does not come to an end")
+        raise AssertionError("an access does not come to an end")
 
     try:
         before = signal.signal(signal.SIGALRM, ring)

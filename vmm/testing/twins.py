@@ -132,7 +132,8 @@ class _Twin:
             case Command("out", size, address, value):
                 self.bus.port_out(address, size, value or 0)
             case Call(method):
-                answer = getattr(self.device, method)(**self.subject.arguments(action))
+                arguments = self.subject.arguments(action)
+                answer = getattr(self.device, method)(**arguments)
             case _:
                 raise AssertionError(f"a device on ports only: {action}")
         self.expire()
