@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -280,8 +281,9 @@ def test_who_writes_holds_nothing_of_the_machine_open(box, tmp_path, gate):
         allowed = ("/dev/null", "pipe:", str(tmp_path / "cut.tmp"))
 
         def clean():
-            links = [os.readlink(f"/proc/{helper}/fd/{fd}") for fd in os.listdir(f"/proc/{helper}/fd")]
-            return all(link.startswith(allowed) for link in links)
+            with contextlib.suppress(FileNotFoundError):  # closed while we look
+                links = [os.readlink(f"/proc/{helper}/fd/{fd}") for fd in os.listdir(f"/proc/{helper}/fd")]
+                return all(link.startswith(allowed) for link in links)
 
         eventually(clean)
         gate()
@@ -372,6 +374,24 @@ def folder(tmp_path):
     made = tmp_path / "run"
     made.mkdir(mode=0o700)
     return made
+
+
+class Deaf(socket.socket):
+    """It ends before it listens."""
+
+    def listen(self, *_):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_socket_has_its_name_when_it_listens(tmp_path, monkeypatch):
+    """Who sees it can connect: there is no moment at which a machine that starts looks like one that has ended."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(BackendError, match="No space left"):
+        patched.setattr(place.socket, "socket", Deaf)
+        Place(folder, "box")
+    assert not (folder / "box.sock").exists()
+    with Place(folder, "box"):
+        assert sorted(path.name for path in folder.iterdir()) == ["box.lock", "box.sock"]
 
 
 def test_a_place_is_taken_once(folder):

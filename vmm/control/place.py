@@ -67,7 +67,7 @@ class Place:
             os.close(self._folder)
             raise
         try:
-            self._clear()
+            self._clear(self.path.name)
             self.socket = self._bind()
         except BaseException:
             self._give_up_lock()
@@ -117,22 +117,26 @@ class Place:
         os.close(self._lock)
         os.close(self._folder)
 
-    def _clear(self) -> None:
+    def _clear(self, name: str) -> None:
         """Remove a stale socket: we have the lock, so its machine is no more."""
         try:
-            found = os.stat(self.path.name, dir_fd=self._folder, follow_symlinks=False)
+            found = os.stat(name, dir_fd=self._folder, follow_symlinks=False)
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
-            raise BackendError(f"{self.path}: in the way, and not a socket of ours")
-        os.unlink(self.path.name, dir_fd=self._folder)
+            raise BackendError(f"{self.path.with_name(name)}: in the way, and not a socket of ours")
+        os.unlink(name, dir_fd=self._folder)
 
     def _bind(self) -> socket.socket:
+        """It gets its name when it listens: who sees it can connect."""
+        unnamed = f"{self.name}.new"
+        self._clear(unnamed)
         bound = socket.socket(socket.AF_UNIX)
         try:
-            bound.bind(_through(self._folder, self.path.name))
-            os.chmod(self.path.name, 0o600, dir_fd=self._folder)
+            bound.bind(_through(self._folder, unnamed))
+            os.chmod(unnamed, 0o600, dir_fd=self._folder)
             bound.listen(_BACKLOG)
+            os.rename(unnamed, self.path.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         except OSError as error:
             bound.close()
             raise BackendError(f"{self.path}: {error.strerror}") from None
