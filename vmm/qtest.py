@@ -7,14 +7,12 @@ and on `qemu-system-x86_64`.
 
 Known words: inb inw inl ADDRESS, outb outw outl ADDRESS VALUE, readb readw readl readq ADDRESS, writeb ... ADDRESS
 VALUE, clock_step [NS] (without NS: to the next timer), clock_set NS. Empty lines and what follows a # are left out.
-Source: QEMU 7.2, softmmu/qtest.c.
+QEMU's own board is in vmm/qemu.py. Source: QEMU 7.2, softmmu/qtest.c.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,7 +22,7 @@ from vmm.clock import GuestClock
 from vmm.config import MachineConfig
 from vmm.cpu_model import TSC_KHZ
 from vmm.devices import rtc
-from vmm.errors import BackendError, GuestError
+from vmm.errors import GuestError
 
 _SIZES = {"b": 1, "w": 2, "l": 4, "q": 8}
 _WORDS = re.compile(r"(in|out|read|write)([bwlq])|(clock_step|clock_set)")
@@ -79,13 +77,17 @@ def _command(words: list[str]) -> Command:
 
 
 class Player(Protocol):
-    """What commands can be given to."""
+    """What commands can be given to. Its clock has ticks of so many ns."""
+
+    tick_ns: int
 
     def play(self, command: Command) -> int | None: ...  # what a read answered
 
 
 class OurBoard:
     """Our board with nobody on it: no CPU, no RAM; time moves when it is told to."""
+
+    tick_ns = 1
 
     def __init__(self, config: MachineConfig | None = None) -> None:
         config = config or MachineConfig()
@@ -114,6 +116,17 @@ class OurBoard:
         self.board.expire_due()
         return None
 
+    def at_a_time(self, command: Command, tick_ns: int) -> Command:
+        """A command that moves the clock, as one that moves it by whole ticks, the next timer's time known."""
+        if not command.op.startswith("clock"):
+            return command
+        now, ns = self.clock.now_ns(), command.value
+        if ns is None:
+            ns = (self.board.next_deadline() or now) - now
+        elif command.op == "clock_set":
+            ns = max(0, ns - now)
+        return Command("clock_step", value=-(-ns // tick_ns) * tick_ns)
+
     def _run_to(self, when_ns: int) -> None:
         """Every event on the way happens at its own time."""
         for _ in range(_MAX_EVENTS):
@@ -139,49 +152,6 @@ class OurBoard:
         pass
 
 
-class Qemu:
-    """QEMU's board under qtest. Context manager. Raises BackendError when it is not here, or ends.
-
-    A build without the qtest accelerator (Debian's) cannot be told the time: there it stands still, at zero."""
-
-    def __init__(self, program: str = "qemu-system-x86_64") -> None:
-        if shutil.which(program) is None:
-            raise BackendError(f"{program} is not here (Debian: qemu-system-x86)")
-        known = subprocess.run([program, "-accel", "help"], capture_output=True, text=True).stdout.split()
-        self.has_time = "qtest" in known
-        self._process = subprocess.Popen(
-            [program, *(["-accel", "qtest"] if self.has_time else ["-accel", "tcg", "-S"]), "-machine", "pc",
-             "-m", "256", "-nodefaults", "-display", "none", "-serial", "null", "-rtc", "base=2020-01-01,clock=vm",
-             "-qtest", "stdio", "-qtest-log", "/dev/null"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
-        )  # fmt: skip
-
-    def play(self, command: Command) -> int | None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        if command.op.startswith("clock") and not self.has_time:
-            raise BackendError("this QEMU has no qtest accelerator: it cannot be told the time")
-        try:
-            self._process.stdin.write(f"{command}\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise BackendError("QEMU has ended") from None
-        while (line := self._process.stdout.readline()).startswith("IRQ"):
-            pass
-        if not line.startswith("OK"):
-            raise BackendError(f"QEMU answers {str(command)!r} with {line.strip()!r}")
-        return int(line.split()[1], 0) if command.op in ("in", "read") else None
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def __enter__(self) -> Qemu:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 @dataclass(frozen=True)
 class Difference:
     """The first answer that differs."""
@@ -195,9 +165,10 @@ class Difference:
         return f"{self.command}: {self.ours:#x} here, {self.theirs:#x} there"
 
 
-def compare(commands: Iterable[Command], ours: Player, theirs: Player) -> Difference | None:
-    """Play the same to both."""
-    for at, command in enumerate(commands):
+def compare(commands: Iterable[Command], ours: OurBoard, theirs: Player) -> Difference | None:
+    """Play the same to both, with times that both can keep."""
+    for at, given in enumerate(commands):
+        command = ours.at_a_time(given, theirs.tick_ns)
         here, there = ours.play(command), theirs.play(command)
         if here is not None and there is not None and here != there:
             return Difference(at, command, here, there)

@@ -11,6 +11,7 @@ import click
 from vmm import qtest
 from vmm.errors import BackendError, GuestError
 from vmm.fuzz_cli import FOLDER
+from vmm.qemu import Qemu
 
 
 @click.command()
@@ -72,7 +73,7 @@ def _here(commands: list[qtest.Command], as_json: bool) -> None:
 
 
 def _there(commands: list[qtest.Command], as_json: bool) -> None:
-    with qtest.Qemu() as qemu:
+    with Qemu() as qemu:
         found = qtest.compare(commands, qtest.OurBoard(), qemu)
     if as_json:
         click.echo(json.dumps(None if found is None else {**vars(found), "command": str(found.command)}))

@@ -315,7 +315,7 @@ def _mouse_command(m: MouseState, command: int) -> bytes:
             return m.last
         case 0xFF:  # reset: the self-test's completion code and the id follow
             _mouse_defaults(m)
-            m.id, m.wrap, m.knock = 0, False, b"\0\0"
+            m.id, m.wrap = 0, False
             return bytes((ACK, BAT_OK, m.id))
         case _:
             return bytes((RESEND,))
@@ -337,3 +337,4 @@ def _mouse_argument(m: MouseState, command: int, argument: int) -> bytes:
 
 def _mouse_defaults(m: MouseState) -> None:
     m.rate, m.resolution, m.doubled, m.remote, m.reporting = 100, 2, False, False, False
+    m.knock = b"\0\0"  # a knock is three rates set one after another

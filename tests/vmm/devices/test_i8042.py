@@ -529,6 +529,15 @@ def test_mouse_knocks(rig: Rig, rates: tuple[int, ...], identity: int, packet: l
     assert rig.drain(aux=True) == packet
 
 
+@pytest.mark.parametrize("defaults", [0xF6, 0xFF])
+def test_a_knock_is_three_rates_set_one_after_another(rig: Rig, defaults: int) -> None:
+    """The default rate of 100 is none that was set."""
+    rig.mouse(0xF3, 200, 0xF3, 60, defaults, 0xF3, 80)
+    assert rig.mouse(0xF2) == [ACK, 0]
+    rig.mouse(0xF3, 200, defaults, 0xF3, 80)
+    assert rig.mouse(0xF2) == [ACK, 0]
+
+
 def test_packets_are_whole_and_no_movement_is_lost(rig: Rig) -> None:
     rig.mouse(0xF4)
     for i in range(20):
