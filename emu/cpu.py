@@ -71,6 +71,7 @@ class EmuCpu(Cpu):
         self._engine = engine = layout.checked_engine()
         self._clock = clock
         self._words = clock.words
+        self._words[_EXCEPTIONS] = 0
         self._words[_TSC_SCALE] = (clock.tsc_khz << 32) // (BYTES_PER_NS * 1_000_000)
         self._bus = bus
         self._intr = intr

@@ -23,7 +23,6 @@ settings.load_profile("dev")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure")
-    parser.addoption("--require-kvm", action="store_true", help="a test skipped for want of KVM is a failure")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

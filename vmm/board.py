@@ -180,6 +180,11 @@ class Board:
 
     # --- whole state
 
+    def unplug(self) -> None:
+        """Another CPU will be on the other ends of the wires: what it was told is forgotten."""
+        self._a20.clear()
+        self._posting.clear()
+
     def restored(self) -> None:
         self.pics.forget_wires()
         for device in self.devices.values():

@@ -23,12 +23,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import capstone
-
 from vmm import paging
 from vmm.clock import ClockState
 from vmm.compare import differences
 from vmm.cpu import REGISTERS, Cpu, CpuState, Exit, Reached
+from vmm.disassembly import decode
 from vmm.errors import BackendError
 from vmm.machine import Fault, Machine, Stop, Stopped
 from vmm.saved import Saved
@@ -429,8 +428,4 @@ def _excused_word(ours: int, theirs: int) -> bool:
 
 
 def _disassemble(code: bytes, state: CpuState) -> str:
-    modes = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
-    engine = capstone.Cs(capstone.CS_ARCH_X86, modes[paging.code_bits(state)])
-    for instruction in engine.disasm(code, state.rip, 1):
-        return f"{instruction.mnemonic} {instruction.op_str}".strip()
-    return f"not decodable: {code.hex()}"
+    return next((text for _, text in decode(state, code, 1)), f"not decodable: {code.hex()}")

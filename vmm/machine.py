@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, ClassVar, assert_never
 
 import blake3
 
@@ -35,6 +35,7 @@ from vmm.devices import rtc
 from vmm.errors import BackendError, GuestError
 from vmm.mark import Mark
 from vmm.ram import Ram
+from vmm.roundtrip import RoundTrips
 from vmm.saved import Saved, admit, host_memory, map_ram
 from vmm.scrub import Scrub
 
@@ -46,7 +47,7 @@ _SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
 
 @dataclass(frozen=True)
 class Stopped:
-    """The run ended: `reason` is one of position, pattern, reset, exit, triple fault, halted, command."""
+    """The run ended: `reason` is one of position, time, pattern, reset, exit, triple fault, halted, command."""
 
     reason: str
     status: int = 0
@@ -67,6 +68,8 @@ Command = Callable[["Machine"], Stop | None]
 class Machine:
     """One PC. Not thread-safe, but for `post()`."""
 
+    roundtrip_ns: ClassVar[int | None] = None  # of every machine: saved, and gone on from the file, so often
+
     def __init__(self, config: MachineConfig, backend: str, ram: Ram) -> None:
         self.config = config
         self.backend = backend
@@ -76,6 +79,10 @@ class Machine:
         self._open = True
         self._scrub: Scrub | None = None
         self._mark: Mark | None = None
+        self._trips = None if self.roundtrip_ns is None else RoundTrips(self.roundtrip_ns)
+        self._position: int | None = None  # what the run is for
+        self._until_ns: int | None = None
+        self._past_exits: dict[str, int] = {}  # of CPUs it had before
         self.pace_real = False
         self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
         self.image: Image | None = None  # what `reset` starts from
@@ -131,6 +138,30 @@ class Machine:
             machine._scrub = Scrub(chain, machine.attention)
         return machine
 
+    def go_on_from(self, path: Path) -> None:
+        """Be the machine in a snapshot, which was saved here: a new CPU, new RAM, every state as it was read. Only the
+        host's ends stay: consoles, what was typed, what was posted. At a safe point only. Raises as `restore` does,
+        and then nothing has changed."""
+        chain = Chain(path)
+        try:
+            saved = admit(Saved.decode(chain), self.backend)
+            ram = Ram(map_ram(chain))
+        except BaseException:
+            chain.close()
+            raise
+        self._leave()
+        self._past_exits = self.exits()
+        before = self.cpu, self.ram
+        self.board.unplug()
+        self.ram = ram
+        self.cpu = backends.factory(self.backend)(ram, self.board.bus, self.board.pics, self.clock)
+        self.assign(saved)
+        self.cpu.stop_at(self._position)
+        self._scrub = Scrub(chain, self.attention)
+        self.attention()  # a kick may have gone to the CPU before
+        for gone in before:
+            gone.close()
+
     @staticmethod
     def check(path: Path, backend: str = "emu", *, max_memory: int | None = None, allow: Collection[str] = ()) -> None:
         """Raises what `restore` would raise, SnapshotError or BackendError, and makes nothing."""
@@ -153,25 +184,30 @@ class Machine:
 
     # --- running
 
-    def run(self, *, position: int | None = None, until: str | None = None) -> Stop:
+    def run(self, *, position: int | None = None, until: str | None = None, until_ns: int | None = None) -> Stop:
         """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), the
-        console shows the regular expression `until`, or a posted command says so. Raises SnapshotError when the RAM
-        the machine was woken with turns out to be damaged."""
-        self.aim(position, until)
+        console shows the regular expression `until`, guest time is `until_ns`, or a posted command says so. Raises
+        SnapshotError when the RAM the machine was woken with turns out to be damaged."""
+        self.aim(position, until, until_ns)
         return self.go_on()
 
-    def aim(self, position: int | None = None, until: str | None = None) -> None:
+    def aim(self, position: int | None = None, until: str | None = None, until_ns: int | None = None) -> None:
         """What `go_on` runs for, however often a command stops it on the way: see `run`."""
+        self._position, self._until_ns = position, until_ns
         self.cpu.stop_at(position)
         self.board.console.watch(until)
 
     def go_on(self) -> Stop:
         """Run towards what was aimed at."""
-        cpu, board, clock = self.cpu, self.board, self.clock
+        board, clock = self.board, self.clock
         while (stop := self._drain()) is None:
             deadline = board.next_deadline()
+            if self._until_ns is not None and (deadline is None or self._until_ns < deadline):
+                deadline = self._until_ns
             budget = _SLICE_NS if deadline is None else min(_SLICE_NS, deadline - clock.now_ns())
-            match cpu.run(budget):
+            if self._trips is not None:
+                budget = min(budget, self._trips.left_ns(clock.now_ns()))
+            match self.cpu.run(budget):
                 case Expired() | Kicked():
                     pass
                 case Reached():
@@ -229,6 +265,10 @@ class Machine:
         if self.board.console.found:
             self.board.console.found = False
             return Stopped("pattern")
+        if self._until_ns is not None and self.clock.now_ns() >= self._until_ns:
+            return Stopped("time")
+        if self._trips is not None:
+            self._trips.at_safe_point(self)
         return None
 
     def _obey(self) -> Stop | None:
@@ -394,6 +434,10 @@ class Machine:
         self._unmark()
         self._mark = Mark(self)
 
+    @property
+    def marked(self) -> bool:
+        return self._mark is not None
+
     def reset(self, *, verify: bool = False) -> int:
         """Back to the moment of `mark`: how many bytes of RAM had been written since. With `verify` all is compared
         with how it was then, and AssertionError names what differs."""
@@ -448,16 +492,21 @@ class Machine:
 
     def exits(self) -> dict[str, int]:
         """How often the CPU left the guest's code, by reason."""
-        return self.cpu.exits()
+        return {reason: count + self._past_exits.get(reason, 0) for reason, count in self.cpu.exits().items()}
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            if self._scrub is not None:
-                self._scrub.leave()
-            self._unmark()
+            self._leave()
             self.cpu.close()
             self.ram.close()
+
+    def _leave(self) -> None:
+        """Give up what is known of the RAM."""
+        if self._scrub is not None:
+            self._scrub.leave()
+            self._scrub = None
+        self._unmark()
 
     def __enter__(self) -> Machine:
         return self

@@ -54,10 +54,7 @@ def _find(folder: Path, id: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**case.to_json(), "cause": why}))
     else:
-        for name, value in case.fields.items():
-            click.echo(f"{case.device}.{name} = {json.dumps(value)}, not {json.dumps(case.golden.get(name))}")
-        for action in case.actions:
-            click.echo(str(action))
+        click.echo(str(case))
         click.echo(f"{case.device}: {why or 'fails no more'}")
     sys.exit(0 if why is None else 1)
 

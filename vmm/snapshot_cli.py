@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import capstone
 import click
 from rich.console import Console as Rich
 from rich.markup import escape
@@ -23,8 +22,8 @@ from snapshot.errors import SnapshotError
 from snapshot.reader import decode_part
 from snapshot.schema import Json
 from vmm.cpu import CpuState
+from vmm.disassembly import ahead
 from vmm.machine import Machine
-from vmm.paging import code_bits, read_virtual
 from vmm.saved import ALLOWABLE
 from vmm.symbols import Symbols
 
@@ -107,12 +106,7 @@ def _code(chain: Chain, count: int = 6) -> list[str]:
                 return block[at % BLOCK : at % BLOCK + size]
         return b""
 
-    modes = {64: capstone.CS_MODE_64, 32: capstone.CS_MODE_32, 16: capstone.CS_MODE_16}
-    bits = code_bits(state)
-    start = state.rip if bits == 64 else state.cs.base + state.rip
-    engine = capstone.Cs(capstone.CS_ARCH_X86, modes[bits])
-    code = read_virtual(state, read, start, 15 * count)
-    return [f"{i.address:#x}: {i.mnemonic} {i.op_str}".rstrip() for i in engine.disasm(code, state.rip, count)]
+    return ahead(state, read, count)
 
 
 @snapshot.command()

@@ -122,7 +122,8 @@ def uart(draw: random.Random, count: int, *, loopback: bool) -> Stream:
             elif offset == 6 and loopback:
                 bits = 0xF0
             elif offset == 2 and waiting:
-                yield step(10**9)  # the time-out
+                yield step(10**9)  # the time-out, which theirs show above the trigger level, too
+                bits = 0xF7
             yield inb(0x3F8 + offset, bits)
             if not loopback and draw.random() < 0.1:
                 yield outb(0x20, 0x0A)
@@ -223,8 +224,9 @@ CALENDAR = {0: (0, 59), 2: (0, 59), 4: (0, 23), 7: (1, 28), 8: (1, 12), 9: (0, 9
 
 def rtc(draw: random.Random, count: int, longest_ns: int) -> Stream:
     """Calendar, alarm, interrupts. The calendar is written under SET, as the datasheet wants it. Not looked at: the day
-    of the week, UIP, what C shows of the periodic interrupt while that is off, dates before 1970."""
-    b, periodic, rate = 0x02, False, 6
+    of the week, UIP, dates before 1970, the periodic interrupt before it has been enabled for a period, and an alarm
+    that was written a second ago: theirs may go off at once."""
+    b, rate, periodic_ns, alarm_ns = 0x02, 6, 0, 0
 
     def put(index: int, value: int) -> Stream:
         yield outb(0x70, index)
@@ -237,13 +239,19 @@ def rtc(draw: random.Random, count: int, longest_ns: int) -> Stream:
         return number(value) if b & 2 else number((value - 1) % 12 + 1) | (0x80 if value >= 12 else 0)
 
     def alarm(index: int) -> Stream:
+        nonlocal alarm_ns
+        alarm_ns = -(10**9)
         value = draw.randint(0, 23 if index == 5 else 59)
         yield from put(index, 0xFF if draw.random() < 0.5 else hour(value) if index == 5 else number(value))
 
     def wait() -> Stream:
-        yield step(draw.randrange(draw.choice((10**4, 10**6, 10**7, longest_ns))))
+        nonlocal periodic_ns, alarm_ns
+        ns = draw.randrange(draw.choice((10**4, 10**6, 10**7, longest_ns)))
+        periodic_ns, alarm_ns = periodic_ns + ns, alarm_ns + ns
+        yield step(ns)
 
     def calendar() -> Stream:
+        nonlocal periodic_ns
         yield from put(0x0B, b | 0x80)
         for index, (low, high) in CALENDAR.items():
             value = high if draw.random() < 0.3 else draw.randint(low, high)
@@ -255,6 +263,7 @@ def rtc(draw: random.Random, count: int, longest_ns: int) -> Stream:
         yield from put(0x0B, b)
         yield outb(0x70, 0x0C)
         yield inb(0x71, 0)
+        periodic_ns = 0
 
     yield from calendar()
     for _ in range(count):
@@ -263,8 +272,10 @@ def rtc(draw: random.Random, count: int, longest_ns: int) -> Stream:
                 index = draw.choice((0, 2, 4, 7, 8, 9, 0x32, 1, 3, 5, 0x0A, 0x0B, 0x0C, 0x0C, 0x0D, 0x0E, 0x40))
                 yield outb(0x70, index)
                 if index == 0x0C:
-                    yield inb(0x71, ALL if periodic else 0x3F)
-                    periodic = bool(b & 0x40)
+                    due = b & 0x40 and rate and periodic_ns > 10**9 << rate - 1 >> 15
+                    bits = ALL if due else 0x3F
+                    yield inb(0x71, bits if alarm_ns >= 0 else bits & 0x5F)
+                    periodic_ns, alarm_ns = 0, 0 if alarm_ns >= 0 else -(10**9)
                 else:
                     yield inb(0x71, 0x7F if index == 0x0A else ALL)
             case 4 | 5 | 6:
@@ -276,11 +287,10 @@ def rtc(draw: random.Random, count: int, longest_ns: int) -> Stream:
                 yield from alarm(draw.choice((1, 3, 5)))
             case 9:
                 yield from put(0x40, draw.randrange(256))
-                rate = draw.choice((0, *range(3, 16))) if not b & 0x40 else rate
+                rate, periodic_ns = draw.choice((0, *range(3, 16))), 0
                 yield from put(0x0A, 0x20 | rate)
             case _:
-                b = b & 6 | draw.randrange(256) & 0x70
-                periodic = periodic and bool(b & 0x40)
+                b, periodic_ns = b & 6 | draw.randrange(256) & 0x70, 0
                 yield from put(0x0B, b)
 
 
@@ -350,7 +360,7 @@ def pit(draw: random.Random, count: int, ours: OurBoard, qemu: Qemu) -> None:
     def count_of(access: int, mode: int) -> int:
         value = draw.choice((draw.randrange(2, 300), draw.randrange(2, 0x10000)))
         value &= {1: 0xFF, 2: 0xFF00, 3: 0xFFFF}[access] & (~1 if mode == 3 else ~0)
-        return value or {1: 2, 2: 0x100, 3: 2}[access]
+        return max(value, {1: 2, 2: 0x100, 3: 2}[access])
 
     def program(counter: int, mode: int, access: int) -> None:
         value = count_of(access, mode)

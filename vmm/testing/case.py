@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -63,10 +64,11 @@ class Case:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise GuestError("not a case") from None
 
-    def run(self, *, bounded: bool = True, **how: Any) -> None:
+    def run(self, *, subject: Subject | None = None, bounded: bool = True, **how: Any) -> None:
         """Raises what the device raises, or AssertionError for what does not hold; GuestError when the case is none of
-        this device. A state that is none of its schema must be refused, and then is."""
-        subject = Subject.named(self.device)
+        this device. A state that is none of its schema must be refused, and then is. `subject` when it is not the one
+        of this name."""
+        subject = subject or Subject.named(self.device)
         state = subject.device.State
         declared = schema.schema_of(state)
         try:
@@ -91,6 +93,12 @@ class Case:
             return cause(error)
         return None
 
+    def __str__(self) -> str:
+        """What stands in the state instead, and what is done."""
+        lines = [f"{name} = {json.dumps(value)}, not {json.dumps(self.golden.get(name))}"
+                 for name, value in self.fields.items()]  # fmt: skip
+        return "\n".join((f"guest time {self.now} ns", *lines, *map(str, self.actions)))
+
 
 def cause(error: BaseException) -> str:
     """The kind of an error, what it says but for numbers, and where: the innermost function that is not a test's."""
@@ -98,6 +106,19 @@ def cause(error: BaseException) -> str:
     where = f" in {frames[-1].name}" if frames else ""
     said = re.sub(r"0x[0-9a-f]+|\d+|b?'[^']*'", "N", str(error).split("\n")[0])
     return f"{type(error).__name__}: {said}{where}"
+
+
+_SHRINK_S = 30
+
+
+def smallest(case: Case, why: str, **how: Any) -> Case:
+    """As small as it gets within a while and still fails for this reason; itself when it does not."""
+    until = time.monotonic() + _SHRINK_S
+
+    def fails(other: Case) -> bool:
+        return time.monotonic() < until and other.failure(**how) == why
+
+    return shrink(case, fails) if fails(case) else case
 
 
 def shrink(case: Case, fails: Callable[[Case], bool]) -> Case:
@@ -122,6 +143,7 @@ def _simpler(case: Case) -> Iterator[Case]:
         yield replace(case, fields=rest)
         for simpler in _towards(case.golden.get(name), value):
             yield replace(case, fields={**rest, name: simpler})
+    yield from (replace(case, now=now) for now in _numbers(case.now))
     for i, action in enumerate(case.actions):
         for easier in _easier(action):
             yield replace(case, actions=(*case.actions[:i], easier, *case.actions[i + 1 :]))

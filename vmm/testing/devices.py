@@ -9,9 +9,10 @@ vmm/testing/twins.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -26,6 +27,7 @@ from snapshot import schema
 from vmm.device import Device, Register
 from vmm.qtest import Command
 from vmm.testing.actions import Action, Call, Wake
+from vmm.testing.case import Case, smallest
 from vmm.testing.rig import Build
 from vmm.testing.strategies import WAITS, calls, registers, states
 from vmm.testing.subject import BANK, Subject
@@ -33,9 +35,27 @@ from vmm.testing.twins import Bounded, Twins
 
 
 def check_device(device: type[Device[Any]] | Build | Subject, *, examples: int = 60, steps: int = 40) -> None:
-    """Run the properties. Raises AssertionError after printing the shortest way there."""
-    how = settings(max_examples=examples, stateful_step_count=steps, deadline=None, database=None, print_blob=True)
-    run_state_machine_as_test(device_machine(device), settings=how)
+    """Run the properties. Raises what the device raised, or AssertionError for what does not hold; the shortest way
+    there is in its note."""
+    subject = device if isinstance(device, Subject) else Subject.of(device)
+    machine: Any = device_machine(subject)
+    # A way that is found is made short by us, as a case: steps of a state machine shrink a hundred times slower.
+    how = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, database=None, report_multiple_bugs=False,
+        phases=(Phase.generate,),
+    )  # fmt: skip
+    try:
+        run_state_machine_as_test(machine, settings=how)
+    except Exception as error:
+        case: Case | None = machine.played
+        if case is None or (why := case.failure(subject=subject)) is None:
+            raise
+        small = smallest(case, why, subject=subject)
+        try:
+            small.run(subject=subject)
+        except Exception as shown:
+            shown.add_note(f"The shortest way there:\n{small}")
+            raise shown from error
 
 
 def device_machine(
@@ -79,14 +99,21 @@ def device_machine(
 
     class Machine(RuleBasedStateMachine):
         twins: Twins
+        played: ClassVar[Case | None] = None  # by the last one there was
 
         def do(self, action: Action) -> None:
+            played = type(self).played
+            assert played is not None
+            type(self).played = replace(played, actions=(*played.actions, action))
             with Bounded():
                 self.twins.do(action)
 
         @initialize(state=states(cls.State) if schema.schema_of(cls.State).fields else st.builds(cls.State),
                     now=st.integers(0, 1 << 50))  # fmt: skip
         def begin(self, state: Any, now: int) -> None:
+            golden, fields = schema.encode(cls.State()), schema.encode(state)
+            changed = {name: value for name, value in fields.items() if value != golden[name]}
+            type(self).played = Case(subject.name, golden, now, changed, ())
             self.twins = Twins(subject, state, now, spoil=spoil, same_state=same_state)
 
         @rule(address=address, size=size)

@@ -59,9 +59,9 @@ def _action(subject: Subject, c: Choices) -> Action:
     if kind < 11:
         register = c.one_of(subject.device.registers)
         port, size = subject.port(register), register.size
-        return (
-            Command("in", size, port) if register.kind == "read" else Command("out", size, port, c.below(1 << 8 * size))
-        )
+        if register.kind == "read":
+            return Command("in", size, port)
+        return Command("out", size, port, _written(subject, c, size))
     if kind == 12 and subject.calls:
         method, wanted = c.one_of(list(subject.calls.items()))
         return Call(method, tuple((name, value(c, kind)) for name, kind in wanted.items()))

@@ -27,13 +27,12 @@ import blake3
 from snapshot.schema import Json
 from vmm.errors import GuestError
 from vmm.testing import draw
-from vmm.testing.case import Case, as_pytest, as_qtest, shrink
+from vmm.testing.case import Case, as_pytest, as_qtest, smallest
 from vmm.testing.subject import Subject
 
 Line = tuple[str, int]  # of a device's code: file name, line number
 SLICE_S = 2.0
 _HANG_S = 5
-_SHRINK_S = 30
 _SIZES = (16, 64, 200, 400)  # bytes of a new input
 _MOST = 1000  # bytes of one that grew
 _EXACT = 16  # every so many-th case with its lines counted
@@ -82,7 +81,7 @@ def explore(task: Task) -> Result:
         result.actions += len(case.actions)
         why = _failure(case, coverage, exact=result.executions % _EXACT == 0)
         if why is not None and why not in task.known and why not in result.finds:
-            result.finds[why] = _smallest(case, why)
+            result.finds[why] = smallest(case, why)
         if found := coverage.take():
             if data not in task.corpus:
                 pool.append(data)
@@ -116,18 +115,6 @@ def _failure(case: Case, coverage: _Coverage, *, exact: bool) -> str | None:
         return case.failure()
     with _alarm(), coverage:
         return case.failure(bounded=False)
-
-
-def _smallest(case: Case, why: str) -> Case:
-    """As small as it gets within a while."""
-    until = time.monotonic() + _SHRINK_S
-
-    def fails(other: Case) -> bool:
-        if time.monotonic() > until:
-            return False
-        return other.failure() == why
-
-    return shrink(case, fails) if fails(case) else case
 
 
 @contextmanager

@@ -1,0 +1,246 @@
+"""The pytest plugin as its users run it: a project of their own, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from snapshot.verify import verify
+from tests.conftest import OWN
+from vmm import backends
+from vmm.errors import BackendError
+
+pytestmark = pytest.mark.no_roundtrip("it runs pytest in other processes")
+INI = f"""[pytest]
+vm_kernel = {OWN}
+vm_flat = true
+vm_memory = 16
+vm_ready = own guest
+addopts = -p no:cacheprovider
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """`run(source, *arguments)`: pytest on a project with this one test file."""
+    (tmp_path / "pytest.ini").write_text(INI)
+
+    def run(source, *arguments):
+        (tmp_path / "test_it.py").write_text(source)
+        command = [sys.executable, "-m", "pytest", "-rA", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+
+    run.folder = tmp_path
+    return run
+
+
+def outcome(done, **expected):
+    """The counts in pytest's closing line."""
+    line = done.stdout.splitlines()[-1] if done.stdout else done.stderr
+    for name, count in expected.items():
+        assert f"{count} {name}" in line, done.stdout + done.stderr
+    return done.stdout
+
+
+FIXTURES = """
+def test_a_fresh_machine(vm, console):
+    assert vm.position == 0
+    console.expect("own (guest)")
+    assert "anyhyve own guest" in console.output
+
+def test_one_that_is_up(vm_booted):
+    assert vm_booted.position > 0 and not vm_booted.board.devices["com1"].state.scr
+    vm_booted.board.devices["com1"].state.scr = 0x5A
+
+def test_one_that_is_up_is_reset_for_each_test(vm_booted):
+    assert vm_booted.board.devices["com1"].state.scr == 0
+
+def test_a_woken_one(vm_restored, backend):
+    assert vm_restored.backend == backend
+
+def test_both(vm_any, console):
+    console.send("xx")
+    assert console.expect(r"\\[(x)\\]")[1] == "x"
+    vm_any.save.__name__
+
+def test_many(vm_factory, vm_snapshot):
+    first, second, third = vm_factory(), vm_factory(memory_bytes=8 << 20), vm_factory(snapshot=vm_snapshot)
+    assert second.config.memory_bytes == 8 << 20 and third.position > first.position
+"""
+
+
+def test_fixtures(project):
+    said = outcome(project(FIXTURES), passed=7)
+    assert "anyhyve 0." in said and "backend emu, unicorn 2." in said and "CPU " in said
+    assert "test_both[booted]" in said and "test_both[restored]" in said
+
+
+def test_round_trips_under_any_test(project):
+    said = outcome(project(FIXTURES + "    assert third._trips.every_ns == 500_000\n", "--vm-roundtrip=0.5"), passed=7)
+    assert "a round trip every 0.5 guest ms" in said
+
+
+TRIPS = """
+from vmm.machine import Machine, MachineConfig
+
+def test_it(vm_image):
+    with Machine.boot(MachineConfig(memory_bytes=16 << 20), vm_image) as machine:
+        machine.run(position=8_000_000)
+        print("made", 0 if machine._trips is None else machine._trips.made, machine.digests())
+"""
+
+
+def test_round_trips_leave_no_trace(project):
+    """Of machines no fixture made, either."""
+    digests = {}
+    for every in (0, 0.1, 0.7):
+        said = project(TRIPS, *([f"--vm-roundtrip={every}"] if every else [])).stdout
+        line = next(line for line in said.splitlines() if line.startswith("made "))
+        _, made, digests[every] = line.split(" ", 2)
+        assert (int(made) > 2) == bool(every), line
+    assert len(set(digests.values())) == 1
+
+
+def test_round_trips_find_what_a_save_forgets(project):
+    """Planted: the serial port's scratch register is not saved. Without round trips nothing sees it."""
+    source = """
+from vmm.devices.uart import Uart
+
+def restored(self, restored=Uart.restored):
+    self.state.scr = 0
+    restored(self)
+
+def test_it(vm_factory, vm_image, monkeypatch):
+    machine = vm_factory()
+    monkeypatch.setattr(Uart, "restored", restored)
+    machine.board.devices["com1"].state.scr = 7
+    machine.run(until_ns=2_000_000)
+    assert machine.board.devices["com1"].state.scr == 7
+"""
+    outcome(project(source), passed=1)
+    outcome(project(source, "--vm-roundtrip=1"), failed=1)
+
+
+def test_no_roundtrip_is_heard(project):
+    source = "import pytest\n@pytest.mark.no_roundtrip('why')\ndef test_it(vm):\n    assert vm._trips is None\n"
+    outcome(project(source, "--vm-roundtrip=1"), passed=1)
+
+
+FAILS = """
+def test_fails(vm_booted, console):
+    console.send("xy")
+    vm_booted.run(position=vm_booted.position + 100_000)
+    assert False, "for a reason"
+"""
+
+
+def test_what_a_failed_test_leaves(project):
+    said = outcome(project(FAILS, "--vm-artifacts=left"), failed=1)
+    (place,) = (project.folder / "left").iterdir()
+    assert {path.name for path in place.iterdir()} == {"vm0.snapshot", "vm0.console", "vm0.trace", "said.txt"}
+    verify(place / "vm0.snapshot")
+    assert b"anyhyve own guest" in (place / "vm0.console").read_bytes()
+    assert (place / "said.txt").read_text() == "send 'xy'\n"
+    trace = (place / "vm0.trace").read_text().splitlines()
+    assert trace[0].startswith("position ") and any(line.startswith("rip ") for line in trace)
+    assert len([line for line in trace if ": " in line]) == 64
+    assert "anyhyve restore left/" in said
+
+
+def test_a_test_that_passes_leaves_nothing(project):
+    outcome(project("def test_it(vm):\n    pass\n", "--vm-artifacts=left"), passed=1)
+    assert not (project.folder / "left").exists()
+
+
+def test_a_guest_that_never_says_it(project):
+    source = """
+def test_waits(vm, console):
+    console.expect("never", seconds=0.01)
+
+def test_ends(vm_factory, vm_image):
+    from vmm.boot import Image
+    from vmm.expect import Expect
+    Expect(vm_factory(Image(b"\\xfa\\xf4", flat=True))).expect("never")
+"""
+    said = outcome(project(source), failed=2)
+    assert "the guest never said 'never': waited 0.01 guest seconds; its last lines:" in said
+    assert "the guest never said 'never': it ended with halted" in said
+
+
+@pytest.mark.parametrize(
+    ("ini", "why"),
+    [
+        ("[pytest]\n", "no guest: set vm_kernel"),
+        ("[pytest]\nvm_kernel = nowhere\n", "no guest: "),
+        (INI.replace("own guest", "never\nvm_patience = 0.01"), "the guest never said 'never'"),
+    ],
+)
+def test_a_project_set_up_wrongly(project, ini, why):
+    (project.folder / "pytest.ini").write_text(ini)
+    said = outcome(project("def test_it(vm_booted):\n    pass\n"), error=1)
+    assert why in said and "Traceback" not in said
+
+
+def test_a_wrong_round_trip(project):
+    done = project("def test_it():\n    pass\n", "--vm-roundtrip=0")
+    assert done.returncode == 4 and "a number of guest ms above 0" in done.stderr
+
+
+def test_slow_guests_wait_to_be_asked_for(project):
+    source = "import pytest\n@pytest.mark.slow_guest\ndef test_it(vm):\n    pass\n"
+    assert "a slow guest: --vm-slow runs it" in outcome(project(source), skipped=1)
+    outcome(project(source, "--vm-slow"), passed=1)
+
+
+def kvm_here():
+    try:
+        backends.probe("kvm")
+    except BackendError:
+        return False
+    return True
+
+
+KVM = """
+import pytest
+
+@pytest.mark.requires_kvm
+def test_required():
+    pass
+
+@pytest.mark.backend("kvm")
+def test_chosen(vm, backend):
+    assert vm.backend == backend == "kvm"
+
+def test_as_asked(vm, backend):
+    assert vm.backend == backend
+"""
+NO_KVM = "import kvmbackend.vm\n\nkvmbackend.vm.DEVICE = '/nowhere/kvm'\n"
+
+
+def test_where_there_is_no_kvm(project):
+    (project.folder / "conftest.py").write_text(NO_KVM)
+    said = outcome(project(KVM), passed=1, skipped=2)
+    assert "no KVM: " in said and "/nowhere/kvm" in said
+    outcome(project(KVM, "--vm-backend=all"), passed=1, skipped=3)
+    outcome(project(KVM, "--vm-backend=auto"), passed=1, skipped=2)
+    said = outcome(project(KVM, "--require-kvm"), passed=1, errors=2)
+    assert "/nowhere/kvm" in said and "(--require-kvm)" in said
+
+
+@pytest.mark.skipif(not kvm_here(), reason="no KVM here")
+def test_where_there_is_a_kvm(project):
+    said = outcome(project(KVM, "--vm-backend=all", "--require-kvm"), passed=4)
+    assert "test_as_asked[emu]" in said and "test_as_asked[kvm]" in said and "test_chosen[kvm]" in said
+
+
+def test_the_plugin_costs_others_nothing(project):
+    """A project that has nothing to do with us: no engine and no property testing is loaded for it."""
+    source = """
+import sys
+
+def test_it():
+    assert not {"unicorn", "vmm.machine", "vmm.testing", "emu"} & sys.modules.keys()
+"""
+    outcome(project(source), passed=1)

@@ -1,0 +1,45 @@
+"""What a machine leaves of itself when a test has failed: a snapshot, its console, and where its CPU is and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from snapshot.errors import SnapshotError
+from vmm.cpu import REGISTERS, CpuState
+from vmm.disassembly import ahead
+from vmm.errors import BackendError
+from vmm.machine import Machine, Stopped
+
+_STEPS = 64
+_MOST = 1 << 20
+
+
+def leave(machine: Machine, folder: Path, name: str) -> Iterator[str]:
+    """Write NAME.snapshot, NAME.console and NAME.trace, and say so in lines. What cannot be is said, too: a test that
+    failed must not fail again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        console = folder / f"{name}.console"
+        console.write_bytes(machine.board.console.read(0, _MOST)[1])
+        yield f"{name}: what it wrote is in {console}"
+        snapshot = folder / f"{name}.snapshot"
+        machine.save(snapshot)
+        yield f"{name}: anyhyve restore {snapshot}"
+        trace = folder / f"{name}.trace"
+        trace.write_text("".join(f"{line}\n" for line in _trace(machine, snapshot)))
+        yield f"{name}: its registers and the next {_STEPS} instructions are in {trace}"
+    except (OSError, SnapshotError, BackendError) as error:
+        yield f"{name}: {error}"
+
+
+def _trace(machine: Machine, snapshot: Path) -> Iterator[str]:
+    state: CpuState = machine.cpu.save()
+    yield f"position {machine.position}, guest time {machine.clock.now_ns() / 1e9:.9f} s, backend {machine.backend}"
+    yield from (f"{name:7} {getattr(state, name):#018x}" for name in REGISTERS)
+    yield ""
+    with Machine.restore(snapshot) as woken:  # on the emulated CPU, whichever it was: that one goes step by step
+        for _ in range(_STEPS):
+            yield from (f"{woken.position:>12}  {line}" for line in ahead(woken.cpu.save(), woken.ram.read, 1))
+            if woken.run(position=woken.position + 1) != Stopped("position"):
+                return

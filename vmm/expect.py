@@ -1,0 +1,80 @@
+"""To talk with a guest at its serial console, as a test does."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+
+from vmm.errors import GuestError
+from vmm.machine import Fault, Machine, Stopped
+
+_MOST = 1 << 20  # bytes of output that are looked back at
+_SHOWN = 12  # lines
+
+
+class Expect:
+    """What the guest writes from now on, in order: each `expect` looks from where the one before ended. Times are guest
+    seconds."""
+
+    def __init__(self, machine: Machine, *, seconds: float = 60.0) -> None:
+        self.machine = machine
+        self.seconds = seconds
+        self.log: deque[str] = deque(maxlen=1000)  # what was said and awaited
+        self._at = machine.board.console.total
+
+    @property
+    def output(self) -> str:
+        """All that was written and is still kept (the last MiB)."""
+        return _text(self.machine.board.console.read(0, _MOST)[1])
+
+    def send(self, text: str) -> None:
+        """Type at the console; the guest sees it when it runs."""
+        self.log.append(f"send {text!r}")
+        self.machine.send(text.encode())
+
+    def expect(self, pattern: str, *, seconds: float | None = None) -> re.Match[str]:
+        """Run until the console shows the regular expression, within a line. Raises GuestError, with the last lines of
+        the console, when the guest ends before or that many guest seconds pass."""
+        self.log.append(f"expect {pattern!r}")
+        machine = self.machine
+        until_ns = machine.clock.now_ns() + int((self.seconds if seconds is None else seconds) * 1e9)
+        why = ""
+        while True:
+            offset, data = machine.board.console.read(self._at, _MOST)
+            if match := re.search(pattern.encode(), data):
+                self._at = offset + match.end()
+                found = re.search(pattern, _text(match[0])) or re.search(".*", _text(match[0]), re.S)
+                assert found is not None
+                return found
+            if why:
+                raise GuestError(f"the guest never said {pattern!r}: {why}; its last lines:\n{self._last_lines()}")
+            stop = machine.run(until=pattern, until_ns=until_ns)
+            match stop:
+                case Stopped("pattern"):
+                    continue
+                case Stopped("time"):
+                    why = f"waited {self.seconds if seconds is None else seconds:g} guest seconds"
+                case Stopped(reason):
+                    why = f"it ended with {reason}"
+                case Fault(rip, what):
+                    why = f"the CPU could not go on at {rip:#x}: {what}"
+
+    def run(self, command: str, *, seconds: float | None = None) -> str:
+        """Have a POSIX shell run a command: what it writes. Raises GuestError when its status is not 0."""
+        # The line is echoed as it is typed, and must not look like what it prints.
+        self.send(f"printf '%s-%s\\n' any begin; {command}; printf '\\n%s-%s=%d\\n' any end $?\n")
+        self.expect(r"any-begin\r?\n", seconds=seconds)
+        begin = self._at
+        status = self.expect(r"any-end=(\d+)\r?\n", seconds=seconds)[1]
+        _, data = self.machine.board.console.read(begin, self._at - begin)
+        written = _text(data).rpartition("any-end=")[0].removesuffix("\n")
+        if status != "0":
+            raise GuestError(f"{command!r} ended with status {status}:\n{written}")
+        return written
+
+    def _last_lines(self) -> str:
+        return "\n".join(self.output.splitlines()[-_SHOWN:])
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace").replace("\r\n", "\n")
