@@ -21,10 +21,13 @@ demo: guest
 test: guest
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-# Atheris, for fuzzing by coverage, has no build for every Python: where there is none the test says so.
+# The long campaign. What has no build for every Python is an extra: where there is none the test says so.
+FUZZ_SECONDS ?= 600
 test-full: guest
 	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dask]'
+	$(BIN)/python -m pytest --hypothesis-profile=nightly $(PYTEST_ARGS)
+	$(BIN)/anyhyve fuzz all --seconds $(FUZZ_SECONDS)
 
 # The KVM tests where there is no virtualization hardware: QEMU emulates it (Debian: qemu-system-x86, busybox-static).
 test-kvm-emulated: guest

@@ -34,14 +34,14 @@ from vmm.testing.subject import BANK, Subject
 from vmm.testing.twins import Bounded, Twins
 
 
-def check_device(device: type[Device[Any]] | Build | Subject, *, examples: int = 60, steps: int = 40) -> None:
-    """Run the properties. Raises what the device raised, or AssertionError for what does not hold; the shortest way
+def check_device(device: type[Device[Any]] | Build | Subject, *, examples: int | None = None, steps: int = 40) -> None:
+    """Run the properties, on as many examples as Hypothesis' profile says. Raises what the device raised, or AssertionError for what does not hold; the shortest way
     there is in its note."""
     subject = device if isinstance(device, Subject) else Subject.of(device)
     machine: Any = device_machine(subject)
     # A way that is found is made short by us, as a case: steps of a state machine shrink a hundred times slower.
     how = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, database=None, report_multiple_bugs=False,
+        max_examples=examples or settings.default.max_examples, stateful_step_count=steps, deadline=None, database=None, report_multiple_bugs=False,
         phases=(Phase.generate,),
     )  # fmt: skip
     try:
