@@ -33,16 +33,18 @@ from vmm.testing.strategies import WAITS, calls, registers, states
 from vmm.testing.subject import BANK, Subject
 from vmm.testing.twins import Bounded, Twins
 
+Tested = type[Device[Any]] | Build | Subject
 
-def check_device(device: type[Device[Any]] | Build | Subject, *, examples: int | None = None, steps: int = 40) -> None:
-    """Run the properties, on as many examples as Hypothesis' profile says. Raises what the device raised, or AssertionError for what does not hold; the shortest way
-    there is in its note."""
+
+def check_device(device: Tested, *, examples: int | None = None, steps: int = 40) -> None:
+    """Run the properties, on as many examples as Hypothesis' profile says. Raises what the device raised, or
+    AssertionError for what does not hold; the shortest way there is in its note."""
     subject = device if isinstance(device, Subject) else Subject.of(device)
     machine: Any = device_machine(subject)
     # A way that is found is made short by us, as a case: steps of a state machine shrink a hundred times slower.
     how = settings(
-        max_examples=examples or settings.default.max_examples, stateful_step_count=steps, deadline=None, database=None, report_multiple_bugs=False,
-        phases=(Phase.generate,),
+        max_examples=examples or settings().max_examples, stateful_step_count=steps, phases=(Phase.generate,),
+        deadline=None, database=None, report_multiple_bugs=False,
     )  # fmt: skip
     try:
         run_state_machine_as_test(machine, settings=how)
@@ -59,7 +61,7 @@ def check_device(device: type[Device[Any]] | Build | Subject, *, examples: int |
 
 
 def device_machine(
-    device: type[Device[Any]] | Build | Subject,
+    device: Tested,
     *,
     spoil: Callable[[Any], Any] = lambda state: state,
     same_state: bool = True,
