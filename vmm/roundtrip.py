@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vmm.errors import BackendError
+
 if TYPE_CHECKING:
     from vmm.machine import Machine
 
@@ -29,8 +31,11 @@ class RoundTrips:
         if now < self.next_ns or machine.marked:
             return
         if self.next_ns:
-            with tempfile.TemporaryDirectory(prefix="anyhyve") as folder:
-                machine.save(Path(folder) / "snapshot")
-                machine.go_on_from(Path(folder) / "snapshot")
+            try:
+                with tempfile.TemporaryDirectory(prefix="anyhyve") as folder:
+                    machine.save(Path(folder) / "snapshot")
+                    machine.go_on_from(Path(folder) / "snapshot")
+            except OSError as error:
+                raise BackendError(f"no place for a round trip: {error.strerror or error}") from None
             self.made += 1
         self.next_ns = now + self.every_ns

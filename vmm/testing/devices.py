@@ -144,8 +144,7 @@ def device_machine(
         @invariant()
         def holds(self) -> None:
             if hasattr(self, "twins"):
-                with Bounded():
-                    self.twins.check()
+                self.twins.check()
 
     for name, found in rules.items():
         setattr(Machine, name, found)

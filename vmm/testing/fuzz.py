@@ -68,7 +68,7 @@ class Result:
     finds: dict[str, Case] = field(default_factory=dict)  # by cause
 
 
-def explore(task: Task) -> Result:
+def explore(task: Task, *, stop_at_find: bool = False) -> Result:
     """Fuzz one device for a while."""
     subject, draws = Subject.named(task.start.device), random.Random(task.seed)
     result, coverage = Result(task.start.device), _Coverage(subject)
@@ -81,7 +81,9 @@ def explore(task: Task) -> Result:
         result.actions += len(case.actions)
         why = _failure(case, coverage, exact=result.executions % _EXACT == 0)
         if why is not None and why not in task.known and why not in result.finds:
-            result.finds[why] = smallest(case, why)
+            result.finds[why] = case if stop_at_find else smallest(case, why)
+            if stop_at_find:
+                break
         if found := coverage.take():
             if data not in task.corpus:
                 pool.append(data)

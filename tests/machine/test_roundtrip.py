@@ -1,0 +1,83 @@
+"""Round trips: a machine that is saved and goes on from the file, as it runs, is as one that never was; and runs that
+end at a time."""
+
+from __future__ import annotations
+
+import pytest
+
+from snapshot.errors import SnapshotError
+from tests.conftest import BACKENDS
+from vmm.errors import BackendError
+from vmm.expect import Expect
+from vmm.machine import Machine, Stopped
+
+pytestmark = pytest.mark.no_roundtrip("it makes its own")
+
+
+def test_going_on_from_a_file_leaves_no_trace(boot_own, tmp_path):
+    with boot_own() as machine, boot_own() as undisturbed:
+        for position in range(500_000, 8_000_000, 777_777):
+            machine.run(position=position)
+            machine.save(tmp_path / "here")
+            cpu, ram = machine.cpu, machine.ram
+            machine.go_on_from(tmp_path / "here")
+            assert machine.cpu is not cpu and machine.ram is not ram, "nothing is carried over"
+        for each in (machine, undisturbed):
+            assert each.run(position=9_000_000) == Stopped("position")
+        assert machine.digests() == undisturbed.digests()
+        assert {k: v for k, v in machine.exits().items() if k != "stop"} == {
+            k: v for k, v in undisturbed.exits().items() if k != "stop"
+        }
+        assert machine.board.console.output == undisturbed.board.console.output
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_what_is_typed_and_what_is_awaited_goes_on(boot_own, backend, monkeypatch, request):
+    if backend == "kvm":
+        request.getfixturevalue("crossing")
+    monkeypatch.setattr(Machine, "roundtrip_ns", 100_000)
+    with boot_own() as machine:
+        talk = Expect(machine)
+        talk.expect("own guest")
+        talk.send("xy")
+        talk.expect(r"\[y\]")
+        assert machine._trips is not None and machine._trips.made > 2
+
+
+def test_a_file_that_is_none_changes_nothing(boot_own, tmp_path):
+    with boot_own() as machine:
+        machine.run(position=1_000_000)
+        machine.save(tmp_path / "good")
+        before = machine.digests()
+        (tmp_path / "bad").write_bytes((tmp_path / "good").read_bytes()[:-40])
+        with pytest.raises(SnapshotError):
+            machine.go_on_from(tmp_path / "bad")
+        assert machine.digests() == before
+        assert machine.run(position=2_000_000) == Stopped("position")
+
+
+def test_a_trip_the_host_refuses_is_its_fault(boot_own, tmp_path, monkeypatch):
+    monkeypatch.setattr(Machine, "roundtrip_ns", 100_000)
+    with boot_own() as machine:
+        monkeypatch.setattr("vmm.roundtrip.tempfile.tempdir", str(tmp_path / "nowhere"))
+        with pytest.raises(BackendError, match="no place for a round trip: No such file"):
+            machine.run(position=8_000_000)
+
+
+def test_a_run_ends_at_a_time(boot_own):
+    with boot_own() as machine:
+        for until_ns in (1, 123_456, 1_000_000, 2_000_001):
+            assert machine.run(until_ns=until_ns) == Stopped("time")
+            assert until_ns <= machine.clock.now_ns() < until_ns + 10_000
+        assert machine.run(until_ns=5) == Stopped("time"), "a time that has passed"
+
+
+def test_time_comes_to_a_guest_that_sleeps(tmp_path):
+    """hlt with interrupts on and no timer: only the end of the run wakes the host."""
+    from vmm.boot import Image
+    from vmm.machine import MachineConfig
+
+    with Machine.boot(MachineConfig(memory_bytes=2 << 20), Image(b"\xfb\xf4\xeb\xfd", flat=True)) as machine:
+        machine.awaits_input = True
+        assert machine.run(until_ns=5_000_000_000) == Stopped("time")
+        assert machine.clock.now_ns() == 5_000_000_000
