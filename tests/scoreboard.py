@@ -27,7 +27,7 @@ from vmm.board import SLOTS
 from vmm.cpu import EventState, SegmentState
 from vmm.testing import Subject, device_machine
 
-EXAMPLES = 300
+EXAMPLES = 150
 HOW = settings(
     max_examples=EXAMPLES, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False, deadline=None,
     database=None, derandomize=True,

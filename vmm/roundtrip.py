@@ -28,9 +28,9 @@ class RoundTrips:
 
     def at_safe_point(self, machine: Machine) -> None:
         now = machine.clock.now_ns()
-        if now < self.next_ns or machine.marked:
+        if now < self.next_ns:
             return
-        if self.next_ns:
+        if self.next_ns and not machine.marked:
             try:
                 with tempfile.TemporaryDirectory(prefix="anyhyve") as folder:
                     machine.save(Path(folder) / "snapshot")

@@ -56,6 +56,18 @@ def test_a_file_that_is_none_changes_nothing(boot_own, tmp_path):
         assert machine.run(position=2_000_000) == Stopped("position")
 
 
+def test_a_marked_machine_makes_none(boot_own, monkeypatch):
+    """The mark is of what it is now; it runs on all the same."""
+    monkeypatch.setattr(Machine, "roundtrip_ns", 100_000)
+    with boot_own() as machine:
+        machine.run(position=1_000_000)
+        machine.mark()
+        cpu = machine.cpu
+        for _ in range(2):
+            assert machine.run(position=4_000_000) == Stopped("position") and machine.cpu is cpu
+            machine.reset(verify=True)
+
+
 def test_a_trip_the_host_refuses_is_its_fault(boot_own, tmp_path, monkeypatch):
     monkeypatch.setattr(Machine, "roundtrip_ns", 100_000)
     with boot_own() as machine:
