@@ -184,6 +184,7 @@ class Board:
         """Another CPU will be on the other ends of the wires: what it was told is forgotten."""
         self._a20.clear()
         self._posting.clear()
+        self.pics.unplug()
 
     def restored(self) -> None:
         self.pics.forget_wires()

@@ -12,6 +12,7 @@ from tests.machine import where
 from tests.machine.test_cut import cut_at
 from vmm.boot import Image
 from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.testing.cuts import cut_anywhere
 
 pytestmark = pytest.mark.debian
 CMDLINE = "console=ttyS0 mitigations=off"
@@ -81,6 +82,12 @@ def test_generation_three(debian, tmp_path):
         for each in (machine, undisturbed):
             assert each.run(until="shell ready") == Stopped("pattern")
         assert machine.digests() == undisturbed.digests() and machine.position == undisturbed.position
+
+
+@pytest.mark.slow
+def test_no_trace_at_five_hundred_cuts(debian, tmp_path):
+    report = cut_anywhere(partial(boot, debian), end=SHELL, points=500, folder=tmp_path, seed="debian")
+    print(f"{report.points} cuts, {report.wall_s / report.points * 1e3:.0f} ms each")
 
 
 @pytest.mark.slow

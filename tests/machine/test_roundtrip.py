@@ -31,6 +31,30 @@ def test_going_on_from_a_file_leaves_no_trace(boot_own, tmp_path):
         assert machine.board.console.output == undisturbed.board.console.output
 
 
+def test_an_interrupt_that_is_up_is_up_at_the_new_cpu(boot_own, tmp_path):
+    """Trips fall on the timer's ticks, when the guest has halted and time has just skipped to one."""
+    with boot_own() as machine, boot_own() as undisturbed:
+        Machine.roundtrip_ns = 1_000_000
+        try:
+            tripping = boot_own()
+        finally:
+            Machine.roundtrip_ns = None
+        with tripping:
+            for each in (tripping, undisturbed):
+                each.run(position=15_000_000)
+            assert tripping.digests() == undisturbed.digests()
+        machine.run(position=3_000_000)
+        machine.board.devices["com1"].receive(b"x")
+        assert machine.board.pics.pending()
+        machine.save(tmp_path / "here")
+        machine.go_on_from(tmp_path / "here")
+        undone = Machine.restore(tmp_path / "here")
+        with undone:
+            for each in (machine, undone):
+                each.run(position=3_100_000)
+            assert machine.digests() == undone.digests()
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_what_is_typed_and_what_is_awaited_goes_on(boot_own, backend, monkeypatch, request):
     if backend == "kvm":

@@ -287,6 +287,10 @@ class PicPair:
         for wires in self._wires:
             wires.update(dict.fromkeys(wires))
 
+    def unplug(self) -> None:
+        """Another CPU, whose INTR pin is low, will be there."""
+        self._level = False
+
     def pending(self) -> bool:
         return self.master.pending()
 
