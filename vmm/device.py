@@ -90,6 +90,7 @@ class Device(Generic[S]):
     """Base of every device model. Subclasses set `State` and take wiring as constructor arguments."""
 
     State: ClassVar[type]
+    mmio: ClassVar[bool] = False  # its banks are meant for memory, not for I/O ports
     registers: ClassVar[tuple[Register, ...]] = ()
     outside: ClassVar[tuple[str, ...]] = ()  # names of methods
     invariants: ClassVar[tuple[str, ...]] = ()

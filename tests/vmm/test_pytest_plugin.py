@@ -9,8 +9,6 @@ import pytest
 
 from snapshot.verify import verify
 from tests.conftest import OWN
-from vmm import backends
-from vmm.errors import BackendError
 
 pytestmark = pytest.mark.no_roundtrip("it runs pytest in other processes")
 INI = f"""[pytest]
@@ -194,14 +192,6 @@ def test_slow_guests_wait_to_be_asked_for(project):
     outcome(project(source, "--vm-slow"), passed=1)
 
 
-def kvm_here():
-    try:
-        backends.probe("kvm")
-    except BackendError:
-        return False
-    return True
-
-
 KVM = """
 import pytest
 
@@ -229,8 +219,7 @@ def test_where_there_is_no_kvm(project):
     assert "/nowhere/kvm" in said and "(--require-kvm)" in said
 
 
-@pytest.mark.skipif(not kvm_here(), reason="no KVM here")
-def test_where_there_is_a_kvm(project):
+def test_where_there_is_a_kvm(kvm, project):
     said = outcome(project(KVM, "--vm-backend=all", "--require-kvm"), passed=4)
     assert "test_as_asked[emu]" in said and "test_as_asked[kvm]" in said and "test_chosen[kvm]" in said
 

@@ -74,21 +74,22 @@ def device_machine(
     cls = subject.device
     rules: dict[str, Any] = {}
     ports = [port for port, _ in subject.ports]
-    address = st.builds(lambda port, offset: port + offset & 0xFFFF, st.sampled_from(ports), st.integers(-4, BANK))
-    size = st.sampled_from((1, 2, 4))
+    address = st.builds(lambda port, offset: max(0, port + offset), st.sampled_from(ports), st.integers(-4, BANK))
+    size = st.sampled_from(subject.sizes)
+    anything = st.integers(0, (1 << 8 * subject.sizes[-1]) - 1)
 
     if any(register.kind == "read" for register in cls.registers):
 
         @rule(register=registers(cls, "read"))
         def read(self: Any, register: Register) -> None:
-            self.do(Command("in", register.size, subject.port(register)))
+            self.do(subject.read(subject.port(register), register.size))
 
         rules["read"] = read
     if any(register.kind == "write" for register in cls.registers):
 
-        @rule(register=registers(cls, "write"), value=st.integers(0, 0xFF) | st.integers(0, 0xFFFFFFFF))
+        @rule(register=registers(cls, "write"), value=st.integers(0, 0xFF) | anything)
         def write(self: Any, register: Register, value: int) -> None:
-            self.do(Command("out", register.size, subject.port(register), _cut(value, register.size)))
+            self.do(subject.write(subject.port(register), register.size, value))
 
         rules["write"] = write
     for method in subject.calls:
@@ -120,11 +121,11 @@ def device_machine(
 
         @rule(address=address, size=size)
         def read_anywhere(self, address: int, size: int) -> None:
-            self.do(Command("in", size, address))
+            self.do(subject.read(address, size))
 
-        @rule(address=address, size=size, value=st.integers(0, 0xFFFFFFFF))
+        @rule(address=address, size=size, value=anything)
         def write_anywhere(self, address: int, size: int, value: int) -> None:
-            self.do(Command("out", size, address, _cut(value, size)))
+            self.do(subject.write(address, size, value))
 
         @rule(ns=WAITS)
         def wait(self, ns: int) -> None:
@@ -150,7 +151,3 @@ def device_machine(
         setattr(Machine, name, found)
     Machine.__name__ = Machine.__qualname__ = f"{cls.__name__}Machine"
     return Machine
-
-
-def _cut(value: int, size: int) -> int:
-    return value & (1 << 8 * size) - 1

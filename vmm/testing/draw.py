@@ -59,20 +59,20 @@ def _action(subject: Subject, c: Choices) -> Action:
     if kind < 11:
         register = c.one_of(subject.device.registers)
         port, size = subject.port(register), register.size
-        if register.kind == "read":
-            return Command("in", size, port)
-        return Command("out", size, port, _written(subject, c, size))
+        return (
+            subject.read(port, size)
+            if register.kind == "read"
+            else subject.write(port, size, _written(subject, c, size))
+        )
     if kind == 12 and subject.calls:
         method, wanted = c.one_of(list(subject.calls.items()))
         return Call(method, tuple((name, value(c, kind)) for name, kind in wanted.items()))
     if kind == 13:
         return Wake()
     if kind == 14:
-        base, size = c.one_of(subject.ports)[0], c.one_of((1, 2, 4))
-        port = base + c.below(16) - 4 & 0xFFFF
-        if c.below(2):
-            return Command("in", size, port)
-        return Command("out", size, port, c.below(1 << 8 * size))
+        base, size = c.one_of(subject.ports)[0], c.one_of(subject.sizes)
+        port = max(0, base + c.below(16) - 4)
+        return subject.read(port, size) if c.below(2) else subject.write(port, size, c.below(1 << 8 * size))
     most = c.one_of((0, *_WAITS))
     return Command("clock_step", value=c.below(most + 1) if most else None)
 
@@ -80,7 +80,7 @@ def _action(subject: Subject, c: Choices) -> Action:
 def _written(subject: Subject, c: Choices, size: int) -> int:
     """Half of them numbers that stand in the device's code."""
     if subject.constants and c.below(2):
-        return c.one_of(subject.constants) & (1 << 8 * size) - 1
+        return c.one_of(subject.constants)
     return c.below(1 << 8 * size)
 
 

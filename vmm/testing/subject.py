@@ -16,18 +16,21 @@ from typing import Any
 from snapshot import schema
 from snapshot.errors import SnapshotError
 from vmm.board import SLOTS, Slot
+from vmm.bus import Bus
 from vmm.device import Device, Register
 from vmm.devices.pic import Pic
 from vmm.errors import GuestError
+from vmm.qtest import Command
 from vmm.testing.actions import Call
 from vmm.testing.rig import Build, Rig, wiring
 
 BANK = 0x100  # banks of a device that is on no board are put this far apart
+MEMORY = 0xF000_0000  # and from here on in memory
 
 
 @dataclass(frozen=True)
 class Subject:
-    """`ports`: (port, bank) of each bank."""
+    """`ports`: (port, bank) of each bank; physical addresses for a device that is meant for memory."""
 
     name: str
     device: type[Device[Any]]
@@ -41,7 +44,8 @@ class Subject:
         made = type(build(Rig()))
         banks = sorted({register.bank for register in made.registers})
         name = f"{made.__module__}:{made.__qualname__}"
-        return cls(name, made, build, tuple((i * BANK, bank) for i, bank in enumerate(banks)))
+        first = MEMORY if made.mmio else 0
+        return cls(name, made, build, tuple((first + i * BANK, bank) for i, bank in enumerate(banks)))
 
     @classmethod
     @functools.cache
@@ -66,6 +70,25 @@ class Subject:
     def port(self, register: Register) -> int:
         """Where this register is."""
         return next(port for port, bank in self.ports if bank == register.bank) + register.offset
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of accesses there are, in bytes."""
+        return (1, 2, 4, 8) if self.device.mmio else (1, 2, 4)
+
+    def read(self, address: int, size: int) -> Command:
+        return Command("read", size, address) if self.device.mmio else Command("in", size, address & 0xFFFF)
+
+    def write(self, address: int, size: int, value: int) -> Command:
+        value &= (1 << 8 * size) - 1
+        if self.device.mmio:
+            return Command("write", size, address, value)
+        return Command("out", size, address & 0xFFFF, value)
+
+    def claim(self, bus: Bus, device: Device[Any]) -> None:
+        """Put its banks where they lie."""
+        for port, bank in self.ports:
+            (bus.claim_mmio if self.device.mmio else bus.claim_ports)(device, port, bank)
 
     @functools.cached_property
     def calls(self) -> dict[str, dict[str, schema.Type]]:

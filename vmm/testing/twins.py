@@ -102,8 +102,7 @@ class _Twin:
         self.subject, self.rig = subject, Rig(now=now)
         self.device = subject.build(self.rig)
         self.bus = Bus()
-        for port, bank in subject.ports:
-            self.bus.claim_ports(self.device, port, bank)
+        subject.claim(self.bus, self.device)
         self.device.state = state
         self.device.restored()
         self.acted = bool(self.rig.events)
@@ -128,16 +127,18 @@ class _Twin:
     def play(self, action: Command | Call) -> Any:
         answer = None
         match action:
-            case Command("in", size, address):
-                answer = self.bus.port_in(address, size)
+            case Command("in" | "read" as op, size, address):
+                answer = (self.bus.port_in if op == "in" else self.bus.mmio_read)(address, size)
                 assert 0 <= answer < 1 << 8 * size, f"a read of {size} bytes answered {answer:#x}"
             case Command("out", size, address, value):
                 self.bus.port_out(address, size, value or 0)
+            case Command("write", size, address, value):
+                self.bus.mmio_write(address, size, value or 0)
             case Call(method):
                 arguments = self.subject.arguments(action)
                 answer = getattr(self.device, method)(**arguments)
             case _:
-                raise AssertionError(f"a device on ports only: {action}")
+                raise AssertionError(f"nothing that is done to a device: {action}")
         self.expire()
         return answer
 

@@ -1,5 +1,6 @@
 """Every device of the board, by the generic properties."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,9 @@ from snapshot.schema import state, u8, u64
 from vmm.board import SLOTS
 from vmm.device import Clock, Device, Line, outside, reads, writes
 from vmm.devices.debugcon import Debugcon
+from vmm.qtest import Command
 from vmm.testing import Subject, check_device, device_machine
+from vmm.testing.draw import case
 
 PARTS = [slot.name for slot in SLOTS if slot.name not in ("com2", "com3", "com4")]  # as com1
 
@@ -161,3 +164,49 @@ def test_what_is_wrong_is_found(broken):
 def test_a_constructor_that_does_not_say_what_it_needs():
     with pytest.raises(TypeError, match="Debugcon: what is 'readback'"):
         check_device(Debugcon)
+
+
+@state("mailbox", version=1)
+class MailboxState:
+    word: u64 = 0
+    lost: bool = False
+
+
+class Mailbox(Device[MailboxState]):
+    """In memory, with a register of eight bytes."""
+
+    State, mmio = MailboxState, True
+
+    @reads(0, size=8)
+    def read_word(self) -> int:
+        return self.state.word
+
+    @writes(0, size=8)
+    def write_word(self, value: int) -> None:
+        self.state.word = value
+
+    @reads(8, size=4)
+    def read_count(self) -> int:
+        return self.state.word.bit_count()
+
+
+class NarrowMailbox(Mailbox):
+    @writes(0, size=8)
+    def write_word(self, value: int) -> None:
+        assert value >> 32 == 0
+        self.state.word = value
+
+
+def test_a_device_in_memory():
+    check_device(Mailbox)
+    with pytest.raises(AssertionError) as found:
+        check_device(NarrowMailbox)
+    (note,) = found.value.__notes__
+    assert note == "The shortest way there:\nguest time 0 ns\nwriteq 0xf0000000 0x100000000"
+
+
+def test_fuzzing_a_device_in_memory():
+    drawn = {action.op for n in range(50) for action in case(
+        Subject.of(Mailbox), {"word": 0, "lost": False}, 0, random.Random(n).randbytes(200)
+    ).actions if isinstance(action, Command)}  # fmt: skip
+    assert drawn == {"read", "write", "clock_step"}
