@@ -104,12 +104,12 @@ def a_failed_save_costs_nothing() -> None:
 
         with patch.object(os, "fsync", full), suppress(BackendError):
             machine.save(file)
-        assert file.read_bytes() == kept, "the last good snapshot is gone"
+        assert file.exists() and file.read_bytes() == kept, "the last good snapshot is gone"
 
 
 def device(part: str) -> Callable[[], None]:
     def holds() -> None:
-        if (found := scoreboard.seen(device_machine(Subject.named(part)))) is not None:
+        if (found := scoreboard.seen(device_machine(Subject.named(part)), 1000)) is not None:
             raise AssertionError(found)
 
     holds.__name__ = f"device_machine_of_{part}"
