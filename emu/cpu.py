@@ -240,7 +240,7 @@ class EmuCpu(Cpu):
             size = self._enter(end, inside=True)
             if isinstance(size, Shutdown | Crashed):
                 return size
-            exceptions = words[_EXCEPTIONS]
+            left = words[_EXCEPTIONS] + self._exits["msr"]
             engine.cflags_next_tb.value = 1
             words[_TIME] = end - size
             refused = self._enter(end, inside=True)
@@ -249,8 +249,10 @@ class EmuCpu(Cpu):
             if words[_TIME] < end:
                 words[_TIME] = end
                 continue  # another thread's kick came in between and lowered the limit
-            # A fault leaves the block; what is left of it stays charged, as when the block ran whole.
-            clock.prepaid = 0 if words[_EXCEPTIONS] != exceptions else max(0, clock.prepaid - size)
+            # A fault leaves the block, and so does an intercepted RDMSR or WRMSR; what is left of it stays charged, as
+            # when the block ran whole.
+            leaves = words[_EXCEPTIONS] + self._exits["msr"] != left
+            clock.prepaid = 0 if leaves else max(0, clock.prepaid - size)
         return None
 
     # --- what the engine calls

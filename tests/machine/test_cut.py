@@ -84,6 +84,17 @@ def test_every_instruction_of_a_stretch(boot_own, tmp_path):
     cut_at(boot_own, range(start, start + 400, 4), tmp_path, on=200_000)
 
 
+def test_every_instruction_around_writes_of_msrs(boot_own, tmp_path):
+    """Each leaves its block half-way, and the rest is charged as a block of its own. Ten thousand random cuts met it
+    once."""
+    with boot_own() as machine:
+        machine.run(position=96_300)
+        before = machine.exits()["msr"]
+        machine.run(position=97_000)
+        assert machine.exits()["msr"] > before, "they are here"
+    cut_at(boot_own, range(96_300, 97_000, 4), tmp_path, on=20_000)
+
+
 def test_generation_three(boot_own, tmp_path):
     with boot_own() as reference:
         run_to(reference, 40_000_000)
