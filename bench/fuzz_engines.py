@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -125,7 +125,7 @@ def atheris(subject: Subject, start: fuzz.Start, seed: int, limit: float) -> Non
 
     def one(data: bytes) -> None:
         if fails(draw.case(subject, start.golden, start.now, data)):
-            print(json.dumps(time.monotonic() - began), flush=True)
+            print(f"\nfound {time.monotonic() - began:.3f}", flush=True)
             os._exit(0)
 
     engine.Setup([sys.argv[0], f"-seed={seed + 1}", "-max_len=400", f"-max_total_time={int(limit)}"], one)
@@ -146,9 +146,8 @@ def one_run(engine: str, bug: str, seed: int, limit: float) -> float | None:
         except subprocess.TimeoutExpired:
             return None
         out.seek(0)
-        lines = out.read().split()
-    found = float(lines[-1]) if lines else None
-    return None if found is None or found > limit else found
+        found = re.search(r"^found (.*)$", out.read(), re.M)
+    return None if found is None or float(found[1]) > limit else float(found[1])
 
 
 def runs(seeds: int, limit: float) -> Iterator[tuple[str, str, float | None]]:
@@ -169,7 +168,7 @@ def main() -> None:
         start = fuzz.Start(subject.name, encode(subject.device.State()), 0)
         began = time.monotonic()
         RUN[engine](subject, start, int(seed), options.limit)
-        print(json.dumps(time.monotonic() - began))
+        print(f"found {time.monotonic() - began:.3f}")
         return
     found: dict[tuple[str, str], list[float | None]] = {}
     for bug, engine, seconds in runs(options.seeds, options.limit):
