@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -36,6 +36,7 @@ _HANG_S = 5
 _SIZES = (16, 64, 200, 400)  # bytes of a new input
 _MOST = 1000  # bytes of one that grew
 _EXACT = 16  # every so many-th case with its lines counted
+_TRACED = 4  # every so many-th with the lines it reaches: that takes longer than the case itself
 _HOSTILE = 8  # every so many-th slice is of states no schema allows
 
 
@@ -79,7 +80,9 @@ def explore(task: Task, *, stop_at_find: bool = False) -> Result:
         case = draw.case(subject, task.start.golden, task.start.now, data, hostile=task.hostile)
         result.executions += 1
         result.actions += len(case.actions)
-        why = _failure(case, coverage, exact=result.executions % _EXACT == 0)
+        n = result.executions
+        traced = coverage if n % _TRACED == 1 or n <= len(task.corpus) else nullcontext()
+        why = _failure(case, traced, exact=n % _EXACT == 0 and n > len(task.corpus))
         if why is not None and why not in task.known and why not in result.finds:
             result.finds[why] = case if stop_at_find else smallest(case, why)
             if stop_at_find:
@@ -112,10 +115,10 @@ def _inputs(draws: random.Random, pool: list[bytes]) -> Iterator[bytes]:
         yield data
 
 
-def _failure(case: Case, coverage: _Coverage, *, exact: bool) -> str | None:
+def _failure(case: Case, traced: AbstractContextManager[None], *, exact: bool) -> str | None:
     if exact:
         return case.failure()
-    with _alarm(), coverage:
+    with _alarm(), traced:
         return case.failure(bounded=False)
 
 
