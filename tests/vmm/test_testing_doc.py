@@ -92,4 +92,4 @@ def test_in_a_virtual_environment_of_its_own(tmp_path):
     assert fuzzed.returncode == 1 and "anyhyve replay" in fuzzed.stdout, fuzzed.stderr
     (project / "thermostat.py").write_text(mended(FILES["thermostat.py"]))
     right = run(project, [python, "-m", "pytest", "-p", "no:cacheprovider"])
-    assert right.returncode == 0 and "1 passed" in right.stdout, right.stdout
+    assert right.returncode == 0 and " passed" in right.stdout, right.stdout  # the finds' own tests are among them
