@@ -54,13 +54,15 @@ def test_run_roll_back_and_roll_back_again():
 
 def test_on_kvm(crossing):
     draw = random.Random("mark")
+    written = 0  # by some of the runs: one that is stopped at once writes nothing
     with boot(crossing) as machine:
         for _ in range(5):
             run_some(machine, draw)
             machine.mark()
             for _ in range(5):
                 run_some(machine, draw)
-                assert machine.reset(verify=True) > 0
+                written += machine.reset(verify=True)
+    assert written > 0
 
 
 SELF_MODIFYING = bytes.fromhex("b0 07 fe 05 f9ffffff 66ba0105 ee f4".replace(" ", ""))
