@@ -41,11 +41,10 @@ class Expect:
         why = ""
         while True:
             offset, data = machine.board.console.read(self._at, _MOST)
-            if match := re.search(pattern.encode(), data):
-                self._at = offset + match.end()
-                found = re.search(pattern, _text(match[0])) or re.search(".*", _text(match[0]), re.S)
-                assert found is not None
-                return found
+            text = data.decode(errors="surrogateescape")  # which can be encoded again, so that bytes can be counted
+            if match := re.search(pattern, text):
+                self._at = offset + len(text[: match.end()].encode(errors="surrogateescape"))
+                return match
             if why:
                 raise GuestError(f"the guest never said {pattern!r}: {why}; its last lines:\n{self._last_lines()}")
             stop = machine.run(until=pattern, until_ns=until_ns)

@@ -109,14 +109,18 @@ def test_planted_faults_are_found_made_small_and_shown_again(broken, device, cau
     again = re.findall(r"^  anyhyve (replay (\w+))$", done.stdout, re.M)
     assert len(again) >= len(causes)
     findings = broken / "anyhyve-fuzz" / "findings"
+    shown = set()
     for line, id in again:
-        assert anyhyve(*line.split(), cwd=broken).returncode == 1
+        replayed = anyhyve(*line.split(), cwd=broken)
+        assert replayed.returncode == 1
+        shown |= {why for why in causes if why.encode() in replayed.stdout}
         accesses = (findings / f"{id}.qtest").read_text()
         list(parse(accesses))
         assert len(accesses.splitlines()) <= 4, "small"
         ran = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", findings / f"test_{id}.py"]
         failed = subprocess.run(ran, capture_output=True, text=True, cwd=broken, env={**os.environ, "PYTHONPATH": "."})
         assert failed.returncode == 1 and "1 failed" in failed.stdout, failed.stdout
+    assert shown == causes, "each shown again"
     if smallest is not None:
         assert any(re.fullmatch(smallest, path.read_text().partition("\n")[2]) for path in findings.glob("*.qtest"))
 
