@@ -128,7 +128,8 @@ def atheris(subject: Subject, start: fuzz.Start, seed: int, limit: float) -> Non
             print(f"\nfound {time.monotonic() - began:.3f}", flush=True)
             os._exit(0)
 
-    engine.Setup([sys.argv[0], f"-seed={seed + 1}", "-max_len=400", f"-max_total_time={int(limit)}"], one)
+    keep = f"-artifact_prefix={tempfile.gettempdir()}/"  # else what fails is left in the current folder
+    engine.Setup([sys.argv[0], f"-seed={seed + 1}", "-max_len=400", f"-max_total_time={int(limit)}", keep], one)
     engine.Fuzz()
 
 

@@ -115,11 +115,14 @@ def run(kernel: Path, initrd: Path, timeout_s: float, phases: Phases) -> int | N
         "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
     ]  # fmt: skip
     ALIVE.write_bytes(b"")
+    console = Console(phases)
+    # A SIGTERM while it starts waits until there is somebody to switch it off.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     clock = threading.Timer(timeout_s, process.kill)
-    clock.start()
-    console = Console(phases)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        clock.start()
         assert process.stdout is not None
         output = process.stdout.fileno()
         while alive := time.time() - ALIVE.stat().st_mtime < STILL_S:

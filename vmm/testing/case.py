@@ -76,9 +76,11 @@ class Case:
         except SnapshotError:
             return
         assert schema.encode(value) == {**self.golden, **self.fields}, "a state is not as it was read"
-        twins = Twins(subject, value, self.now, **how)
+        limit = Bounded if bounded else nullcontext
+        with limit():
+            twins = Twins(subject, value, self.now, **how)
         for action in self.actions:
-            with Bounded() if bounded else nullcontext():
+            with limit():
                 twins.do(action)
         twins.check()
 

@@ -117,7 +117,8 @@ def device_machine(
             golden, fields = schema.encode(cls.State()), schema.encode(state)
             changed = {name: value for name, value in fields.items() if value != golden[name]}
             type(self).played = Case(subject.name, golden, now, changed, ())
-            self.twins = Twins(subject, state, now, spoil=spoil, same_state=same_state)
+            with Bounded():
+                self.twins = Twins(subject, state, now, spoil=spoil, same_state=same_state)
 
         @rule(address=address, size=size)
         def read_anywhere(self, address: int, size: int) -> None:

@@ -44,6 +44,7 @@ class Twins:
         self.first = _Twin(subject, now, copy.deepcopy(state))
         self.twin: _Twin | None = None
         self._kept = [name for name in subject.device.invariants if getattr(self.first.device, name)()]
+        self._compare()  # a deadline of this state may have passed already
 
     def do(self, action: Action) -> Any:
         """Returns what a read or a call answered."""

@@ -13,6 +13,7 @@ from vmm.device import Clock, Device, Line, outside, reads, writes
 from vmm.devices.debugcon import Debugcon
 from vmm.qtest import Command
 from vmm.testing import Subject, check_device, device_machine
+from vmm.testing.case import Case
 from vmm.testing.draw import case
 
 PARTS = [slot.name for slot in SLOTS if slot.name not in ("com2", "com3", "com4")]  # as com1
@@ -159,6 +160,12 @@ def test_what_is_wrong_is_found(broken):
     how = settings(max_examples=400, phases=[Phase.generate], report_multiple_bugs=False, deadline=None, database=None)
     with pytest.raises(Exception, match=BUGS[broken]):
         run_state_machine_as_test(device_machine(broken), settings=how)
+
+
+def test_what_is_overdue_in_a_state_is_served_within_bounds():
+    subject = Subject.of(SlowerByTheYear)
+    overdue = Case(subject.name, {"count": 0, "at_ns": 0}, 1 << 50, {"at_ns": 1}, ())
+    assert "does not come to an end" in (overdue.failure(subject=subject) or "")
 
 
 def test_a_constructor_that_does_not_say_what_it_needs():
