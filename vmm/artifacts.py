@@ -12,7 +12,6 @@ from vmm.errors import BackendError
 from vmm.machine import Machine, Stopped
 
 _STEPS = 64
-_MOST = 1 << 20
 
 
 def leave(machine: Machine, folder: Path, name: str) -> Iterator[str]:
@@ -21,8 +20,11 @@ def leave(machine: Machine, folder: Path, name: str) -> Iterator[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         console = folder / f"{name}.console"
-        console.write_bytes(machine.board.console.read(0, _MOST)[1])
+        console.write_bytes(machine.board.console.output)
         yield f"{name}: what it wrote is in {console}"
+        if machine.closed:
+            yield f"{name}: it is closed, and leaves no more"
+            return
         snapshot = folder / f"{name}.snapshot"
         machine.save(snapshot)
         yield f"{name}: anyhyve restore {snapshot}"

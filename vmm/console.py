@@ -7,20 +7,21 @@ import threading
 from collections.abc import Callable
 
 _KEEP = 1 << 20
+_BACK = 4096  # bytes of a line that are searched: one without an end must not take the square of its length
 
 
 class Console:
-    """Collects the guest's output. `watch(regex)` asks for `found` to be set once the output matches."""
+    """Collects the guest's output. `watch(regex)` asks for `found` to be set once a line of it matches."""
 
     def __init__(self) -> None:
-        self.output = bytearray()  # the last MiB
+        self.output = bytearray()  # the last MiB, or up to two
         self.total = 0
         self._lock = threading.Lock()  # over these two, for other threads' `read`
         self.found = False
         self.on_match: Callable[[], None] = lambda: None
         self._listeners: list[Callable[[int], None]] = []
-        self._pattern: re.Pattern[bytes] | None = None
-        self._from = 0
+        self._pattern: re.Pattern[str] | None = None
+        self._from = 0  # as `total` counts
 
     def listen(self, listener: Callable[[int], None]) -> None:
         self._listeners.append(listener)
@@ -28,10 +29,11 @@ class Console:
     def unlisten(self, listener: Callable[[int], None]) -> None:
         self._listeners.remove(listener)
 
-    def watch(self, pattern: str | None) -> None:
-        """Look for `pattern` in what the guest writes from now on."""
-        self._pattern = None if pattern is None else re.compile(pattern.encode())
-        self._from = len(self.output)
+    def watch(self, pattern: str | None, since: int | None = None) -> None:
+        """Look for `pattern` in each line the guest goes on to write; what it wrote before `since` (as `total` counts;
+        by default: before now) is not part of the line."""
+        self._pattern = None if pattern is None else expression(pattern)
+        self._from = self.total if since is None else since
         self.found = False
 
     def read(self, offset: int, most: int) -> tuple[int, bytes]:
@@ -48,17 +50,26 @@ class Console:
             self.output.append(byte)
             self.total += 1
             if len(self.output) > 2 * _KEEP:
-                cut = len(self.output) - _KEEP
-                del self.output[:cut]
-                self._from = max(0, self._from - cut)
+                del self.output[:-_KEEP]
         for listener in self._listeners:
             listener(byte)
-        if self._pattern is not None:
-            # Only the last lines can complete a match: a search over the whole output would be quadratic.
-            start = max(self._from, self.output.rfind(b"\n", 0, max(0, len(self.output) - 1)) + 1)
-            match = self._pattern.search(self.output, start)
-            if match:
-                self._pattern = None
-                self._from = match.end()
-                self.found = True
-                self.on_match()
+        if self._pattern is not None and self._pattern.search(text(self._line())):
+            self._pattern = None
+            self.found = True
+            self.on_match()
+
+    def _line(self) -> bytearray:
+        """The last one, with its end if that has come: no other can match that did not before."""
+        size = len(self.output)
+        first = max(size - (self.total - self._from), size - _BACK, 0)
+        return self.output[max(first, self.output.rfind(b"\n", first, size - 1) + 1) :]
+
+
+def expression(pattern: str) -> re.Pattern[str]:
+    """One for lines of output. Raises re.error."""
+    return re.compile(pattern, re.MULTILINE)
+
+
+def text(data: bytes | bytearray) -> str:
+    """To be searched; what is no UTF-8 can be encoded again, so that bytes can be counted."""
+    return data.decode(errors="surrogateescape")

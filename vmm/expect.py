@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import deque
 
+from vmm.console import expression, text
 from vmm.errors import GuestError
 from vmm.machine import Fault, Machine, Stopped
 
-_MOST = 1 << 20  # bytes of output that are looked back at
 _SHOWN = 12  # lines
 
 
@@ -24,8 +25,8 @@ class Expect:
 
     @property
     def output(self) -> str:
-        """All that was written and is still kept (the last MiB)."""
-        return _text(self.machine.board.console.read(0, _MOST)[1])
+        """All that was written and is still kept (the last MiB at least)."""
+        return _shown(self._since(0)[1])
 
     def send(self, text: str) -> None:
         """Type at the console; the guest sees it when it runs."""
@@ -36,18 +37,18 @@ class Expect:
         """Run until the console shows the regular expression, within a line. Raises GuestError, with the last lines of
         the console, when the guest ends before or that many guest seconds pass."""
         self.log.append(f"expect {pattern!r}")
-        machine = self.machine
+        machine, wanted = self.machine, expression(pattern)
         until_ns = machine.clock.now_ns() + int((self.seconds if seconds is None else seconds) * 1e9)
         why = ""
         while True:
-            offset, data = machine.board.console.read(self._at, _MOST)
-            text = data.decode(errors="surrogateescape")  # which can be encoded again, so that bytes can be counted
-            if match := re.search(pattern, text):
-                self._at = offset + len(text[: match.end()].encode(errors="surrogateescape"))
+            offset, data = self._since(self._at)
+            written = text(data)
+            if match := wanted.search(written):
+                self._at = offset + len(written[: match.end()].encode(errors="surrogateescape"))
                 return match
             if why:
                 raise GuestError(f"the guest never said {pattern!r}: {why}; its last lines:\n{self._last_lines()}")
-            stop = machine.run(until=pattern, until_ns=until_ns)
+            stop = machine.run(until=pattern, since=self._at, until_ns=until_ns)
             match stop:
                 case Stopped("pattern"):
                     continue
@@ -61,19 +62,24 @@ class Expect:
     def run(self, command: str, *, seconds: float | None = None) -> str:
         """Have a POSIX shell run a command: what it writes. Raises GuestError when its status is not 0."""
         # The line is echoed as it is typed, and must not look like what it prints.
-        self.send(f"printf '%s-%s\\n' any begin; {command}; printf '\\n%s-%s=%d\\n' any end $?\n")
+        done = f"eval {shlex.quote(command)}"  # whatever it is: `sleep 1 &`, a syntax error
+        self.send(f"printf '%s-%s\\n' any begin; {done}; printf '\\n%s-%s=%d\\n' any end $?\n")
         self.expect(r"any-begin\r?\n", seconds=seconds)
         begin = self._at
         status = self.expect(r"any-end=(\d+)\r?\n", seconds=seconds)[1]
         _, data = self.machine.board.console.read(begin, self._at - begin)
-        written = _text(data).rpartition("any-end=")[0].removesuffix("\n")
+        written = _shown(data).rpartition("any-end=")[0].removesuffix("\n")
         if status != "0":
             raise GuestError(f"{command!r} ended with status {status}:\n{written}")
         return written
+
+    def _since(self, at: int) -> tuple[int, bytes]:
+        console = self.machine.board.console
+        return console.read(at, console.total)
 
     def _last_lines(self) -> str:
         return "\n".join(self.output.splitlines()[-_SHOWN:])
 
 
-def _text(data: bytes) -> str:
+def _shown(data: bytes) -> str:
     return data.decode(errors="replace").replace("\r\n", "\n")

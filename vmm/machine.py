@@ -184,18 +184,33 @@ class Machine:
 
     # --- running
 
-    def run(self, *, position: int | None = None, until: str | None = None, until_ns: int | None = None) -> Stop:
-        """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), the
-        console shows the regular expression `until`, guest time is `until_ns`, or a posted command says so. Raises
-        SnapshotError when the RAM the machine was woken with turns out to be damaged."""
-        self.aim(position, until, until_ns)
+    def run(
+        self,
+        *,
+        position: int | None = None,
+        until: str | None = None,
+        since: int | None = None,
+        until_ns: int | None = None,
+    ) -> Stop:
+        """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), a line
+        the console goes on to show has the regular expression `until` (in what was written after the first `since`
+        bytes, by default from now on), guest time is `until_ns`, or a posted command says so. Raises SnapshotError
+        when the RAM the machine was woken with turns out to be damaged."""
+        self.aim(position, until, until_ns, since=since)
         return self.go_on()
 
-    def aim(self, position: int | None = None, until: str | None = None, until_ns: int | None = None) -> None:
+    def aim(
+        self,
+        position: int | None = None,
+        until: str | None = None,
+        until_ns: int | None = None,
+        *,
+        since: int | None = None,
+    ) -> None:
         """What `go_on` runs for, however often a command stops it on the way: see `run`."""
         self._position, self._until_ns = position, until_ns
         self.cpu.stop_at(position)
-        self.board.console.watch(until)
+        self.board.console.watch(until, since)
 
     def go_on(self) -> Stop:
         """Run towards what was aimed at."""
@@ -242,6 +257,10 @@ class Machine:
         """From any thread: type `data` at the console, from the next boundary on."""
         self._typed.extend(data)
         self.post(lambda _: None)
+
+    def drop_typed(self) -> None:
+        """Forget what was typed and has not reached the serial port yet."""
+        self._typed.clear()
 
     @property
     def typed(self) -> int:
@@ -435,8 +454,9 @@ class Machine:
         self._mark = Mark(self)
 
     @property
-    def marked(self) -> bool:
-        return self._mark is not None
+    def marked(self) -> Mark | None:
+        """What `reset` goes back to."""
+        return self._mark
 
     def reset(self, *, verify: bool = False) -> int:
         """Back to the moment of `mark`: how many bytes of RAM had been written since. With `verify` all is compared
@@ -446,6 +466,10 @@ class Machine:
         if verify and (found := self._mark.differences()):
             raise AssertionError(f"after the reset differ: {', '.join(found[:8])}")
         return written
+
+    @property
+    def closed(self) -> bool:
+        return not self._open
 
     def _unmark(self) -> None:
         if self._mark is not None:

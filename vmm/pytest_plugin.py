@@ -4,10 +4,12 @@ nothing that takes long, or is an extra, is imported before a test asks for it."
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import re
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,11 @@ _DEFAULTS = {
     "vm_memory": "256",
     "vm_ready": "shell ready",
     "vm_patience": "60",
+}
+_CHECKS: dict[str, tuple[Callable[[str], object], str]] = {
+    "vm_memory": (lambda given: 1 <= int(given) < 1 << 24, "a number of MiB"),
+    "vm_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
+    "vm_ready": (re.compile, "a regular expression"),
 }
 
 
@@ -67,8 +74,15 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", line)
     every_ms = config.getoption("--vm-roundtrip")
-    if every_ms is not None and every_ms <= 0:
-        raise pytest.UsageError("--vm-roundtrip takes a number of guest ms above 0")
+    if every_ms is not None and not 1e-3 <= every_ms < math.inf:
+        raise pytest.UsageError("--vm-roundtrip takes a number of guest ms, of at least 0.001")
+    for name, (right, what) in _CHECKS.items():
+        try:
+            good = right(config.getini(name))
+        except (ValueError, re.error):
+            good = False
+        if not good:
+            raise pytest.UsageError(f"{name} = {config.getini(name)}: not {what}")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -92,6 +106,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marker = metafunc.definition.get_closest_marker("backend")
         asked = marker.args if marker else (metafunc.config.getoption("--vm-backend"),)
         names = [name for one in asked for name in (BACKENDS if one == "all" else (one,))]
+        if wrong := [str(name) for name in names if name not in (*BACKENDS, "auto")]:
+            where = metafunc.definition.nodeid
+            pytest.fail(f"{where}: no backend {', '.join(wrong)}; there are {', '.join(BACKENDS)}", pytrace=False)
         if len(names) > 1 or marker:
             metafunc.parametrize("vm_backend", names, indirect=True, scope="session")
 
@@ -201,32 +218,58 @@ def vm(vm_factory: Callable[..., Machine]) -> Machine:
     return vm_factory()
 
 
+def _boot(backend: str, image: Image, config: pytest.Config) -> Machine:
+    """The guest, up."""
+    from vmm.machine import Machine, MachineConfig
+
+    machine = Machine.boot(MachineConfig(memory_bytes=int(config.getini("vm_memory")) << 20), image, backend)
+    try:
+        _until_ready(machine, config)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
 @pytest.fixture(scope="session")
 def vm_snapshot(
     vm_backend: str, vm_image: Image, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The guest when it is up, saved. It is booted once for all tests."""
-    from vmm.machine import Machine, MachineConfig
-
     file = tmp_path_factory.mktemp("vm") / "booted.snapshot"
-    with Machine.boot(
-        MachineConfig(memory_bytes=int(pytestconfig.getini("vm_memory")) << 20), vm_image, vm_backend
-    ) as machine:
-        _until_ready(machine, pytestconfig)
+    with _boot(vm_backend, vm_image, pytestconfig) as machine:
         machine.save(file)
     return file
 
 
-@pytest.fixture(scope="session")
-def _vm_marked(vm_backend: str, vm_image: Image, pytestconfig: pytest.Config) -> Iterator[Machine]:
-    """The guest when it is up, to come back to."""
-    from vmm.machine import Machine, MachineConfig
+@dataclass
+class _Booted:
+    """The guest when it is up, to come back to; booted again after a test that closed the machine or marked it."""
 
-    config = MachineConfig(memory_bytes=int(pytestconfig.getini("vm_memory")) << 20)
-    with Machine.boot(config, vm_image, vm_backend) as machine:
-        _until_ready(machine, pytestconfig)
-        machine.mark()
-        yield machine
+    boot: Callable[[], Machine]
+    machine: Machine | None = None
+    mark: object = None
+
+    def again(self) -> Machine:
+        machine = self.machine
+        if machine is None or machine.closed or machine.marked is not self.mark:
+            self.close()
+            machine = self.machine = self.boot()
+            machine.mark()
+            self.mark = machine.marked
+        machine.reset()
+        machine.drop_typed()
+        return machine
+
+    def close(self) -> None:
+        if self.machine is not None:
+            self.machine.close()
+
+
+@pytest.fixture(scope="session")
+def _vm_marked(vm_backend: str, vm_image: Image, pytestconfig: pytest.Config) -> Iterator[_Booted]:
+    with closing(_Booted(lambda: _boot(vm_backend, vm_image, pytestconfig))) as booted:
+        yield booted
 
 
 def _talk(machine: Machine, config: pytest.Config) -> Expect:
@@ -241,7 +284,9 @@ def _until_ready(machine: Machine, config: pytest.Config) -> None:
     try:
         _talk(machine, config).expect(config.getini("vm_ready"))
     except GuestError as error:
-        pytest.fail(f"{error}\n(vm_ready says what to wait for)", pytrace=False)
+        folder = config.getoption("--vm-artifacts")
+        left = [] if folder is None else _left([machine], folder / "boot", None)
+        pytest.fail("\n".join((f"{error}\n(vm_ready says what to wait for)", *left)), pytrace=False)
 
 
 @pytest.fixture
@@ -252,8 +297,7 @@ def vm_booted(request: pytest.FixtureRequest, vm_backend: str) -> Machine:
         machine: Machine = request.getfixturevalue("vm")
         _until_ready(machine, request.config)
         return machine
-    machine = request.getfixturevalue("_vm_marked")
-    machine.reset()
+    machine = request.getfixturevalue("_vm_marked").again()
     request.node.stash.setdefault(MACHINES, []).append(machine)
     return machine
 
@@ -288,12 +332,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
     report = yield
     folder: Path | None = item.config.getoption("--vm-artifacts")
     machines = item.stash.get(MACHINES, [])
-    if report.when == "call" and report.failed and folder is not None and machines:
-        from vmm.artifacts import leave
-
+    if report.when in ("setup", "call") and report.failed and folder is not None and machines:
         place = folder / re.sub(r"[^\w.-]+", "_", item.nodeid)[-100:]
-        lines = [line for i, machine in enumerate(machines) for line in leave(machine, place, f"vm{i}")]
-        if (talk := item.stash.get(TALKS, None)) is not None:
-            (place / "said.txt").write_text("".join(f"{line}\n" for line in talk.log))
-        report.sections.append(("anyhyve", "\n".join(lines)))
+        report.sections.append(("anyhyve", "\n".join(_left(machines, place, item.stash.get(TALKS, None)))))
     return report
+
+
+def _left(machines: list[Machine], place: Path, talk: Expect | None) -> list[str]:
+    from vmm.artifacts import leave
+
+    lines = [line for i, machine in enumerate(machines) for line in leave(machine, place, f"vm{i}")]
+    if talk is not None:
+        try:
+            (place / "said.txt").write_text("".join(f"{line}\n" for line in talk.log))
+        except OSError as error:
+            lines.append(f"said.txt: {error}")
+    return lines

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from vmm.qtest import Command
 
 PROGRAM = "qemu-system-x86_64"
 _PATIENCE_S = 60.0
+_MOST_TICKS = 50_000_000_000  # at once: 500 s take 15, and ECX counts the rounds
 
 # The ROM ends where the first 4 GiB do. The breakpoint is in a page of its own, for QEMU translates a page that has one
 # instruction by instruction.
@@ -57,6 +59,8 @@ class Qemu:
 
     tick_ns = 10
     now_ns = 0
+    _heard = b""
+    _gdb: _Gdb | None = None
 
     def __init__(self, program: str = PROGRAM) -> None:
         if shutil.which(program) is None:
@@ -69,18 +73,18 @@ class Qemu:
                  "-nodefaults", "-display", "none", "-serial", "null", "-rtc", "base=2020-01-01,clock=vm",
                  "-bios", f"{folder}/rom", "-qtest", "stdio", "-qtest-log", "/dev/null",
                  "-gdb", f"unix:{gate},server=on,wait=off"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             )  # fmt: skip
             try:
                 self.play(Command("in", 1, 0x80))  # once it answers, its files are open
                 self._gdb = _Gdb(gate)
+                self._gdb.ask("qXfer:features:read:target.xml:0,ffb")  # registers have numbers for who has asked
+                self._gdb.ask(f"Z0,{_ROM_BASE + _END:x},1")
+                self.play(Command("write", 8, _TIMER, _TO_NOBODY))
+                self.play(Command("write", 8, _CONFIG, 1))
             except BaseException:
-                self._end()
+                self.close()
                 raise
-        self._gdb.ask("qXfer:features:read:target.xml:0,ffb")  # registers have numbers for who has asked
-        self._gdb.ask(f"Z0,{_ROM_BASE + _END:x},1")
-        self.play(Command("write", 8, _TIMER, _TO_NOBODY))
-        self.play(Command("write", 8, _CONFIG, 1))
 
     def play(self, command: Command) -> int | None:
         """What a read answered. The clock never goes back."""
@@ -96,37 +100,50 @@ class Qemu:
         return None
 
     def _say(self, command: Command) -> int | None:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(f"{command}\n")
-            self._process.stdin.flush()
+            self._process.stdin.write(b"%s\n" % str(command).encode())
         except OSError:
             raise BackendError("QEMU has ended") from None
-        while (line := self._process.stdout.readline()).startswith("IRQ"):
+        while (line := self._line()).startswith("IRQ"):
             pass
         if not line.startswith("OK"):
-            raise BackendError(f"QEMU answers {str(command)!r} with {line.strip()!r}")
+            raise BackendError(f"QEMU answers {str(command)!r} with {line!r}")
         return int(line.split()[1], 0) if command.op in ("in", "read") else None
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        while b"\n" not in self._heard:
+            if not select.select([self._process.stdout], [], [], _PATIENCE_S)[0]:
+                raise BackendError("QEMU does not answer")
+            if not (piece := os.read(self._process.stdout.fileno(), 1 << 16)):
+                raise BackendError("QEMU has ended")
+            self._heard += piece
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line.decode(errors="replace")
 
     def _pass(self, ns: int) -> None:
         """To the first tick at or after `ns` from now."""
         ticks = -(-ns // self.tick_ns)
-        if not ticks:
-            return
+        while ticks:
+            step = min(ticks, _MOST_TICKS)
+            self._tick(step)
+            ticks -= step
+
+    def _tick(self, ticks: int) -> None:
         self.now_ns += ticks * self.tick_ns
         self._say(Command("write", 8, _COMPARATOR, self.now_ns // self.tick_ns))
         rounds, nops = divmod(ticks * self.tick_ns - 1 - 2, _ROUND)
+        assert self._gdb is not None
         self._gdb.ask(f"P{_RIP:x}={(_LOOP_AT + _NOPS - nops).to_bytes(8, 'little').hex()}")
         self._gdb.ask(f"P{_ECX:x}={(rounds + 1).to_bytes(8, 'little').hex()}")
         self._gdb.ask("c")
 
-    def _end(self) -> None:
+    def close(self) -> None:
+        if self._gdb is not None:
+            self._gdb.close()
         self._process.kill()
         self._process.communicate()
-
-    def close(self) -> None:
-        self._gdb.close()
-        self._end()
 
     def __enter__(self) -> Qemu:
         return self

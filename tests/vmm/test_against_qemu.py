@@ -8,6 +8,7 @@ that is done it says which row.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -464,3 +465,40 @@ def test_a_qemu_that_ends(qemu):
     with pytest.raises(BackendError, match="QEMU"):
         for _ in range(100):
             qemu.play(Command("clock_step", value=100))
+
+
+def test_a_long_time_passes_in_steps(qemu, monkeypatch):
+    """One step's rounds are counted in ECX."""
+    monkeypatch.setattr("vmm.qemu._MOST_TICKS", 1000)
+    qemu.play(Command("clock_step", value=1_234_560))
+    assert qemu.play(Command("read", 8, 0xFED000F0)) == 123_456
+
+
+@pytest.mark.slow
+def test_more_rounds_than_ecx_counts(qemu):
+    qemu.play(Command("clock_step", value=4_310_000_000_000))
+    assert qemu.play(Command("read", 8, 0xFED000F0)) == 431_000_000_000
+
+
+SILENT = """#!/bin/sh
+echo $$ > {folder}/pid
+exec sleep 600
+"""
+NO_DEBUGGER = """#!/bin/sh
+echo $$ > {folder}/pid
+while read line; do echo "OK 0x0"; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "why"), [(SILENT, "QEMU does not answer"), (NO_DEBUGGER, "QEMU's debugger port: ")]
+)
+def test_a_qemu_that_does_not_answer_is_ended(tmp_path, monkeypatch, source, why):
+    monkeypatch.setattr("vmm.qemu._PATIENCE_S", 0.5)
+    fake = tmp_path / "qemu"
+    fake.write_text(source.format(folder=tmp_path))
+    fake.chmod(0o755)
+    with pytest.raises(BackendError, match=why):
+        Qemu(str(fake))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

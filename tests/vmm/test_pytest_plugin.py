@@ -167,6 +167,90 @@ def test_ends(vm_factory, vm_image):
     assert "the guest never said 'never': it ended with halted" in said
 
 
+CLOSES = """
+import pytest
+
+def test_closes(vm_factory):
+    with vm_factory() as machine:
+        machine.run(until="own guest")
+        assert False
+
+@pytest.fixture
+def readied(vm):
+    vm.run(until="own guest")
+    assert False
+
+def test_of_a_fixture_that_fails(readied):
+    pass
+
+def test_passes():
+    pass
+"""
+
+
+def test_what_is_left_of_a_machine_that_is_closed_and_of_one_of_a_fixture(project):
+    said = outcome(project(CLOSES, "--vm-artifacts=left"), failed=1, error=1, passed=1)
+    assert "vm0: it is closed, and leaves no more" in said
+    left = {path.name for path in (project.folder / "left").rglob("test_it.py_test_of*/*")}
+    assert left == {"vm0.snapshot", "vm0.console", "vm0.trace"}
+
+
+def test_what_is_left_of_a_guest_that_does_not_come_up(project):
+    (project.folder / "pytest.ini").write_text(INI.replace("own guest", "never\nvm_patience = 0.001"))
+    said = outcome(project("def test_it(vm_booted):\n    pass\n", "--vm-artifacts=left"), error=1)
+    assert "vm0: anyhyve restore " in said and (project.folder / "left" / "boot" / "vm0.snapshot").exists()
+
+
+def test_nothing_can_be_left(project):
+    (project.folder / "left").write_text("a file")
+    said = outcome(project(FAILS + "\ndef test_passes():\n    pass\n", "--vm-artifacts=left"), failed=1, passed=1)
+    assert "vm0: " in said and "said.txt: " in said
+
+
+SPOILS = """
+import pytest
+
+@pytest.fixture(autouse=True)
+def as_booted(vm_booted):
+    assert vm_booted.typed == 0 and not vm_booted.closed
+    if not hasattr(pytest, "first"):
+        pytest.first = vm_booted.position
+    assert vm_booted.position == pytest.first
+
+def test_types(vm_booted):
+    vm_booted.send(b"left over")
+
+def test_marks(vm_booted):
+    vm_booted.run(position=vm_booted.position + 100_000)
+    vm_booted.mark()
+
+def test_closes(vm_booted):
+    vm_booted.close()
+
+def test_last():
+    pass
+"""
+
+
+def test_what_a_test_does_to_the_booted_machine_the_next_does_not_see(project):
+    outcome(project(SPOILS), passed=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("vm_memory", "much"), ("vm_memory", "0"), ("vm_patience", "nan"), ("vm_patience", "-1"), ("vm_ready", "(")],
+)
+def test_an_option_that_says_nothing(project, name, value):
+    (project.folder / "pytest.ini").write_text(f"[pytest]\n{name} = {value}\n")
+    done = project("def test_it():\n    pass\n")
+    assert done.returncode == 4 and done.stderr.startswith(f"ERROR: {name} = {value}: not a ")
+
+
+def test_a_backend_there_is_not(project):
+    done = project("import pytest\n@pytest.mark.backend('nope')\ndef test_it(vm):\n    pass\n")
+    assert "no backend nope; there are emu, kvm" in done.stdout and "Traceback" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("ini", "why"),
     [
@@ -181,9 +265,10 @@ def test_a_project_set_up_wrongly(project, ini, why):
     assert why in said and "Traceback" not in said
 
 
-def test_a_wrong_round_trip(project):
-    done = project("def test_it():\n    pass\n", "--vm-roundtrip=0")
-    assert done.returncode == 4 and "a number of guest ms above 0" in done.stderr
+@pytest.mark.parametrize("every", ["0", "-1", "1e-9", "nan", "inf"])
+def test_a_wrong_round_trip(project, every):
+    done = project("def test_it():\n    pass\n", f"--vm-roundtrip={every}")
+    assert done.returncode == 4 and "a number of guest ms, of at least 0.001" in done.stderr
 
 
 def test_slow_guests_wait_to_be_asked_for(project):

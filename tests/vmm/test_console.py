@@ -1,0 +1,109 @@
+"""What is looked for at the console is found, in whatever pieces it comes; and how a test talks with a guest there."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmm.console import Console, expression, text
+from vmm.errors import GuestError
+from vmm.expect import Expect
+from vmm.machine import Stopped
+
+PATTERNS = ["ab", "^b", "a.b", "b$", "é", r"a\r?\n", "^$", "a|b", "(?i)A+b"]
+
+
+@given(st.text("abé\r\n", max_size=40), st.data(), st.sampled_from(PATTERNS))
+def test_a_line_is_found_as_soon_as_it_is_there(written, data, pattern):
+    output, console = written.encode(), Console()
+    began = data.draw(st.integers(0, len(output)))
+    since = data.draw(st.integers(0, began))
+    for byte in output[:began]:
+        console.transmit(byte)
+    last_line = max(since, output.rfind(b"\n", 0, began) + 1)  # the ones before it are over
+    console.watch(pattern, since)
+    found = None
+    for n in range(began, len(output)):
+        console.transmit(output[n])
+        if console.found:
+            found = n + 1
+            break
+    ends = range(began + 1, len(output) + 1)
+    assert found == next((n for n in ends if expression(pattern).search(text(output[last_line:n]))), None)
+
+
+def test_a_line_without_an_end_is_searched_in_its_last_bytes():
+    console = Console()
+    console.watch("x.*y")
+    for byte in b"x" + b"." * 5000 + b"y":
+        console.transmit(byte)
+    assert not console.found
+    for byte in b"x..y":
+        console.transmit(byte)
+    assert console.found
+
+
+class Scripted:
+    """A machine whose guest writes one piece a run."""
+
+    def __init__(self, *pieces):
+        self.board, self.clock, self.pieces, self.sent = SimpleNamespace(console=Console()), self, list(pieces), b""
+        self.now = 0
+
+    def now_ns(self):
+        return self.now
+
+    def send(self, data):
+        self.sent += data
+
+    def run(self, *, until, since, until_ns):
+        console = self.board.console
+        console.watch(until, since)
+        for piece in self.pieces:
+            self.pieces = self.pieces[1:]
+            write(self, piece)
+            if console.found:
+                return Stopped("pattern")
+        self.now = until_ns
+        return Stopped("time")
+
+
+def write(machine, piece):
+    for byte in piece.encode():
+        machine.board.console.transmit(byte)
+
+
+@pytest.mark.parametrize(
+    ("before", "piece", "pattern"),
+    [("lo", "gin: ", "login: "), ("a\n", "b", "^b"), ("", "aéb", "a.b"), ("é", "\n", "é$")],
+)
+def test_what_has_begun_already(before, piece, pattern):
+    machine = Scripted(piece)
+    expect = Expect(machine)
+    write(machine, before)
+    assert expect.expect(pattern)
+    assert machine.now == 0, "found, not waited for"
+
+
+@pytest.mark.parametrize("cut", range(30))
+def test_a_command_in_whatever_pieces_it_is_answered(cut):
+    said = "any-begin\r\nhello\r\n\r\nany-end=0\r\n"
+    machine = Scripted(said[:cut], said[cut:])
+    assert Expect(machine).run("echo 'hello' &") == "hello\n"
+    assert machine.now == 0
+    assert b"""eval 'echo '"'"'hello'"'"' &'; printf""" in machine.sent
+
+
+def test_a_command_that_fails():
+    with pytest.raises(GuestError, match="'false' ended with status 1"):
+        Expect(Scripted("any-begin\r\n\r\nany-end=1\r\n")).run("false")
+
+
+def test_what_was_written_last_is_what_is_kept():
+    machine = Scripted()
+    expect = Expect(machine)
+    write(machine, "." * (3 << 19) + "\nEND")
+    assert expect.output.endswith("\nEND") and expect.expect("END")
+    with pytest.raises(GuestError, match=r"its last lines:\n[.]*\nEND$"):
+        expect.expect("more")
