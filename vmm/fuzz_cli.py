@@ -73,12 +73,14 @@ def fuzz(
         click.echo(json.dumps({
             "executions": report.executions, "actions": report.actions, "per_second": round(report.per_second, 1),
             "lines": {name: len(lines) for name, lines in report.lines.items()}, "finds": finds,
-            "fixed": report.fixed,
+            "fixed": report.fixed, "stale": report.stale,
         }))  # fmt: skip
     else:
         click.echo(f"{_said(report)} of {len(starts)} devices")
         for i in report.fixed:
             click.echo(f"{i} fails no more")
+        for i, why in report.stale.items():
+            click.echo(f"{i} cannot be played: {why}")
         for i, (why, case) in report.finds.items():
             click.echo(f"{case.device}: {why}\n  anyhyve replay {i}{where}")
     sys.exit(1 if report.finds else 0)

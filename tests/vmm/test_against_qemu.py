@@ -490,9 +490,7 @@ while read line; do echo "OK 0x0"; done
 """
 
 
-@pytest.mark.parametrize(
-    ("source", "why"), [(SILENT, "QEMU does not answer"), (NO_DEBUGGER, "QEMU's debugger port: ")]
-)
+@pytest.mark.parametrize(("source", "why"), [(SILENT, "QEMU does not answer"), (NO_DEBUGGER, "QEMU's debugger port: ")])
 def test_a_qemu_that_does_not_answer_is_ended(tmp_path, monkeypatch, source, why):
     monkeypatch.setattr("vmm.qemu._PATIENCE_S", 0.5)
     fake = tmp_path / "qemu"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from snapshot import schema
 from tests.vmm.test_cli import MAIN, anyhyve, refusal
 from vmm.board import SLOTS
-from vmm.errors import GuestError
+from vmm.errors import BackendError, GuestError
 from vmm.machine import Machine
 from vmm.qtest import Command, parse
 from vmm.testing import Case, Subject
@@ -132,6 +133,84 @@ def test_what_was_mended_is_said(broken):
     assert done.returncode == 0 and "fails no more" in done.stdout
     (id,) = (path.stem for path in (broken / "anyhyve-fuzz" / "findings").glob("*.json"))
     assert anyhyve("replay", id, cwd=broken).returncode == 0
+
+
+def test_a_find_of_a_device_with_another_state_is_not_said_to_be_mended(broken):
+    assert fuzz("broken:OneFurther", "--seconds", "1", cwd=broken).returncode == 1
+    other = """
+from dataclasses import dataclass
+from snapshot.schema import state, u8
+from vmm.devices.rtc import RtcState
+
+@state("rtc", version=99)
+class OtherState(RtcState):
+    more: u8 = 0
+"""
+    (broken / "broken.py").write_text(other + BROKEN.replace('"""It answers', 'State = OtherState\n    """It answers'))
+    (id,) = {path.stem for path in (broken / "anyhyve-fuzz" / "findings").glob("*.json")}
+    assert refusal("replay", id, cwd=broken).endswith("broken:OneFurther has another state now: rtc.more: missing")
+    done = fuzz("broken:OneFurther", "--seconds", "0.2", cwd=broken)
+    assert f"{id} cannot be played: " in done.stdout and "fails no more" not in done.stdout
+
+
+LOST = """
+import os
+from vmm.device import writes
+from vmm.devices.uart import Uart
+
+class Killed(Uart):
+    def write_scr(self, value):
+        os.kill(os.getpid(), 9)
+
+class InC(Uart):
+    def write_scr(self, value):
+        sum(range(1 << 60))
+
+class SaysGuestError(Uart):
+    def write_scr(self, value):
+        from vmm.errors import BackendError, GuestError
+        raise GuestError("boo")
+"""
+
+
+def test_a_process_that_is_lost_is_said(tmp_path):
+    (tmp_path / "broken.py").write_text(LOST)
+    done = fuzz("broken:Killed", "--seconds", "2", "--jobs", "1", cwd=tmp_path)
+    assert done.returncode == 1 and "a process that fuzzed one of broken:Killed has ended" in done.stderr
+
+
+def test_a_process_that_never_comes_back_from_c_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(LOST)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(engine, "_LOST_S", 1)
+    start = engine.Start("broken:InC", golden("com1"), 0)
+    with ProcessPoolExecutor(1) as pool, pytest.raises(BackendError, match="never came back from C code"):
+        engine.campaign([start], pool, jobs=1, seconds=2, folder=tmp_path / "corpus")
+
+
+def test_an_error_of_ours_raised_by_a_device_is_a_find(tmp_path):
+    (tmp_path / "broken.py").write_text(LOST)
+    done = fuzz("broken:SaysGuestError", "--seconds", "1", "--jobs", "1", cwd=tmp_path)
+    assert done.returncode == 1 and "GuestError: boo in write_scr" in done.stdout
+
+
+@pytest.mark.parametrize("name", [":Foo", ".foo:X", "vmm.device:Device", "wrong:X", "raises:X", "builtins:int"])
+def test_no_class_to_fuzz(tmp_path, name):
+    (tmp_path / "wrong.py").write_text("def (")
+    (tmp_path / "raises.py").write_text("1 / 0")
+    done = fuzz(name, "--seconds", "1", cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_every_find_has_an_id():
+    for odd in ("\ud800", 10**40, None):
+        assert len(Case("com1", {}, 0, {"scr": odd}, ()).id) == 8
+
+
+def test_a_file_that_nests_too_deep():
+    for text in ("[" * 100_000, json.dumps({"actions": ["call reset " + "[" * 100_000]})):
+        with pytest.raises(GuestError):
+            Case.from_json(text)
 
 
 def test_what_does_not_end_is_found(broken):

@@ -50,5 +50,5 @@ def parse(line: str) -> Action:
     method, _, arguments = rest.partition(" ")
     try:
         return Call(method, tuple(json.loads(arguments).items()))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise GuestError(f"not an action: {line.strip()[:60]!r}") from None

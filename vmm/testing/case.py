@@ -9,13 +9,12 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import blake3
 
-from snapshot import canon, schema
+from snapshot import schema
 from snapshot.errors import SnapshotError
 from snapshot.schema import Json
 from vmm.errors import GuestError
@@ -23,9 +22,13 @@ from vmm.qtest import Command
 from vmm.testing import actions
 from vmm.testing.actions import Action, Wake
 from vmm.testing.subject import Subject
-from vmm.testing.twins import Bounded, Twins
+from vmm.testing.twins import Twins
 
 _STATE = re.compile(r"^[\w.]+: ")
+
+
+class Stale(GuestError):
+    """A case of a device that has changed since: it says nothing of the one there is now."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Case:
 
     @functools.cached_property
     def id(self) -> str:
-        return blake3.blake3(canon.encode(self.to_json())).hexdigest()[:8]
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))  # also of what canon refuses
+        return blake3.blake3(text.encode()).hexdigest()[:8]
 
     def to_json(self) -> dict[str, Json]:
         return {
@@ -61,35 +65,41 @@ class Case:
             if type(case.device) is not str or type(case.now) is not int or type(case.golden) is not dict:
                 raise ValueError
             return replace(case, fields=dict(case.fields))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise GuestError("not a case") from None
 
-    def run(self, *, subject: Subject | None = None, bounded: bool = True, **how: Any) -> None:
-        """Raises what the device raises, or AssertionError for what does not hold; GuestError when the case is none of
-        this device. A state that is none of its schema must be refused, and then is. `subject` when it is not the one
-        of this name."""
+    def run(self, *, subject: Subject | None = None, **how: Any) -> None:
+        """Raises what the device raises, or AssertionError for what does not hold; Stale when the case is none of this
+        device as it is now. A state that is none of its schema must be refused, and then is. `subject` when it is not
+        the one of this name; `how` as Twins has it."""
         subject = subject or Subject.named(self.device)
-        state = subject.device.State
-        declared = schema.schema_of(state)
-        try:
-            value = schema.decode(declared.name, declared.version, {**self.golden, **self.fields}, state)
-        except SnapshotError:
-            return
-        assert schema.encode(value) == {**self.golden, **self.fields}, "a state is not as it was read"
-        limit = Bounded if bounded else nullcontext
-        with limit():
-            twins = Twins(subject, value, self.now, **how)
         for action in self.actions:
-            with limit():
-                twins.do(action)
+            if isinstance(action, actions.Call):
+                try:
+                    subject.arguments(action)
+                except GuestError as error:
+                    raise Stale(str(error)) from None
+        fields = {**self.golden, **self.fields}
+        try:
+            value = _decode(fields, subject)
+        except SnapshotError:
+            try:
+                _decode(self.golden, subject)
+            except SnapshotError as error:
+                raise Stale(f"{self.device} has another state now: {error}") from None
+            return
+        assert schema.encode(value) == fields, "a state is not as it was read"
+        twins = Twins(subject, value, self.now, **how)
+        for action in self.actions:
+            twins.do(action)
         twins.check()
 
     def failure(self, **how: Any) -> str | None:
         """What goes wrong, in words that are the same whenever it goes wrong for the same reason; None when nothing
-        does."""
+        does. Raises Stale, as `run`."""
         try:
             self.run(**how)
-        except GuestError:
+        except Stale:
             raise
         except Exception as error:
             return cause(error)
@@ -100,6 +110,12 @@ class Case:
         lines = [f"{name} = {json.dumps(value)}, not {json.dumps(self.golden.get(name))}"
                  for name, value in self.fields.items()]  # fmt: skip
         return "\n".join((f"guest time {self.now} ns", *lines, *map(str, self.actions)))
+
+
+def _decode(fields: dict[str, Json], subject: Subject) -> Any:
+    state = subject.device.State
+    declared = schema.schema_of(state)
+    return schema.decode(declared.name, declared.version, fields, state)
 
 
 def cause(error: BaseException) -> str:

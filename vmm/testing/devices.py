@@ -31,7 +31,7 @@ from vmm.testing.case import Case, smallest
 from vmm.testing.rig import Build
 from vmm.testing.strategies import WAITS, calls, registers, states
 from vmm.testing.subject import BANK, Subject
-from vmm.testing.twins import Bounded, Twins
+from vmm.testing.twins import Twins
 
 Tested = type[Device[Any]] | Build | Subject
 
@@ -74,7 +74,7 @@ def device_machine(
     cls = subject.device
     rules: dict[str, Any] = {}
     ports = [port for port, _ in subject.ports]
-    address = st.builds(lambda port, offset: max(0, port + offset), st.sampled_from(ports), st.integers(-4, BANK))
+    anywhere = st.builds(lambda port, offset: max(0, port + offset), st.sampled_from(ports), st.integers(-4, BANK))
     size = st.sampled_from(subject.sizes)
     anything = st.integers(0, (1 << 8 * subject.sizes[-1]) - 1)
 
@@ -108,8 +108,7 @@ def device_machine(
             played = type(self).played
             assert played is not None
             type(self).played = replace(played, actions=(*played.actions, action))
-            with Bounded():
-                self.twins.do(action)
+            self.twins.do(action)
 
         @initialize(state=states(cls.State) if schema.schema_of(cls.State).fields else st.builds(cls.State),
                     now=st.integers(0, 1 << 50))  # fmt: skip
@@ -117,16 +116,17 @@ def device_machine(
             golden, fields = schema.encode(cls.State()), schema.encode(state)
             changed = {name: value for name, value in fields.items() if value != golden[name]}
             type(self).played = Case(subject.name, golden, now, changed, ())
-            with Bounded():
-                self.twins = Twins(subject, state, now, spoil=spoil, same_state=same_state)
+            self.twins = Twins(subject, state, now, spoil=spoil, same_state=same_state)
 
-        @rule(address=address, size=size)
-        def read_anywhere(self, address: int, size: int) -> None:
-            self.do(subject.read(address, size))
+        if ports:
 
-        @rule(address=address, size=size, value=anything)
-        def write_anywhere(self, address: int, size: int, value: int) -> None:
-            self.do(subject.write(address, size, value))
+            @rule(address=anywhere, size=size)
+            def read_anywhere(self, address: int, size: int) -> None:
+                self.do(subject.read(address, size))
+
+            @rule(address=anywhere, size=size, value=anything)
+            def write_anywhere(self, address: int, size: int, value: int) -> None:
+                self.do(subject.write(address, size, value))
 
         @rule(ns=WAITS)
         def wait(self, ns: int) -> None:

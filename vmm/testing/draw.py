@@ -56,7 +56,7 @@ def case(subject: Subject, golden: dict[str, Json], now: int, data: bytes, *, ho
 
 def _action(subject: Subject, c: Choices) -> Action:
     kind = c.below(16)
-    if kind < 11:
+    if kind < 11 and subject.device.registers:
         register = c.one_of(subject.device.registers)
         port, size = subject.port(register), register.size
         return (
@@ -69,7 +69,7 @@ def _action(subject: Subject, c: Choices) -> Action:
         return Call(method, tuple((name, value(c, kind)) for name, kind in wanted.items()))
     if kind == 13:
         return Wake()
-    if kind == 14:
+    if kind == 14 and subject.ports:
         base, size = c.one_of(subject.ports)[0], c.one_of(subject.sizes)
         port = max(0, base + c.below(16) - 4)
         return subject.read(port, size) if c.below(2) else subject.write(port, size, c.below(1 << 8 * size))

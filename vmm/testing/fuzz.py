@@ -7,15 +7,17 @@ they bring, and keeps it in a folder: what reached what, and what was found.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
+import math
 import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +27,15 @@ from typing import Any
 import blake3
 
 from snapshot.schema import Json
-from vmm.errors import GuestError
+from vmm.errors import BackendError, GuestError
 from vmm.testing import draw
-from vmm.testing.case import Case, as_pytest, as_qtest, smallest
+from vmm.testing.case import Case, Stale, as_pytest, as_qtest, smallest
 from vmm.testing.subject import Subject
 
 Line = tuple[str, int]  # of a device's code: file name, line number
 SLICE_S = 2.0
 _HANG_S = 5
+_LOST_S = 120  # more than making a find small may take
 _SIZES = (16, 64, 200, 400)  # bytes of a new input
 _MOST = 1000  # bytes of one that grew
 _EXACT = 16  # every so many-th case with its lines counted
@@ -69,14 +72,15 @@ class Result:
     finds: dict[str, Case] = field(default_factory=dict)  # by cause
 
 
-def explore(task: Task, *, stop_at_find: bool = False) -> Result:
-    """Fuzz one device for a while."""
+def explore(task: Task, *, stop_at_find: bool = False, alive: Callable[[], None] = lambda: None) -> Result:
+    """Fuzz one device for a while. `alive` is called before each case."""
     subject, draws = Subject.named(task.start.device), random.Random(task.seed)
     result, coverage = Result(task.start.device), _Coverage(subject)
     pool, began = list(task.corpus), time.monotonic()
     for data in itertools.chain(task.corpus, _inputs(draws, pool)):
         if (elapsed := time.monotonic() - began) > task.seconds:
             break
+        alive()
         case = draw.case(subject, task.start.golden, task.start.now, data, hostile=task.hostile)
         result.executions += 1
         result.actions += len(case.actions)
@@ -93,6 +97,31 @@ def explore(task: Task, *, stop_at_find: bool = False) -> Result:
             result.reached[data] = found
     result.seconds = elapsed
     return result
+
+
+class _Watch:
+    """Ends this process, which is a worker's, when it does not come back to say that it is alive. An alarm does not
+    reach what never returns to the interpreter, as sum(range(1 << 60)) does not."""
+
+    def __init__(self) -> None:
+        self._said = -math.inf
+
+    def __call__(self) -> None:
+        if (now := time.monotonic()) > self._said + 1:
+            self._said = now
+            faulthandler.dump_traceback_later(_LOST_S, exit=True)
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _slice(task: Task) -> Result:
+    """In a worker."""
+    with _Watch() as watch:
+        return explore(task, alive=watch)
 
 
 def _inputs(draws: random.Random, pool: list[bytes]) -> Iterator[bytes]:
@@ -191,6 +220,7 @@ class Report:
     lines: dict[str, set[Line]] = field(default_factory=dict)
     finds: dict[str, tuple[str, Case]] = field(default_factory=dict)  # cause and case by id
     fixed: list[str] = field(default_factory=list)  # ids of older finds that fail no more
+    stale: dict[str, str] = field(default_factory=dict)  # and of those that cannot be played, with why
 
     @property
     def per_second(self) -> float:
@@ -213,25 +243,38 @@ def campaign(
     progress: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """`seconds` of work for each device, `jobs` slices at a time. KeyboardInterrupt ends it early; what was gathered is
-    in the folder in any case. Raises GuestError for a folder that holds something else."""
+    in the folder in any case. Raises GuestError for a folder that holds something else, BackendError when a process of
+    the executor's is lost."""
     kept = {start.device: Corpus(folder / start.device.replace(":", ".")) for start in starts}
-    report, pending = Report(), set[Future[Result]]()
+    report, pending = Report(), dict[Future[Result], Task]()
     for case in findings(folder):
-        if case.device in kept and (why := case.failure()) is not None:
-            report.finds[case.id] = why, case
-        elif case.device in kept:
+        if case.device not in kept:
+            continue
+        try:
+            why = case.failure()
+        except Stale as error:
+            report.stale[case.id] = str(error)
+            continue
+        if why is None:
             report.fixed.append(case.id)
+        else:
+            report.finds[case.id] = why, case
     tasks = _slices(starts, kept, seconds, seed, report)
     try:
         for first in itertools.islice(tasks, jobs):
-            pending.add(executor.submit(explore, first))
+            pending[executor.submit(_slice, first)] = first
         while pending:
-            done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-            for future in done:
+            for future in wait(pending, timeout=1, return_when=FIRST_COMPLETED).done:
                 _gather(future.result(), kept, report, folder)
+                del pending[future]
                 if (task := next(tasks, None)) is not None:
-                    pending.add(executor.submit(explore, task))
+                    pending[executor.submit(_slice, task)] = task
             progress(report)
+    except BrokenExecutor:
+        whose = ", ".join(sorted({task.start.device for task in pending.values()}))
+        raise BackendError(
+            f"a process that fuzzed one of {whose} has ended: it was killed, or a device never came back from C code"
+        ) from None
     except KeyboardInterrupt:
         for future in pending:
             future.cancel()

@@ -18,6 +18,7 @@ class Rig:
 
     now: int = 0
     lines: dict[str, bool] = field(default_factory=dict)
+    edges: list[tuple[str, bool]] = field(default_factory=list)
     events: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
 
     @property
@@ -28,9 +29,11 @@ class Rig:
         return self.now
 
     def line(self, name: str) -> Callable[[bool], None]:
-        """An output line; its last level is kept in `lines`."""
+        """An output line, low until driven; its last level is kept in `lines`, every change of it in `edges`."""
 
         def drive(level: bool) -> None:
+            if bool(level) != self.lines.get(name, False):
+                self.edges.append((name, bool(level)))
             self.lines[name] = bool(level)
 
         return drive

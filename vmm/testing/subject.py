@@ -24,7 +24,7 @@ from vmm.qtest import Command
 from vmm.testing.actions import Call
 from vmm.testing.rig import Build, Rig, wiring
 
-BANK = 0x100  # banks of a device that is on no board are put this far apart
+BANK = 0x100  # banks of a device that is on no board are put this far apart, or twice, three times ...
 MEMORY = 0xF000_0000  # and from here on in memory
 
 
@@ -45,7 +45,9 @@ class Subject:
         banks = sorted({register.bank for register in made.registers})
         name = f"{made.__module__}:{made.__qualname__}"
         first = MEMORY if made.mmio else 0
-        return cls(name, made, build, tuple((first + i * BANK, bank) for i, bank in enumerate(banks)))
+        largest = max((register.offset + register.size for register in made.registers), default=1)
+        apart = -(-largest // BANK) * BANK
+        return cls(name, made, build, tuple((first + i * apart, bank) for i, bank in enumerate(banks)))
 
     @classmethod
     @functools.cache
@@ -58,14 +60,16 @@ class Subject:
             raise GuestError(f"no device {name!r}: the board has {', '.join(s.name for s in SLOTS)}; or MODULE:CLASS")
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise GuestError(f"{name}: {error}") from None
-        if not (isinstance(found, type) and issubclass(found, Device)):
-            raise GuestError(f"{name}: not a Device class")
+        except Exception as error:  # it is somebody's code
+            raise GuestError(f"{name}: {type(error).__name__}: {error}") from None
+        if not (isinstance(found, type) and issubclass(found, Device) and hasattr(found, "State")):
+            raise GuestError(f"{name}: not a Device class with a State")
         try:
             return cls.of(found)
         except TypeError as error:
             raise GuestError(str(error)) from None
+        except Exception as error:
+            raise GuestError(f"{name}: {type(error).__name__}: {error}") from None
 
     def port(self, register: Register) -> int:
         """Where this register is."""

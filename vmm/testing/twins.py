@@ -1,8 +1,8 @@
 """A device and the twin woken from its snapshot: whatever is done is done to both, and these must hold:
 
 * nothing raises, an answer fits its width, and an access does a bounded amount of work;
-* the twin cannot be told from the original: same answers, same lines, same acts on the outside, same state;
-* saving changes nothing; `restored()` changes no state, acts on nothing, and drives the lines as they were;
+* the twin cannot be told from the original: same answers, same edges, same acts on the outside, same state;
+* saving changes nothing; `restored()` changes no state, acts on nothing, and drives each line once to where it was;
 * the state stays within its schema, and a deadline that has been served does not lie in the past;
 * what the device declares as @invariant goes on holding, once it has held.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
@@ -24,12 +26,14 @@ from vmm.testing.subject import Subject
 
 _MAX_EXPIRIES = 64
 MAX_LINES = 20_000  # of Python that one access may run
+Limit = Callable[[], AbstractContextManager[Any]]
 LAST_NS = 1 << 55  # guest time fits 56 bits, and a device may look as far ahead again
 
 
 class Twins:
     """`spoil` changes what the twin wakes with: a planted fault, to see whether it is found. Without `same_state` only
-    what can be seen from outside is compared. Every method raises AssertionError, naming what does not hold."""
+    what can be seen from outside is compared. `bounded` counts what the device does, which takes long: else it may do
+    as much as it likes. Every method raises AssertionError, naming what does not hold."""
 
     def __init__(
         self,
@@ -39,11 +43,12 @@ class Twins:
         *,
         spoil: Callable[[Any], Any] = lambda state: state,
         same_state: bool = True,
+        bounded: bool = True,
     ) -> None:
         self._spoil, self._same_state = spoil, same_state
-        self.first = _Twin(subject, now, copy.deepcopy(state))
+        self._kept: set[str] = set()  # invariants that have held
+        self.first = _Twin(subject, now, copy.deepcopy(state), Bounded if bounded else nullcontext)
         self.twin: _Twin | None = None
-        self._kept = [name for name in subject.device.invariants if getattr(self.first.device, name)()]
         self._compare()  # a deadline of this state may have passed already
 
     def do(self, action: Action) -> Any:
@@ -68,8 +73,6 @@ class Twins:
         self._compare()
         for twin in filter(None, (self.first, self.twin)):
             schema.encode(twin.device.state)  # what is done to it stays within the schema
-        for name in self._kept:
-            assert getattr(self.first.device, name)(), f"{name} holds no more"
         if self.twin is not None and self._same_state:
             assert self.twin.device.state == self.first.device.state, "the twin is in another state"
 
@@ -77,12 +80,16 @@ class Twins:
         """What can be seen of them from outside."""
         first, twin = self.first, self.twin
         first.expire()
+        holding = set(filter(first.holds, first.device.invariants))
+        if lost := self._kept - holding:
+            raise AssertionError(f"{min(lost)} holds no more")
+        self._kept = holding
         if twin is not None:
             twin.expire()
             assert twin.rig.events == first.rig.events, "the twin acts differently on the outside"
-            for line in first.rig.lines.keys() | twin.rig.lines.keys():
-                same = first.rig.lines.get(line, False) == twin.rig.lines.get(line, False)
-                assert same, f"line {line} of the twin differs"
+            if twin.rig.edges != first.rig.edges:
+                line = next(a or b for a, b in zip_longest(first.rig.edges, twin.rig.edges) if a != b)[0]
+                raise AssertionError(f"line {line} of the twin differs")
 
     def _both(self, action: Command | Call) -> Any:
         answer = self.first.play(action)
@@ -99,15 +106,17 @@ class Twins:
 class _Twin:
     """One device on a bus of its own, woken in `state`."""
 
-    def __init__(self, subject: Subject, now: int, state: Any) -> None:
-        self.subject, self.rig = subject, Rig(now=now)
+    def __init__(self, subject: Subject, now: int, state: Any, limit: Limit) -> None:
+        self.subject, self.rig, self._limit = subject, Rig(now=now), limit
         self.device = subject.build(self.rig)
         self.bus = Bus()
         subject.claim(self.bus, self.device)
         self.device.state = state
-        self.device.restored()
-        self.acted = bool(self.rig.events)
+        with limit():
+            self.device.restored()
+        self.acted, self.edges = bool(self.rig.events), list(self.rig.edges)
         self.rig.events.clear()
+        self.rig.edges.clear()
 
     def wake(self, spoil: Callable[[Any], Any]) -> _Twin:
         """Another, from what a snapshot would hold of this one."""
@@ -116,41 +125,58 @@ class _Twin:
         assert schema.encode(state) == saved, "saving changed the state"
         woken = spoil(schema.decode(declared.name, declared.version, saved, type(state)))
         before = schema.encode(woken)
-        made = _Twin(self.subject, self.rig.now, woken)
+        made = _Twin(self.subject, self.rig.now, woken, self._limit)
         assert schema.encode(made.device.state) == before, "restored() changed the state"
         assert not made.acted, "restored() acted on the outside"
         for line in self.rig.lines.keys() | made.rig.lines.keys():  # one that was never driven is low
             same = made.rig.lines.get(line, False) == self.rig.lines.get(line, False)
             assert same, f"line {line} differs after the restore"
+        moved = [line for line, _ in made.edges]
+        assert len(moved) == len(set(moved)), "restored() moved a line to and fro"  # the board would see an interrupt
         self.rig.events.clear()
+        self.rig.edges.clear()
         return made
 
     def play(self, action: Command | Call) -> Any:
-        answer = None
-        match action:
-            case Command("in" | "read" as op, size, address):
-                answer = (self.bus.port_in if op == "in" else self.bus.mmio_read)(address, size)
-                assert 0 <= answer < 1 << 8 * size, f"a read of {size} bytes answered {answer:#x}"
-            case Command("out", size, address, value):
-                self.bus.port_out(address, size, value or 0)
-            case Command("write", size, address, value):
-                self.bus.mmio_write(address, size, value or 0)
-            case Call(method):
-                arguments = self.subject.arguments(action)
-                answer = getattr(self.device, method)(**arguments)
-            case _:
-                raise AssertionError(f"nothing that is done to a device: {action}")
-        self.expire()
+        arguments = self.subject.arguments(action) if isinstance(action, Call) else {}
+        with self._limit():
+            answer = self._played(action, arguments)
+            self._expire()
+        if isinstance(action, Command) and action.op in ("in", "read"):
+            size = action.size
+            assert 0 <= answer < 1 << 8 * size, f"a read of {size} bytes answered {answer:#x}"
         return answer
+
+    def _played(self, action: Command | Call, arguments: dict[str, Any]) -> Any:
+        match action:
+            case Command("in", size, address):
+                return self.bus.port_in(address, size)
+            case Command("read", size, address):
+                return self.bus.mmio_read(address, size)
+            case Command("out", size, address, value):
+                return self.bus.port_out(address, size, value or 0)
+            case Command("write", size, address, value):
+                return self.bus.mmio_write(address, size, value or 0)
+            case Call(method):
+                return getattr(self.device, method)(**arguments)
+        raise AssertionError(f"nothing that is done to a device: {action}")
 
     def expire(self) -> None:
         """As the board does."""
+        with self._limit():
+            self._expire()
+
+    def _expire(self) -> None:
         for _ in range(_MAX_EXPIRIES):
             deadline = self.device.deadline()
             if deadline is None or deadline > self.rig.now:
                 return
             self.device.expire()
         raise AssertionError("the deadline stays in the past")
+
+    def holds(self, invariant: str) -> bool:
+        with self._limit():
+            return bool(getattr(self.device, invariant)())
 
 
 class Bounded:

@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Callable
+from typing import Annotated
 
 import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from snapshot.schema import state, u8, u64
+from snapshot.schema import Size, state, u8, u64
 from vmm.board import SLOTS
-from vmm.device import Clock, Device, Line, outside, reads, writes
+from vmm.device import Clock, Device, Line, invariant, outside, reads, writes
 from vmm.devices.debugcon import Debugcon
 from vmm.qtest import Command
 from vmm.testing import Subject, check_device, device_machine
@@ -120,6 +121,32 @@ class Hangs(Counter):
         self.line(False)
 
 
+class Knocks(Counter):
+    def restored(self):
+        self.line(True)
+        self.line(False)
+        super().restored()
+
+
+class KnocksLater(Counter):
+    """The twin's line goes up twice where the original's does once."""
+
+    def set(self, value):
+        if self.hidden:
+            self.line(False)
+        super().set(value)
+
+    def restored(self):
+        super().restored()
+        self.hidden = self.state.count & 1
+
+
+class Loses(Counter):
+    @invariant
+    def never_five(self):
+        return self.state.count != 5
+
+
 class Raises(Counter):
     def set(self, value):
         super().set((1, 2, 3, 4)[value & 7])
@@ -148,6 +175,9 @@ BUGS = {
     Endless: "does not come to an end",
     SlowerByTheYear: "does not come to an end",
     Hangs: "line line differs",
+    Knocks: "moved a line to and fro",
+    KnocksLater: "line line of the twin differs",
+    Loses: "never_five holds no more",
     Raises: "tuple index",
     TooMuch: "a read of 1 bytes answered",
     PinForgotten: "the twin answers",
@@ -166,6 +196,86 @@ def test_what_is_overdue_in_a_state_is_served_within_bounds():
     subject = Subject.of(SlowerByTheYear)
     overdue = Case(subject.name, {"count": 0, "at_ns": 0}, 1 << 50, {"at_ns": 1}, ())
     assert "does not come to an end" in (overdue.failure(subject=subject) or "")
+
+
+def test_an_invariant_that_comes_to_hold_goes_on_holding():
+    subject = Subject.of(Loses)
+    golden = {"count": 5, "at_ns": 0}
+    five = Case(subject.name, golden, 0, {}, (Command("out", 1, 0, 5),))
+    assert five.failure(subject=subject) is None, "it has not held yet"
+    back = Case(subject.name, golden, 0, {}, (Command("out", 1, 0, 4), Command("out", 1, 0, 5)))
+    assert back.failure(subject=subject) == "AssertionError: never_five holds no more"
+
+
+@state("test.generic.large", version=1)
+class LargeState:
+    table: Annotated[tuple[u8, ...], Size(8192)] = (0,) * 8192
+
+
+class Large(Device[LargeState]):
+    """Its state alone is more than an access may do."""
+
+    State = LargeState
+
+    @reads(0)
+    def read(self) -> int:
+        return self.state.table[0]
+
+
+def test_only_what_the_device_does_is_bounded():
+    check_device(Large, examples=3)
+
+
+@state("test.generic.alarm", version=1)
+class AlarmState:
+    at_ns: u64 = 1000
+
+
+class Alarm(Device[AlarmState]):
+    """No register, only time."""
+
+    State = AlarmState
+
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self.line = line
+
+    def deadline(self) -> int | None:
+        return self.state.at_ns or None
+
+    def expire(self) -> None:
+        self.state.at_ns = 0
+        self.line(True)
+
+    def restored(self) -> None:
+        self.line(not self.state.at_ns)
+
+
+class ForgottenAlarm(Alarm):
+    def restored(self) -> None:
+        self.line(False)
+
+
+def test_a_device_without_registers():
+    check_device(Alarm)
+    with pytest.raises(AssertionError, match="line line differs"):
+        check_device(ForgottenAlarm)
+    for n in range(50):
+        assert case(Subject.of(Alarm), {"at_ns": 0}, 0, random.Random(n).randbytes(200)).actions
+
+
+class FarApart(Counter):
+    @reads(0x108, bank="low")
+    def read_low(self) -> int:
+        return 0
+
+    @reads(0x8, bank="high")
+    def read_high(self) -> int:
+        return 0
+
+
+def test_banks_do_not_overlap():
+    check_device(FarApart, examples=5)
 
 
 def test_a_constructor_that_does_not_say_what_it_needs():
