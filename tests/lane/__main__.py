@@ -1,7 +1,7 @@
 """The KVM tests on any computer: QEMU emulates a processor with SVM, Debian's own kernel and KVM run on it, and this
 project's tests run on those.
 
-    python -m tests.lane [--timeout SECONDS] [--keep] [PYTEST ARGUMENTS]
+    python -m tests.lane [--timeout SECONDS] [PYTEST ARGUMENTS]
 
 The exit status is pytest's; its report comes back as guests/kvm-lane/report.xml. Needs qemu-system-x86_64 (Debian:
 qemu-system-x86) and busybox (busybox-static). References: AMD APM vol. 2, chapter 15 (SVM); QEMU 7.2 target/i386.
@@ -118,7 +118,10 @@ def run(kernel: Path, initrd: Path, timeout_s: float, phases: Phases) -> int | N
     console = Console(phases)
     # A SIGTERM while it starts waits until there is somebody to switch it off.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, held),
+    )  # fmt: skip
     clock = threading.Timer(timeout_s, process.kill)
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
@@ -135,15 +138,15 @@ def run(kernel: Path, initrd: Path, timeout_s: float, phases: Phases) -> int | N
         clock.cancel()
         process.kill()
         process.wait()
+    if console.status is not None:  # whatever became of the computer then
+        return console.status
     if not alive and not timed_out:
         print(f"\nlane: the emulated computer has stood still for {STILL_S} s", file=sys.stderr)
         return None
-    if console.status is None:
-        why = f"it was stopped after {timeout_s:.0f} s" if timed_out else "it ended by itself"
-        tail = "\n".join(console.lines[-15:])
-        print(f"lane: no exit status came back: {why}. The console's last lines:\n{tail}", file=sys.stderr)
-        return 1
-    return console.status
+    why = f"it was stopped after {timeout_s:.0f} s" if timed_out else "it ended by itself"
+    tail = "\n".join(console.lines[-15:])
+    print(f"lane: no exit status came back: {why}. The console's last lines:\n{tail}", file=sys.stderr)
+    return 1
 
 
 def main() -> int:

@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from tests.lane import __main__ as lane
 from tests.lane.__main__ import Console, Phases, script
 
 
@@ -50,7 +53,18 @@ def test_sigterm_takes_the_computer_along(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HANG, tmp_path]) as process:
         while not (tmp_path / "pid").exists():
             assert process.poll() is None
+            time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
-        assert process.wait() == 128 + signal.SIGTERM
+        assert process.wait(60) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_status_counts_though_the_computer_then_stands_still(tmp_path, monkeypatch):
+    fake = tmp_path / "qemu"
+    fake.write_text("#!/bin/sh\necho lane: up; echo lane: kvm; echo lane: status 1; exec sleep 600\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(lane, "QEMU", str(fake))
+    monkeypatch.setattr(lane, "ALIVE", tmp_path / "alive")
+    monkeypatch.setattr(lane, "STILL_S", 1)
+    assert lane.run(Path("vmlinuz"), Path("initrd"), 600, Phases()) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import runpy
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from tests.conftest import OWN
 from vmm.boot import Image
 from vmm.machine import Machine, MachineConfig
 from vmm.saved import Saved
+from vmm.testing import cuts
 from vmm.testing.cuts import Trace, cut_anywhere
 
 END = 6_000_000
@@ -100,8 +102,54 @@ def test_a_save_that_changes_the_machine_is_found(monkeypatch, tmp_path):
         self.board.devices["com1"].state.thr_empty ^= True  # as bhyve's did
 
     monkeypatch.setattr(Machine, "save", clumsy)
-    with pytest.raises(Trace, match="the machine that was saved"):
+    with pytest.raises(Trace, match="the machine that was saved") as found:
         cut_anywhere(boot, end=END, points=20, folder=tmp_path, fresh=10**9)
+    assert list(found.value.fields) == ["com1.thr_empty"]
+    left = runpy.run_path(str(found.value.files[0]))["test_the_cut_leaves_no_trace"]
+    with pytest.raises(AssertionError):
+        left(tmp_path)
+    monkeypatch.undo()
+    left(tmp_path)
+
+
+def test_a_difference_only_a_new_process_shows_is_found(monkeypatch, tmp_path):
+    """Planted: what it is to run there changes a byte of RAM."""
+    spoils = "run = Machine.run\ndef spoiled(self, **how):\n    self.ram.slice(0x3F_F000, 1)[0] = 1\n"
+    spoils += "    return run(self, **how)\nMachine.run = spoiled\n"
+    monkeypatch.setattr(cuts, "WAKE", f"from vmm.machine import Machine\n{spoils}{cuts.WAKE}")
+    with pytest.raises(Trace, match="woken in a new process") as found:
+        cut_anywhere(boot, end=END, points=3, folder=tmp_path, fresh=1)
+    assert list(found.value.fields) == ["ram"] and found.value.first - found.value.cut < 16
+    left = runpy.run_path(str(found.value.files[0]))["test_the_cut_leaves_no_trace"]
+    with pytest.raises(AssertionError):
+        left(tmp_path)
+
+
+def test_a_byte_too_many_on_the_console_is_found(monkeypatch, tmp_path):
+    """Planted: it says something when it wakes, and nothing in its state tells."""
+    assign = Machine.assign
+
+    def talkative(self, saved):
+        assign(self, saved)
+        self.board.console.transmit(ord("!"))
+
+    monkeypatch.setattr(Machine, "assign", talkative)
+    with pytest.raises(Trace, match=r"console: '.*' became '.*!") as found:
+        cut_anywhere(boot, end=END, points=1, folder=tmp_path, fresh=10**9)
+    assert list(found.value.fields) == ["console"]
+
+
+def test_a_guest_that_ends_too_early(tmp_path):
+    with pytest.raises(AssertionError, match="the guest ends before"):
+        cut_anywhere(lambda: Machine.boot(MachineConfig(memory_bytes=8 << 20), Image(b"\xfa\xf4", flat=True)),
+                     end=100, points=10, folder=tmp_path)  # fmt: skip
+
+
+def test_every_cut_lies_before_the_end(monkeypatch, tmp_path):
+    furthest = []
+    monkeypatch.setattr(cuts, "_run_to", lambda machine, at, run=cuts._run_to: furthest.append(at) or run(machine, at))
+    cut_anywhere(boot, end=10_000, points=25, folder=tmp_path, fresh=10**9)
+    assert max(furthest) == 10_000
 
 
 def test_the_test_that_is_left_fails_by_itself(monkeypatch, tmp_path):

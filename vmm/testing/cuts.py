@@ -28,38 +28,36 @@ _STRETCH = 200_000  # bytes of code
 WAKE = """
 import json, sys
 from pathlib import Path
-from vmm.machine import Machine
-with Machine.restore(Path(sys.argv[1])) as machine:
-    machine.run(position=int(sys.argv[2]))
-    print(json.dumps(machine.digests()))
+from vmm.testing.cuts import wake
+print(json.dumps(wake(Path(sys.argv[1]), int(sys.argv[2]))))
 """
 
-REPRODUCER = '''"""Left by cut_anywhere: the machine saved at {cut} is not, at {first}, what the one never saved was.
+REPRODUCER = '''"""Left by cut_anywhere: saved at {cut}, {what} is not at {first} what the one never saved was.
 
 First to differ: {fields}
 """
 
 from pathlib import Path
 
-from vmm.machine import Machine
+from vmm.testing import cuts
 
 HERE = Path(__file__).parent
 
 
-def test_the_cut_leaves_no_trace():
-    with Machine.restore(HERE / "{snapshot}") as woken:
-        woken.run(position={first})
-        assert woken.digests() == {digests}
+def test_the_cut_leaves_no_trace(tmp_path):
+    assert cuts.{again} == {right!r}
 '''
+
+Outcome = dict[str, Any]  # digests by part's name, and what was written to the console
 
 
 class Trace(AssertionError):
-    """A cut left one."""
+    """A cut left one: in `what`, first seen at position `first`, in these fields (expected, found)."""
 
-    def __init__(self, cut: int, first: int, fields: dict[str, tuple[Any, Any]], files: list[Path]) -> None:
-        self.cut, self.first, self.fields, self.files = cut, first, fields, files
+    def __init__(self, what: str, cut: int, first: int, fields: dict[str, tuple[Any, Any]], files: list[Path]) -> None:
+        self.what, self.cut, self.first, self.fields, self.files = what, cut, first, fields, files
         shown = ", ".join(f"{name}: {old!r} became {new!r}" for name, (old, new) in list(fields.items())[:4])
-        super().__init__(f"saved at {cut}, it first differs at {first}: {shown}; to see it again: {files[0]}")
+        super().__init__(f"saved at {cut}, {what} first differs at {first}: {shown}; to see it again: {files[0]}")
 
 
 @dataclass(frozen=True)
@@ -72,66 +70,142 @@ def cut_anywhere(
     boot: Callable[[], Machine], *, end: int, points: int, folder: Path, seed: object = 0, fresh: int = 50
 ) -> Report:
     """So many cuts at random instructions before position `end`, every `fresh`th woken in a new process. Raises
-    Trace."""
+    Trace; AssertionError for a guest that ends before `end`."""
     draw, began = random.Random(f"cuts {seed}"), time.monotonic()
     with boot() as machine:
         for stretch, start in enumerate(sorted(draw.randrange(end) for _ in range(-(-points // _CUTS)))):
-            assert machine.run(position=start) == Stopped("position"), "the guest ends before `end`"
+            _run_to(machine, start)
             machine.mark()
-            stop = machine.position + _STRETCH
-            cuts = [draw.randrange(machine.position, stop) for _ in range(min(_CUTS, points - stretch * _CUTS))]
-            machine.run(position=stop)
-            expected = machine.digests()
-            for n, cut in enumerate(cuts, stretch * _CUTS + 1):
-                machine.reset()
-                machine.run(position=cut)
-                file = folder / "cut.snapshot"
-                machine.save(file)
-                woken = _wake(file, stop, in_new_process=n % fresh == 0)
-                machine.run(position=stop)
-                if woken != expected or machine.digests() != expected:
-                    raise _explain(machine, file, cut, stop, folder)
+            first = machine.position
+            stop = max(first + 1, min(first + _STRETCH, end))
+            right = _Cut(machine, folder, first).never_saved(stop)
+            for n in range(stretch * _CUTS + 1, min(stretch * _CUTS + _CUTS, points) + 1):
+                _Cut(machine, folder, draw.randrange(first, stop)).check(stop, right, in_new_process=n % fresh == 0)
             machine.reset()
     return Report(points, time.monotonic() - began)
 
 
-def _wake(file: Path, stop: int, in_new_process: bool) -> dict[str, Any]:
-    if in_new_process:
-        command = [sys.executable, "-c", WAKE, str(file), str(stop)]
-        found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        return found
+def wake(file: Path, at: int, written: str = "") -> Outcome:
+    """Wake a machine and run to a position. `written` is what the console had shown before."""
     with Machine.restore(file) as woken:
-        woken.run(position=stop)
-        return woken.digests()
+        found = _outcome(woken, at, 0)
+    return {**found, "console": written + found["console"]}
 
 
-def _explain(machine: Machine, file: Path, cut: int, stop: int, folder: Path) -> Trace:
-    """The first position at which the woken machine is not what the marked one was, by halving."""
+def wake_in_new_process(file: Path, at: int, written: str = "") -> Outcome:
+    command = [sys.executable, "-c", WAKE, str(file), str(at)]
+    found: Outcome = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return {**found, "console": written + found["console"]}
 
-    def at(position: int) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
-        machine.reset()
-        machine.run(position=position)
-        with Machine.restore(file) as woken:
-            woken.run(position=position)
-            return machine.digests(), _apart(machine, woken)
 
-    low, high = cut - 1, stop
-    while high - low > 1:
-        middle = (low + high) // 2
-        if at(middle)[1]:
-            high = middle
-        else:
-            low = middle
-    digests, fields = at(high)
-    if not fields:  # the woken one is right: it is the saved one that the save changed
-        fields = {"the machine that was saved": ("as if never saved", "changed")}
-    first = machine.position
-    machine.save(folder / "expected.snapshot")
-    test = folder / f"test_cut_{cut}.py"
-    test.write_text(
-        REPRODUCER.format(cut=cut, first=first, fields=", ".join(fields), snapshot=file.name, digests=digests)
-    )
-    return Trace(cut, first, fields, [test, file, folder / "expected.snapshot"])
+def save_and_run_on(start: Path, cut: int, at: int, file: Path) -> Outcome:
+    """Wake a machine, save it at `cut`, and run on."""
+    with Machine.restore(start) as machine:
+        _run_to(machine, cut)
+        machine.save(file)
+        return _outcome(machine, at, 0)
+
+
+@dataclass
+class _Cut:
+    """One, of a machine that is marked: what it is at later positions, in each of the ways that must be equal."""
+
+    machine: Machine
+    folder: Path
+    cut: int
+    written: str = ""  # to the console, from the mark to the cut
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "cut.snapshot"
+
+    def check(self, stop: int, right: Outcome, *, in_new_process: bool) -> None:
+        """Raises Trace."""
+        on = self.saved(stop)
+        wake = self.woken_in_new_process if in_new_process else self.woken
+        if wake(stop) != right:
+            again = f"wake{'_in_new_process' * in_new_process}(HERE / {self.file.name!r}, {{first}}, {self.written!r})"
+            what = "the machine that was woken" + " in a new process" * in_new_process
+            first, wrong, expected = self.first(wake, stop)
+            with Machine.restore(self.file) as woken:
+                _run_to(woken, first)
+                fields = _apart(self.machine, woken)
+            raise self.trace(what, again, first, fields or _unlike(expected, wrong), expected, self.file)
+        if on != right:
+            start = self.folder / "start.snapshot"
+            self.machine.reset()
+            self.machine.save(start)
+            again = f"save_and_run_on(HERE / {start.name!r}, {self.cut}, {{first}}, tmp_path / {self.file.name!r})"
+            first, wrong, expected = self.first(self.saved, stop)
+            with Machine.restore(start) as never:
+                _run_to(never, first)
+                self.saved(first)
+                fields = _apart(never, self.machine)
+            what = "the machine that was saved"
+            raise self.trace(what, again, first, fields or _unlike(expected, wrong), expected, start)
+
+    def never_saved(self, at: int) -> Outcome:
+        self.machine.reset()
+        return _outcome(self.machine, at, self.machine.board.console.total)
+
+    def saved(self, at: int) -> Outcome:
+        """It runs on after it was saved to the file."""
+        self.machine.reset()
+        since = self.machine.board.console.total
+        _run_to(self.machine, self.cut)
+        self.written = _written(self.machine, since)
+        self.machine.save(self.file)
+        return _outcome(self.machine, at, since)
+
+    def woken(self, at: int) -> Outcome:
+        return wake(self.file, at, self.written)
+
+    def woken_in_new_process(self, at: int) -> Outcome:
+        return wake_in_new_process(self.file, at, self.written)
+
+    def first(self, way: Callable[[int], Outcome], stop: int) -> tuple[int, Outcome, Outcome]:
+        """The first position at which it is not what the one never saved is, by halving; and what both are there. The
+        marked machine is then the one never saved."""
+        low, high = self.cut - 1, stop
+        while high - low > 1:
+            middle = (low + high) // 2
+            if way(middle) != self.never_saved(middle):
+                high = middle
+            else:
+                low = middle
+        wrong, right = way(high), self.never_saved(high)
+        return self.machine.position, wrong, right
+
+    def trace(
+        self, what: str, again: str, first: int, fields: dict[str, tuple[Any, Any]], right: Outcome, file: Path
+    ) -> Trace:
+        """With a test of it left."""
+        self.never_saved(first)
+        self.machine.save(self.folder / "expected.snapshot")
+        test = self.folder / f"test_cut_{self.cut}.py"
+        test.write_text(
+            REPRODUCER.format(
+                cut=self.cut, what=what, first=first, fields=", ".join(fields), again=again.format(first=first),
+                right=right,
+            )
+        )  # fmt: skip
+        return Trace(what, self.cut, first, fields, [test, file, self.folder / "expected.snapshot"])
+
+
+def _run_to(machine: Machine, position: int) -> None:
+    stop = machine.run(position=position)
+    assert stop == Stopped("position"), f"the guest ends before {position}: {stop}"
+
+
+def _outcome(machine: Machine, at: int, since: int) -> Outcome:
+    """At a position. The console's output from `since` on counts."""
+    _run_to(machine, at)
+    return {**machine.digests(), "console": _written(machine, since)}
+
+
+def _written(machine: Machine, since: int) -> str:
+    console = machine.board.console
+    return console.read(since, console.total)[1].decode(errors="backslashreplace")
 
 
 def _apart(ours: Machine, theirs: Machine) -> dict[str, tuple[Any, Any]]:
@@ -148,3 +222,11 @@ def _apart(ours: Machine, theirs: Machine) -> dict[str, tuple[Any, Any]]:
             place = slice(at, at + 8)
             found[f"{region.name}+{at:#x}"] = bytes(region.view[place]).hex(), bytes(other_region.view[place]).hex()
     return found
+
+
+def _unlike(right: Outcome, wrong: Outcome) -> dict[str, tuple[Any, Any]]:
+    """By part, where no live machine is there to look into."""
+    flat = [{**outcome, **outcome["devices"]} for outcome in (right, wrong)]
+    return {
+        name: (flat[0][name], flat[1][name]) for name in flat[0] if name != "devices" and flat[0][name] != flat[1][name]
+    }
