@@ -131,12 +131,26 @@ def test_a_byte_too_many_on_the_console_is_found(monkeypatch, tmp_path):
 
     def talkative(self, saved):
         assign(self, saved)
-        self.board.console.transmit(ord("!"))
+        for byte in b"{!":
+            self.board.console.transmit(byte)
 
     monkeypatch.setattr(Machine, "assign", talkative)
-    with pytest.raises(Trace, match=r"console: '.*' became '.*!") as found:
+    with pytest.raises(Trace, match=r"console: '.*' became '.*{!") as found:
         cut_anywhere(boot, end=END, points=1, folder=tmp_path, fresh=10**9)
     assert list(found.value.fields) == ["console"]
+
+
+def test_a_woken_machine_that_ends_is_a_trace(monkeypatch, tmp_path):
+    assign = Machine.assign
+
+    def lame(self, saved):
+        assign(self, saved)
+        self.board.state.request = "reset"
+
+    monkeypatch.setattr(Machine, "assign", lame)
+    with pytest.raises(Trace, match="the machine that was woken first differs") as found:
+        cut_anywhere(boot, end=END, points=1, folder=tmp_path, fresh=10**9)
+    assert found.value.first - found.value.cut < 16
 
 
 def test_a_guest_that_ends_too_early(tmp_path):
@@ -146,8 +160,10 @@ def test_a_guest_that_ends_too_early(tmp_path):
 
 
 def test_every_cut_lies_before_the_end(monkeypatch, tmp_path):
-    furthest = []
-    monkeypatch.setattr(cuts, "_run_to", lambda machine, at, run=cuts._run_to: furthest.append(at) or run(machine, at))
+    run, furthest = Machine.run, []
+    monkeypatch.setattr(
+        Machine, "run", lambda self, position: furthest.append(position) or run(self, position=position)
+    )
     cut_anywhere(boot, end=10_000, points=25, folder=tmp_path, fresh=10**9)
     assert max(furthest) == 10_000
 

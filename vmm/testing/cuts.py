@@ -48,7 +48,8 @@ def test_the_cut_leaves_no_trace(tmp_path):
     assert cuts.{again} == {right!r}
 '''
 
-Outcome = dict[str, Any]  # digests by part's name, and what was written to the console
+Outcome = dict[str, Any]  # why it stopped, digests by part's name, and what was written to the console
+_REACHED = str(Stopped("position"))
 
 
 class Trace(AssertionError):
@@ -122,31 +123,33 @@ class _Cut:
     def check(self, stop: int, right: Outcome, *, in_new_process: bool) -> None:
         """Raises Trace."""
         on = self.saved(stop)
-        wake = self.woken_in_new_process if in_new_process else self.woken
-        if wake(stop) != right:
-            again = f"wake{'_in_new_process' * in_new_process}(HERE / {self.file.name!r}, {{first}}, {self.written!r})"
+        way = self.woken_in_new_process if in_new_process else self.woken
+        if way(stop) != right:
             what = "the machine that was woken" + " in a new process" * in_new_process
-            first, wrong, expected = self.first(wake, stop)
+            first, wrong, expected = self.bisect(way, stop)
             with Machine.restore(self.file) as woken:
-                _run_to(woken, first)
-                fields = _apart(self.machine, woken)
-            raise self.trace(what, again, first, fields or _unlike(expected, wrong), expected, self.file)
+                woken.run(position=first)
+                fields = _apart(self.machine, woken) or _unlike(expected, wrong)
+            function = "wake_in_new_process" if in_new_process else "wake"
+            again = f"{function}(HERE / {self.file.name!r}, {first}, {self.written!r})"
+            raise self.trace(what, first, fields, expected, again, self.file)
         if on != right:
-            start = self.folder / "start.snapshot"
+            what, start = "the machine that was saved", self.folder / "start.snapshot"
             self.machine.reset()
             self.machine.save(start)
-            again = f"save_and_run_on(HERE / {start.name!r}, {self.cut}, {{first}}, tmp_path / {self.file.name!r})"
-            first, wrong, expected = self.first(self.saved, stop)
+            first, wrong, expected = self.bisect(self.saved, stop)
             with Machine.restore(start) as never:
-                _run_to(never, first)
+                never.run(position=first)
                 self.saved(first)
-                fields = _apart(never, self.machine)
-            what = "the machine that was saved"
-            raise self.trace(what, again, first, fields or _unlike(expected, wrong), expected, start)
+                fields = _apart(never, self.machine) or _unlike(expected, wrong)
+            again = f"save_and_run_on(HERE / {start.name!r}, {self.cut}, {first}, tmp_path / {self.file.name!r})"
+            raise self.trace(what, first, fields, expected, again, start)
 
     def never_saved(self, at: int) -> Outcome:
         self.machine.reset()
-        return _outcome(self.machine, at, self.machine.board.console.total)
+        found = _outcome(self.machine, at, self.machine.board.console.total)
+        assert found["stop"] == _REACHED, f"the guest ends before {at}: {found['stop']}"
+        return found
 
     def saved(self, at: int) -> Outcome:
         """It runs on after it was saved to the file."""
@@ -163,7 +166,7 @@ class _Cut:
     def woken_in_new_process(self, at: int) -> Outcome:
         return wake_in_new_process(self.file, at, self.written)
 
-    def first(self, way: Callable[[int], Outcome], stop: int) -> tuple[int, Outcome, Outcome]:
+    def bisect(self, way: Callable[[int], Outcome], stop: int) -> tuple[int, Outcome, Outcome]:
         """The first position at which it is not what the one never saved is, by halving; and what both are there. The
         marked machine is then the one never saved."""
         low, high = self.cut - 1, stop
@@ -177,35 +180,32 @@ class _Cut:
         return self.machine.position, wrong, right
 
     def trace(
-        self, what: str, again: str, first: int, fields: dict[str, tuple[Any, Any]], right: Outcome, file: Path
+        self, what: str, first: int, fields: dict[str, tuple[Any, Any]], right: Outcome, again: str, file: Path
     ) -> Trace:
         """With a test of it left."""
         self.never_saved(first)
         self.machine.save(self.folder / "expected.snapshot")
         test = self.folder / f"test_cut_{self.cut}.py"
-        test.write_text(
-            REPRODUCER.format(
-                cut=self.cut, what=what, first=first, fields=", ".join(fields), again=again.format(first=first),
-                right=right,
-            )
-        )  # fmt: skip
+        named = ", ".join(fields)
+        test.write_text(REPRODUCER.format(cut=self.cut, what=what, first=first, fields=named, again=again, right=right))
         return Trace(what, self.cut, first, fields, [test, file, self.folder / "expected.snapshot"])
 
 
 def _run_to(machine: Machine, position: int) -> None:
     stop = machine.run(position=position)
-    assert stop == Stopped("position"), f"the guest ends before {position}: {stop}"
+    assert str(stop) == _REACHED, f"the guest ends before {position}: {stop}"
 
 
 def _outcome(machine: Machine, at: int, since: int) -> Outcome:
     """At a position. The console's output from `since` on counts."""
-    _run_to(machine, at)
-    return {**machine.digests(), "console": _written(machine, since)}
+    stop = machine.run(position=at)
+    return {"stop": str(stop), **machine.digests(), "console": _written(machine, since)}
 
 
 def _written(machine: Machine, since: int) -> str:
+    """Byte for byte: a cut may lie within a character."""
     console = machine.board.console
-    return console.read(since, console.total)[1].decode(errors="backslashreplace")
+    return console.read(since, console.total)[1].decode("latin-1")
 
 
 def _apart(ours: Machine, theirs: Machine) -> dict[str, tuple[Any, Any]]:
