@@ -368,8 +368,7 @@ target: mov     $5, %eax
 
 
 def test_tsc_is_guest_time_and_can_be_set(backend):
-    program = Program(
-        """
+    source = """
         rdtscp
         shl     $32, %rdx
         lea     (%rax, %rdx), %rbx
@@ -386,11 +385,16 @@ def test_tsc_is_guest_time_and_can_be_set(backend):
         shl     $32, %rdx
         or      %rdx, %rax
         jmp     done
-        """,
-        backend,
-    ).finish()
+        """
     moment = 1000 if backend == "emu" else 1 << 31  # on KVM time passes while the host has other things to do
-    assert 0 <= program.word(0x2F0000) < moment
+    # A KVM whose host has come to hold its TSC unstable loses the guest's write when it is preempted between the exit
+    # and the next entry: kvm_arch_vcpu_load() goes on from where the TSC was at the exit. In the lane, booted with
+    # tsc=unstable, that is 12 of 5,000 writes, else none; so not three times over.
+    for _ in range(1 if backend == "emu" else 3):
+        program = Program(source, backend).finish()
+        assert 0 <= program.word(0x2F0000) < moment
+        if program.result >= 1 << 32:
+            break
     assert 1 << 32 <= program.result < (1 << 32) + moment
 
 
