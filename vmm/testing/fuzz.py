@@ -7,7 +7,6 @@ they bring, and keeps it in a folder: what reached what, and what was found.
 
 from __future__ import annotations
 
-import faulthandler
 import itertools
 import json
 import math
@@ -35,7 +34,7 @@ from vmm.testing.subject import Subject
 Line = tuple[str, int]  # of a device's code: file name, line number
 SLICE_S = 2.0
 _HANG_S = 5
-_LOST_S = 120  # more than making a find small may take
+_LOST_S = 120  # of CPU time; more than making a find small may take
 _SIZES = (16, 64, 200, 400)  # bytes of a new input
 _MOST = 1000  # bytes of one that grew
 _EXACT = 16  # every so many-th case with its lines counted
@@ -100,8 +99,9 @@ def explore(task: Task, *, stop_at_find: bool = False, alive: Callable[[], None]
 
 
 class _Watch:
-    """Ends this process, which is a worker's, when it does not come back to say that it is alive. An alarm does not
-    reach what never returns to the interpreter, as sum(range(1 << 60)) does not."""
+    """Ends this process, which is a worker's, when it has computed for long without saying that it is alive. An alarm
+    does not reach what never returns to the interpreter, as sum(range(1 << 60)) does not; SIGPROF, which nobody
+    handles, does."""
 
     def __init__(self) -> None:
         self._said = -math.inf
@@ -109,13 +109,13 @@ class _Watch:
     def __call__(self) -> None:
         if (now := time.monotonic()) > self._said + 1:
             self._said = now
-            faulthandler.dump_traceback_later(_LOST_S, exit=True)
+            signal.setitimer(signal.ITIMER_PROF, _LOST_S)
 
     def __enter__(self) -> _Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _slice(task: Task) -> Result:
