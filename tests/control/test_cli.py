@@ -154,7 +154,12 @@ class OnTerminal:
                     self.seen += os.read(self.fd, 1 << 16)
             return text in self.seen
 
-        eventually(look)
+        try:
+            eventually(look)
+        except AssertionError:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+            raise AssertionError(f"{text!r} never came; seen: {self.seen[-1000:]!r}") from None
 
     def type(self, data):
         os.write(self.fd, data)

@@ -215,6 +215,20 @@ def test_lost_events_are_counted(box):
         assert client.read()["params"] == {"kind": "warning", "text": "last", "lost": 10}
 
 
+def test_a_machine_that_leaves_with_a_question_unread(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "box.sock"))
+        listener.listen()
+        with Client(tmp_path, "box") as client:
+            end, _ = listener.accept()
+            end.sendall(b'{"id":1}\n')
+            client.ask("status")
+            end.close()
+            assert client.read() == {"id": 1}, "what it said before"
+            with pytest.raises(BackendError, match="box: the machine has ended"):
+                client.read()
+
+
 SAVE_AND_WAIT = """
 import sys
 from pathlib import Path

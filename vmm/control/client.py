@@ -62,6 +62,8 @@ class Client:
         while not self.heard:
             try:
                 piece = self._socket.recv(1 << 16)
+            except ConnectionResetError:  # it left with a question of ours unread
+                piece = b""
             except OSError as error:
                 raise BackendError(f"{self.name}: {error.strerror or error}") from None
             if not piece or len(self._heard) > protocol.MAX_ANSWER:
