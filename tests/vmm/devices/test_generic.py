@@ -265,12 +265,12 @@ def test_a_device_without_registers():
 
 
 class FarApart(Counter):
-    @reads(0x108, bank="low")
-    def read_low(self) -> int:
+    @reads(0x108, bank="first")
+    def read_first(self) -> int:
         return 0
 
-    @reads(0x8, bank="high")
-    def read_high(self) -> int:
+    @reads(0x8, bank="second")
+    def read_second(self) -> int:
         return 0
 
 
