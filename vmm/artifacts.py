@@ -20,7 +20,7 @@ def leave(machine: Machine, folder: Path, name: str) -> Iterator[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         console = folder / f"{name}.console"
-        console.write_bytes(machine.board.console.output)
+        console.write_bytes(machine.board.console.read(0)[1])
         yield f"{name}: what it wrote is in {console}"
         if machine.closed:
             yield f"{name}: it is closed, and leaves no more"

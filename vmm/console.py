@@ -36,13 +36,14 @@ class Console:
         self._from = self.total if since is None else since
         self.found = False
 
-    def read(self, offset: int, most: int) -> tuple[int, bytes]:
-        """From any thread: up to `most` bytes written since the guest had written `offset`, and the offset they begin
-        at: a later one where the earlier are no longer kept."""
+    def read(self, offset: int, most: int | None = None) -> tuple[int, bytes]:
+        """From any thread: all bytes, or `most` of them, written since the guest had written `offset`, and the offset
+        they begin at: a later one where the earlier are no longer kept."""
         with self._lock:
             start = self.total - len(self.output)
             offset = min(max(offset, start), self.total)
-            return offset, bytes(self.output[offset - start : offset - start + most])
+            end = None if most is None else offset - start + most
+            return offset, bytes(self.output[offset - start : end])
 
     def transmit(self, byte: int) -> None:
         """The UART's sink."""

@@ -26,7 +26,7 @@ class Expect:
     @property
     def output(self) -> str:
         """All that was written and is still kept (the last MiB at least)."""
-        return _shown(self._since(0)[1])
+        return _shown(self.machine.board.console.read(0)[1])
 
     def send(self, text: str) -> None:
         """Type at the console; the guest sees it when it runs."""
@@ -41,7 +41,7 @@ class Expect:
         until_ns = machine.clock.now_ns() + int((self.seconds if seconds is None else seconds) * 1e9)
         why = ""
         while True:
-            offset, data = self._since(self._at)
+            offset, data = machine.board.console.read(self._at)
             written = text(data)
             if match := wanted.search(written):
                 self._at = offset + len(written[: match.end()].encode(errors="surrogateescape"))
@@ -72,10 +72,6 @@ class Expect:
         if status != "0":
             raise GuestError(f"{command!r} ended with status {status}:\n{written}")
         return written
-
-    def _since(self, at: int) -> tuple[int, bytes]:
-        console = self.machine.board.console
-        return console.read(at, console.total)
 
     def _last_lines(self) -> str:
         return "\n".join(self.output.splitlines()[-_SHOWN:])

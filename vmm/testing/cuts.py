@@ -204,8 +204,7 @@ def _outcome(machine: Machine, at: int, since: int) -> Outcome:
 
 def _written(machine: Machine, since: int) -> str:
     """Byte for byte: a cut may lie within a character."""
-    console = machine.board.console
-    return console.read(since, console.total)[1].decode("latin-1")
+    return machine.board.console.read(since)[1].decode("latin-1")
 
 
 def _apart(ours: Machine, theirs: Machine) -> dict[str, tuple[Any, Any]]:
