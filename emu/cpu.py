@@ -1,4 +1,4 @@
-"""The emulated CPU: a `vmm.cpu.Cpu` on Unicorn.
+"""The emulated CPU: a `vmm.cpu.protocol.Cpu` on Unicorn.
 
 How time and stops work. Each block of straight-line code is charged to the clock, by its size in bytes, when it is
 entered; a block that would cross the limit is refused, and `run()` decides what to do at that boundary. Everything
@@ -33,9 +33,22 @@ from emu.engine import (
     HOOK_INTR,
     INTERRUPT_VIRQ,
 )
-from vmm import cpu_model
 from vmm.clock import BYTES_PER_NS, GuestClock
-from vmm.cpu import Cpu, CpuState, Crashed, EventState, Exit, Expired, Halted, Intr, IoBus, Kicked, Reached, Shutdown
+from vmm.cpu.protocol import (
+    Cpu,
+    CpuState,
+    Crashed,
+    EventState,
+    Exit,
+    Expired,
+    Halted,
+    Intr,
+    IoBus,
+    Kicked,
+    Reached,
+    Shutdown,
+)
+from vmm.cpu.protocol import model as cpu_model
 from vmm.ram import Ram
 
 _TIME, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS, _TSC_OFFSET, _TSC_SCALE = range(7)

@@ -8,7 +8,7 @@ wrong one. And an event that came with a saved state is delivered from Python.
 from __future__ import annotations
 
 from emu.engine import HF2_NMI, Engine
-from vmm.cpu import EventState
+from vmm.cpu.protocol import EventState
 
 _MASK64 = (1 << 64) - 1
 _CONTRIBUTORY = {0, 10, 11, 12, 13}

@@ -7,7 +7,7 @@ import dataclasses
 from unicorn import x86_const as x86
 
 from emu.engine import HF2_NMI, HF_INHIBIT_IRQ, Engine
-from vmm.cpu import CpuState, EventState, FpuState, SegmentState, TableState
+from vmm.cpu.protocol import CpuState, EventState, FpuState, SegmentState, TableState
 
 _GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)))
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")

@@ -1,4 +1,4 @@
-"""The KVM CPU: a `vmm.cpu.Cpu` on /dev/kvm.
+"""The KVM CPU: a `vmm.cpu.protocol.Cpu` on /dev/kvm.
 
 Interrupt controllers and timers are the board's, in user space: KVM is asked for none. What leaves the guest comes
 here: I/O, HLT, and the moment an interrupt can be taken.
@@ -21,9 +21,22 @@ from kvmbackend import abi, state
 from kvmbackend.alarm import Alarm
 from kvmbackend.step import Stepper
 from kvmbackend.vm import Vm
-from vmm import backends, paging
 from vmm.clock import BYTES_PER_NS, GuestClock
-from vmm.cpu import REGISTERS, Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
+from vmm.cpu.protocol import (
+    REGISTERS,
+    Cpu,
+    CpuState,
+    Crashed,
+    Exit,
+    Expired,
+    Halted,
+    Intr,
+    IoBus,
+    Kicked,
+    Shutdown,
+    backends,
+    paging,
+)
 from vmm.errors import BackendError
 from vmm.ram import PAGE, Ram
 

@@ -10,7 +10,7 @@ import ctypes
 from typing import Any
 
 from kvmbackend import abi
-from vmm.cpu import CpuState, EventState, FpuState, SegmentState, TableState
+from vmm.cpu.protocol import CpuState, EventState, FpuState, SegmentState, TableState
 from vmm.errors import BackendError
 
 _SEGMENTS = {name: "ldt" if name == "ldtr" else name for name in ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")}

@@ -21,7 +21,7 @@ from tests.conftest import OWN
 from vmm.board import Board
 from vmm.boot import Image
 from vmm.boot import load as load_image
-from vmm.cpu import FpuState
+from vmm.cpu.protocol import FpuState
 from vmm.devices.i8042 import I8042
 from vmm.devices.pit import Pit
 from vmm.devices.rtc import Rtc

@@ -24,7 +24,7 @@ from snapshot import schema
 from tests.cpu.program import Program
 from tests.cpu.test_state import STATES
 from vmm.board import SLOTS
-from vmm.cpu import EventState, SegmentState
+from vmm.cpu.protocol import EventState, SegmentState
 from vmm.testing import Subject, device_machine
 
 EXAMPLES = 150

@@ -9,7 +9,7 @@ import pytest
 from tests import known_bugs, scoreboard
 from tests.conftest import ROOT
 from vmm.board import SLOTS
-from vmm.cpu import CpuState
+from vmm.cpu.protocol import CpuState
 from vmm.testing import device_machine
 
 TEXT = (ROOT / "docs" / "scoreboard.md").read_text()

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from snapshot.errors import SnapshotError
-from vmm.cpu import REGISTERS, CpuState
-from vmm.disassembly import ahead
+from vmm.cpu.disassembly import ahead
+from vmm.cpu.protocol import REGISTERS, CpuState
 from vmm.errors import BackendError
 from vmm.machine import Machine, Stopped
 

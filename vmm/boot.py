@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmm.cpu import CpuState, SegmentState, TableState
+from vmm.cpu.protocol import CpuState, SegmentState, TableState
 from vmm.errors import GuestError
 from vmm.ram import Ram
 

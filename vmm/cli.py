@@ -20,9 +20,10 @@ from typing import Any
 import click
 
 from snapshot.errors import SnapshotError
-from vmm import backends, releases
+from vmm import releases
 from vmm.boot import Image
 from vmm.config import DEFAULT_EPOCH_NS, MachineConfig
+from vmm.cpu.protocol import backends
 from vmm.errors import BackendError, GuestError
 from vmm.machine import Fault, Machine, Stop, Stopped
 from vmm.saved import ALLOWABLE

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from snapshot.errors import SnapshotError
 from snapshot.schema import OneOf, Range, downgrade, state, u64, upgrade
-from vmm.cpu_model import MODEL_NAME, TSC_KHZ
+from vmm.cpu.model import MODEL_NAME, TSC_KHZ
 
 MAX_MEMORY = 1 << 38
 DEFAULT_EPOCH_NS = 1_577_836_800 * 10**9  # 2020-01-01: a fixed wall clock, so that boots are equal

@@ -7,7 +7,7 @@ every so often: there both are equal, and can be taken back to. A difference fou
 place and the next by halving, until one instruction is left.
 
 What may differ without being a fault:
-* flags and results that an instruction leaves undefined (vmm.undefined_flags); the leader's are taken
+* flags and results that an instruction leaves undefined (vmm.cpu.undefined_flags); the leader's are taken
 * accessed and dirty bits of page tables: when they are set is the processor's affair (SDM vol. 3, 4.8)
 * RF in a pushed RFLAGS: some emulated hosts do not push it
 * what vmm.compare leaves out
@@ -23,15 +23,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from vmm import paging
 from vmm.clock import ClockState
-from vmm.compare import differences
-from vmm.cpu import REGISTERS, Cpu, CpuState, Exit, Reached
-from vmm.disassembly import decode
+from vmm.cpu.compare import differences
+from vmm.cpu.disassembly import decode
+from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Exit, Reached, paging
+from vmm.cpu.undefined_flags import undefined
 from vmm.errors import BackendError
 from vmm.machine import Fault, Machine, Stop, Stopped
 from vmm.saved import Saved
-from vmm.undefined_flags import undefined
 
 STRIDE = 2000  # instructions between two places where everything is compared
 _CHUNK = 1 << 16

@@ -20,7 +20,7 @@ from typing import Protocol
 from vmm.board import Board
 from vmm.clock import GuestClock
 from vmm.config import MachineConfig
-from vmm.cpu_model import TSC_KHZ
+from vmm.cpu.model import TSC_KHZ
 from vmm.devices import rtc
 from vmm.errors import GuestError
 

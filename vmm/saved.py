@@ -10,11 +10,10 @@ from typing import Any
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
 from snapshot.reader import Part, decode_part
-from vmm import backends
 from vmm.board import SLOTS, BoardState
 from vmm.clock import ClockState
 from vmm.config import MAX_MEMORY, MachineConfig
-from vmm.cpu import CpuState
+from vmm.cpu.protocol import CpuState, backends
 from vmm.errors import BackendError, GuestError
 from vmm.ram import Region, layout
 

@@ -21,8 +21,8 @@ from snapshot.container import BLOCK, Part
 from snapshot.errors import SnapshotError
 from snapshot.reader import decode_part
 from snapshot.schema import Json
-from vmm.cpu import CpuState
-from vmm.disassembly import ahead
+from vmm.cpu.disassembly import ahead
+from vmm.cpu.protocol import CpuState
 from vmm.machine import Machine
 from vmm.saved import ALLOWABLE
 from vmm.symbols import Symbols

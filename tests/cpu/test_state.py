@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from snapshot import schema
 from tests.conftest import BACKENDS
 from tests.cpu.program import Program
-from vmm.compare import comparable, differences
-from vmm.cpu import CpuState, EventState, FpuState, SegmentState, TableState
+from vmm.cpu.compare import comparable, differences
+from vmm.cpu.protocol import CpuState, EventState, FpuState, SegmentState, TableState
 from vmm.testing import values
 
 CANONICAL = st.integers(0, (1 << 47) - 1) | st.integers((1 << 64) - (1 << 47), (1 << 64) - 1)

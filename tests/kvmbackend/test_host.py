@@ -11,8 +11,8 @@ import pytest
 
 from kvmbackend import abi, vm
 from kvmbackend.cpu import KvmCpu
-from vmm import backends, cpu_model
-from vmm.cpu import CpuState
+from vmm.cpu.protocol import CpuState, backends
+from vmm.cpu.protocol import model as cpu_model
 from vmm.errors import BackendError
 from vmm.machine import Machine, MachineConfig
 
@@ -99,7 +99,7 @@ def test_a_state_that_cannot_be_names_what_is_wrong(kvm):
 
 
 def _reserved_mxcsr():
-    from vmm.cpu import FpuState
+    from vmm.cpu.protocol import FpuState
 
     return FpuState(mxcsr=0xFFFF_0000)
 

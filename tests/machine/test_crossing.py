@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import OWN
 from tests.machine.crossing import CARRIED, COMMAND, boot_debian, build_floats, save_debian_at_its_shell, sums
 from vmm.boot import Image
-from vmm.compare import differences
+from vmm.cpu.compare import differences
 from vmm.errors import BackendError, GuestError
 from vmm.machine import Machine, MachineConfig, Stopped
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import capstone
 
+from vmm.cpu.paging import read_virtual
 from vmm.machine import Machine, Stopped
-from vmm.paging import read_virtual
 
 
 def instruction(machine: Machine) -> capstone.CsInsn:

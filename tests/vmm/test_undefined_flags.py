@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vmm.cpu import CpuState
-from vmm.undefined_flags import (
+from vmm.cpu.protocol import CpuState
+from vmm.cpu.undefined_flags import (
     _BY_NAME,
     _X87_BY_NAME,
     AF,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from vmm.cpu import CpuState, SegmentState
+from vmm.cpu.protocol import CpuState, SegmentState
 
 _LEFT_OUT = {"cpu.tsc", "cpu.fpu.fop", "cpu.fpu.fip", "cpu.fpu.fdp"}
 

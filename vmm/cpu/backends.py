@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 from vmm.clock import GuestClock
-from vmm.cpu import Cpu, CpuState, Intr, IoBus
+from vmm.cpu.protocol import Cpu, CpuState, Intr, IoBus
 from vmm.errors import BackendError
 from vmm.ram import Ram
 

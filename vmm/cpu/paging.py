@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmm.cpu import CpuState
+from vmm.cpu.protocol import CpuState
 
 PAGE = 4096
 _FRAME = 0x000F_FFFF_FFFF_F000

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import capstone
 
-from vmm.cpu import CpuState
-from vmm.paging import ReadPhysical, code_bits, read_virtual
+from vmm.cpu.paging import ReadPhysical, code_bits, read_virtual
+from vmm.cpu.protocol import CpuState
 
 LONGEST = 15  # bytes of an instruction
 _MODES = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
