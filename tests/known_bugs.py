@@ -18,7 +18,7 @@ from unittest.mock import patch
 from snapshot.writer import Writer
 from tests import scoreboard
 from tests.conftest import OWN
-from vmm.board import Board
+from vmm.board.board import Board
 from vmm.boot import Image
 from vmm.boot import load as load_image
 from vmm.cpu.protocol import FpuState

@@ -23,7 +23,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from snapshot import schema
 from tests.cpu.program import Program
 from tests.cpu.test_state import STATES
-from vmm.board import SLOTS
+from vmm.board.board import SLOTS
 from vmm.cpu.protocol import EventState, SegmentState
 from vmm.testing import Subject, device_machine
 

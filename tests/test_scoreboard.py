@@ -8,7 +8,7 @@ import pytest
 
 from tests import known_bugs, scoreboard
 from tests.conftest import ROOT
-from vmm.board import SLOTS
+from vmm.board.board import SLOTS
 from vmm.cpu.protocol import CpuState
 from vmm.testing import device_machine
 

@@ -21,8 +21,8 @@ import click
 
 from snapshot.errors import SnapshotError
 from vmm import releases
+from vmm.board.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.boot import Image
-from vmm.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.cpu.protocol import backends
 from vmm.errors import BackendError, GuestError
 from vmm.machine import Fault, Machine, Stop, Stopped

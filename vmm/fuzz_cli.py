@@ -19,9 +19,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from snapshot.chain import Chain
 from snapshot.reader import decode_part
 from snapshot.schema import encode, schema_of
-from vmm.board import SLOTS
+from vmm.board.board import SLOTS
+from vmm.board.config import MachineConfig
 from vmm.clock import ClockState, GuestClock
-from vmm.config import MachineConfig
 from vmm.errors import BackendError
 
 FOLDER = Path("anyhyve-fuzz")

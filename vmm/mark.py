@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from snapshot.pages import Scanner
 from snapshot.schema import ListType, OptionalType, StructType, Type, schema_of
-from vmm.board import SLOTS
+from vmm.board.board import SLOTS
 from vmm.errors import BackendError
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from vmm.board import Board
+from vmm.board.board import Board
+from vmm.board.config import MachineConfig
 from vmm.clock import GuestClock
-from vmm.config import MachineConfig
 from vmm.cpu.model import TSC_KHZ
 from vmm.devices import rtc
 from vmm.errors import GuestError

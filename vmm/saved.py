@@ -10,9 +10,9 @@ from typing import Any
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
 from snapshot.reader import Part, decode_part
-from vmm.board import SLOTS, BoardState
+from vmm.board.board import SLOTS, BoardState
+from vmm.board.config import MAX_MEMORY, MachineConfig
 from vmm.clock import ClockState
-from vmm.config import MAX_MEMORY, MachineConfig
 from vmm.cpu.protocol import CpuState, backends
 from vmm.errors import BackendError, GuestError
 from vmm.ram import Region, layout

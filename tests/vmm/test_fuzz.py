@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from snapshot import schema
 from tests.vmm.test_cli import MAIN, anyhyve, refusal
-from vmm.board import SLOTS
+from vmm.board.board import SLOTS
 from vmm.errors import BackendError, GuestError
 from vmm.machine import Machine
 from vmm.qtest import Command, parse

@@ -15,7 +15,7 @@ from typing import Any
 
 from snapshot import schema
 from snapshot.errors import SnapshotError
-from vmm.board import SLOTS, Slot
+from vmm.board.board import SLOTS, Slot
 from vmm.bus import Bus
 from vmm.device import Device, Register
 from vmm.devices.pic import Pic

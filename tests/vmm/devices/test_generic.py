@@ -9,7 +9,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from snapshot.schema import Size, state, u8, u64
-from vmm.board import SLOTS
+from vmm.board.board import SLOTS
 from vmm.device import Clock, Device, Line, invariant, outside, reads, writes
 from vmm.devices.debugcon import Debugcon
 from vmm.qtest import Command

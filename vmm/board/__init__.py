@@ -1,0 +1,1 @@
+"""Which chips a machine has, and how they are wired."""
