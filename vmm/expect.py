@@ -6,8 +6,8 @@ import re
 import shlex
 from collections import deque
 
-from vmm.console import expression, text
 from vmm.errors import GuestError
+from vmm.host.console import expression, text
 from vmm.machine import Fault, Machine, Stopped
 
 _SHOWN = 12  # lines

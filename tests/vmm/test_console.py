@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.console import Console, expression, text
 from vmm.errors import GuestError
 from vmm.expect import Expect
+from vmm.host.console import Console, expression, text
 from vmm.machine import Stopped
 
 PATTERNS = ["ab", "^b", "a.b", "b$", "é", r"a\r?\n", "^$", "a|b", "(?i)A+b"]

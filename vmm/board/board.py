@@ -13,7 +13,6 @@ from typing import Annotated, Any, Protocol
 from snapshot.schema import OneOf, state, u32
 from vmm.bus import Bus
 from vmm.clock import GuestClock
-from vmm.console import Console
 from vmm.device import Device, Line
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.debugcon import Debugcon
@@ -24,6 +23,7 @@ from vmm.devices.port92 import Port92
 from vmm.devices.reset_control import ResetControl
 from vmm.devices.rtc import Rtc
 from vmm.devices.uart import Uart
+from vmm.host.console import Console
 
 
 @state("board", version=1)

@@ -1,0 +1,1 @@
+"""This computer's ends of a machine; never in a snapshot."""
