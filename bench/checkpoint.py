@@ -15,7 +15,7 @@ from rich.table import Table
 from bench.qemu import CMDLINE, Qemu, debian
 from bench.save_restore import GOAL, main, timed
 from snapshot.verify import verify
-from vmm.boot import Image
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig
 from vmm.supervisor import Supervisor
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from vmm.boot import Image
 from vmm.errors import BackendError
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig
 
 READS, ROUNDS = 20_000, 9

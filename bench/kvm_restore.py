@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vmm.boot import Image
 from vmm.errors import BackendError
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig
 
 PAGES, RESETS = 100, 300

@@ -9,7 +9,7 @@ import unicorn
 from rich.console import Console
 from unicorn import x86_const as x86
 
-from vmm.boot import Image
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig
 
 READS = 200_000

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bench.qemu import Qemu
 from bench.save_restore import timed
-from vmm.boot import Image
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig, Stopped
 
 ROUNDS, BATCH = 7, 300

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.qemu import CMDLINE, Qemu, debian
-from vmm.boot import Image
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig
 
 GOAL = "shell ready"

@@ -90,7 +90,7 @@ OWN = ROOT / "fixtures" / "guests" / "own" / "own.bin"
 @pytest.fixture(scope="session")
 def boot_own() -> Any:
     """A function that boots the repository's own guest: paging, timer interrupts, user mode, SSE, serial."""
-    from vmm.boot import Image
+    from vmm.guest.image import Image
     from vmm.machine import Machine, MachineConfig
 
     image = Image.from_files(OWN, flat=True)

@@ -19,14 +19,14 @@ from snapshot.writer import Writer
 from tests import scoreboard
 from tests.conftest import OWN
 from vmm.board.board import Board
-from vmm.boot import Image
-from vmm.boot import load as load_image
 from vmm.cpu.protocol import FpuState
 from vmm.devices.i8042 import I8042
 from vmm.devices.pit import Pit
 from vmm.devices.rtc import Rtc
 from vmm.devices.uart import Uart
 from vmm.errors import BackendError
+from vmm.guest.image import Image
+from vmm.guest.image import load as load_image
 from vmm.machine import Machine, MachineConfig
 from vmm.ram import HOLE_END, HOLE_START, Region
 from vmm.saved import Saved

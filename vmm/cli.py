@@ -22,9 +22,9 @@ import click
 from snapshot.errors import SnapshotError
 from vmm import releases
 from vmm.board.config import DEFAULT_EPOCH_NS, MachineConfig
-from vmm.boot import Image
 from vmm.cpu.protocol import backends
 from vmm.errors import BackendError, GuestError
+from vmm.guest.image import Image
 from vmm.machine import Fault, Machine, Stop, Stopped
 from vmm.saved import ALLOWABLE
 from vmm.supervisor import Supervisor
@@ -364,7 +364,7 @@ def fetch(folder: Path, init: Path | None) -> None:
     """Get a Debian kernel and busybox, and make DIR/vmlinuz, DIR/vmlinux, DIR/initrd.img."""
     from rich.console import Console as Rich
 
-    from vmm.guest import fetch as get
+    from vmm.guest.debian import fetch as get
 
     script = None
     if init is not None:

@@ -25,13 +25,13 @@ from snapshot.schema import encode, lower, schema_of
 from snapshot.writer import Writer
 from vmm.board.board import Board
 from vmm.board.config import MachineConfig
-from vmm.boot import Image
-from vmm.boot import load as load_image
 from vmm.checkpoint import Checkpoint, Fill, write
 from vmm.clock import ClockState, GuestClock
 from vmm.cpu.protocol import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown, backends
 from vmm.devices import rtc
 from vmm.errors import BackendError, GuestError
+from vmm.guest.image import Image
+from vmm.guest.image import load as load_image
 from vmm.mark import Mark
 from vmm.ram import Ram
 from vmm.roundtrip import RoundTrips

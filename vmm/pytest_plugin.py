@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from vmm.boot import Image
     from vmm.expect import Expect
+    from vmm.guest.image import Image
     from vmm.machine import Machine
 
 BACKENDS = ("emu", "kvm")
@@ -171,8 +171,8 @@ def backend(vm_backend: str) -> str:
 @pytest.fixture(scope="session")
 def vm_image(pytestconfig: pytest.Config) -> Image:
     """The guest, as the ini options vm_kernel, vm_initrd, vm_append say. Override it for another."""
-    from vmm.boot import Image
     from vmm.errors import GuestError
+    from vmm.guest.image import Image
 
     kernel, initrd = (_guest_file(pytestconfig, name) for name in ("vm_kernel", "vm_initrd"))
     if kernel is None:

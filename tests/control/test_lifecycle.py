@@ -14,8 +14,8 @@ from snapshot.errors import SnapshotError
 from snapshot.verify import verify
 from tests.conftest import OWN
 from tests.control.conftest import children, eventually
-from vmm.boot import Image
 from vmm.errors import BackendError, Cancelled
+from vmm.guest.image import Image
 from vmm.lifecycle import ALIVE, MOVES, Lifecycle, State
 from vmm.machine import Machine, MachineConfig, Stopped
 from vmm.supervisor import Supervisor, WrongState

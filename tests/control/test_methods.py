@@ -13,10 +13,10 @@ from snapshot.verify import verify
 from tests.conftest import ROOT
 from tests.control.conftest import eventually
 from vmm import lifecycle
-from vmm.boot import Image
 from vmm.control import methods, protocol
 from vmm.control.client import Failed
 from vmm.control.methods import METHODS
+from vmm.guest.image import Image
 from vmm.lifecycle import State
 from vmm.machine import Machine, Stopped
 

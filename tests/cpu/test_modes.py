@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import BACKENDS
 from tests.cpu.program import Program, assemble
-from vmm.boot import Image
 from vmm.cpu.protocol import CpuState, SegmentState, TableState
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig, Stopped
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tests.lane.image import ROOT, build
 from vmm.errors import BackendError, GuestError
-from vmm.guest import kernel_files
+from vmm.guest.debian import kernel_files
 
 FOLDER = ROOT / "guests" / "kvm-lane"
 REPORT = FOLDER / "report.xml"

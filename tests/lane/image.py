@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vmm.newc import Archive
+from vmm.guest.newc import Archive
 
 ROOT = Path(__file__).parent.parent.parent
 TOOLS = ("as", "ld", "nm", "objcopy")

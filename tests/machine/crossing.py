@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 
 from tests.conftest import ROOT
-from vmm.boot import Image
 from vmm.errors import GuestError
+from vmm.guest.image import Image
+from vmm.guest.newc import Archive
 from vmm.machine import Machine, MachineConfig, Stopped
-from vmm.newc import Archive
 
 # Made by the emulated CPU of one computer, for the KVM of another (tests/lane).
 CARRIED = ROOT / "guests" / "kvm-lane" / "sums.snapshot"

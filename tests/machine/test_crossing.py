@@ -12,9 +12,9 @@ import pytest
 
 from tests.conftest import OWN
 from tests.machine.crossing import CARRIED, COMMAND, boot_debian, build_floats, save_debian_at_its_shell, sums
-from vmm.boot import Image
 from vmm.cpu.compare import differences
 from vmm.errors import BackendError, GuestError
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig, Stopped
 
 OTHER = {"emu": "kvm", "kvm": "emu"}

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.conftest import OWN
-from vmm.boot import Image
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig
 from vmm.saved import Saved
 from vmm.testing import cuts

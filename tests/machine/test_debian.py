@@ -10,7 +10,7 @@ import pytest
 
 from tests.machine import where
 from tests.machine.test_cut import cut_at
-from vmm.boot import Image
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig, Stopped
 from vmm.testing.cuts import cut_anywhere
 

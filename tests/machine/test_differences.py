@@ -9,7 +9,7 @@ import pytest
 from snapshot import rewrite, unpack
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
-from vmm.boot import Image
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig, Stopped
 
 

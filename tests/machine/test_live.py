@@ -9,10 +9,10 @@ import pytest
 
 from snapshot.verify import verify
 from tests.conftest import OWN
-from vmm.boot import Image
 from vmm.control.client import Client
 from vmm.control.place import Place
 from vmm.control.server import Server
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig, Stopped
 from vmm.supervisor import Supervisor
 

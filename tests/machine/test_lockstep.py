@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import BACKENDS, OWN
 from tests.cpu.hosts import host
-from vmm.boot import Image
+from vmm.guest.image import Image
 from vmm.lockstep import Lockstep
 from vmm.machine import Machine, MachineConfig, Stopped
 

@@ -11,7 +11,7 @@ import pytest
 
 from snapshot.verify import verify
 from tests.conftest import BACKENDS, OWN
-from vmm.boot import Image
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig, Stopped
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from snapshot.errors import SnapshotError
 from tests.conftest import BACKENDS, OWN
-from vmm.boot import Image
 from vmm.errors import BackendError
 from vmm.expect import Expect
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig, Stopped
 
 pytestmark = pytest.mark.no_roundtrip("it makes its own")

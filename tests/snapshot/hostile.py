@@ -28,8 +28,8 @@ from blake3 import blake3
 from snapshot import canon, verify
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
-from vmm.boot import Image
 from vmm.errors import BackendError
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig
 
 MEMORY = (1 << 20) + (128 << 10)

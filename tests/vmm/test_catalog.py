@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from snapshot.errors import SnapshotError
 from tests.conftest import OWN
 from vmm import catalog
-from vmm.boot import Image
 from vmm.errors import BackendError
+from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig
 
 

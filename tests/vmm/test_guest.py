@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.vmm.test_newc import entries
-from vmm import guest
 from vmm.errors import GuestError
-from vmm.guest import extract_vmlinux, fetch, make_initrd
+from vmm.guest.debian import debian as guest
+from vmm.guest.debian import extract_vmlinux, fetch, make_initrd
 
 VMLINUX = b"\x7fELF" + bytes(range(256)) * 40
 OUTPUTS = ("vmlinuz", "vmlinux", "initrd.img")

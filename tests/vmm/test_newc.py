@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.newc import Archive
+from vmm.guest.newc import Archive
 
 
 @dataclass

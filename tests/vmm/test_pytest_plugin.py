@@ -158,7 +158,7 @@ def test_waits(vm, console):
     console.expect("never", seconds=0.01)
 
 def test_ends(vm_factory, vm_image):
-    from vmm.boot import Image
+    from vmm.guest.image import Image
     from vmm.expect import Expect
     Expect(vm_factory(Image(b"\\xfa\\xf4", flat=True))).expect("never")
 """

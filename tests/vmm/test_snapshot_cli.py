@@ -9,7 +9,7 @@ import pytest
 
 from tests.vmm.test_cli import NO_KVM, OWN_GUEST, anyhyve, refusal
 from vmm.errors import GuestError
-from vmm.symbols import Symbols
+from vmm.guest.symbols import Symbols
 
 
 @pytest.fixture(scope="module")

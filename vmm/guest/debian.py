@@ -28,7 +28,7 @@ import lz4.block
 import zstandard
 
 from vmm.errors import GuestError
-from vmm.newc import Archive
+from vmm.guest.newc import Archive
 
 # Each depends on the kernel package of the day. The first that the package lists know is taken: Debian, then Ubuntu.
 KERNELS = ("linux-image-cloud-amd64", "linux-image-amd64", "linux-image-virtual", "linux-image-generic")

@@ -1,0 +1,1 @@
+"""What runs in a machine: images, the Debian guest, archives and symbols."""
