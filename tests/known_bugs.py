@@ -29,7 +29,7 @@ from vmm.guest.image import Image
 from vmm.guest.image import load as load_image
 from vmm.machine import Machine, MachineConfig
 from vmm.ram import HOLE_END, HOLE_START, Region
-from vmm.saved import Saved
+from vmm.saving.saved import Saved
 from vmm.testing import Subject, device_machine
 from vmm.testing.cuts import cut_anywhere
 

@@ -20,13 +20,13 @@ from typing import Any
 import click
 
 from snapshot.errors import SnapshotError
-from vmm import releases
 from vmm.board.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.cpu.protocol import backends
 from vmm.errors import BackendError, GuestError
 from vmm.guest.image import Image
 from vmm.machine import Fault, Machine, Stop, Stopped
-from vmm.saved import ALLOWABLE
+from vmm.saving import releases
+from vmm.saving.saved import ALLOWABLE
 from vmm.supervisor import Supervisor
 from vmm.terminal import Terminal
 

@@ -30,7 +30,7 @@ from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Exit, Reached, paging
 from vmm.cpu.undefined_flags import undefined
 from vmm.errors import BackendError
 from vmm.machine import Fault, Machine, Stop, Stopped
-from vmm.saved import Saved
+from vmm.saving.saved import Saved
 
 STRIDE = 2000  # instructions between two places where everything is compared
 _CHUNK = 1 << 16

@@ -25,7 +25,6 @@ from snapshot.schema import encode, lower, schema_of
 from snapshot.writer import Writer
 from vmm.board.board import Board
 from vmm.board.config import MachineConfig
-from vmm.checkpoint import Checkpoint, Fill, write
 from vmm.clock import ClockState, GuestClock
 from vmm.cpu.protocol import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown, backends
 from vmm.devices import rtc
@@ -35,8 +34,9 @@ from vmm.guest.image import load as load_image
 from vmm.mark import Mark
 from vmm.ram import Ram
 from vmm.roundtrip import RoundTrips
-from vmm.saved import Saved, admit, host_memory, map_ram
-from vmm.scrub import Scrub
+from vmm.saving.checkpoint import Checkpoint, Fill, write
+from vmm.saving.saved import Saved, admit, host_memory, map_ram
+from vmm.saving.scrub import Scrub
 
 __all__ = ["Fault", "Machine", "MachineConfig", "Stop", "Stopped"]
 

@@ -25,7 +25,7 @@ from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
 from vmm.guest.symbols import Symbols
 from vmm.machine import Machine
-from vmm.saved import ALLOWABLE
+from vmm.saving.saved import ALLOWABLE
 
 _FILE = click.Path(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")

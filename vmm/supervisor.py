@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmm.checkpoint import Checkpoint
 from vmm.errors import BackendError, Cancelled, GuestError
 from vmm.lifecycle import ALIVE, Lifecycle, State
 from vmm.machine import Fault, Machine, Stop, Stopped
+from vmm.saving.checkpoint import Checkpoint
 
 QUIESCE_S = 5.0  # a machine not between two instructions by then (its console's reader is stuck, say) is not saved
 

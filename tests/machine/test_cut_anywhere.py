@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import OWN
 from vmm.guest.image import Image
 from vmm.machine import Machine, MachineConfig
-from vmm.saved import Saved
+from vmm.saving.saved import Saved
 from vmm.testing import cuts
 from vmm.testing.cuts import Trace, cut_anywhere
 

@@ -12,9 +12,9 @@ from blake3 import blake3
 from snapshot import lock, unpack
 from snapshot.chain import Chain
 from snapshot.reader import Reader
-from vmm import releases
 from vmm.errors import BackendError
 from vmm.machine import Machine, Stopped
+from vmm.saving import releases
 
 SNAPSHOTS = Path(__file__).parents[2] / "fixtures" / "snapshots"
 GOLDENS = {

@@ -20,10 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from vmm import releases
 from vmm.control.protocol import INVALID_PARAMS, UNKNOWN_METHOD, RpcError
 from vmm.errors import BackendError
 from vmm.lifecycle import ALIVE, State
+from vmm.saving import releases
 from vmm.supervisor import Supervisor, WrongState
 
 MAX_TYPED = 1 << 16  # bytes waiting for the guest to read its serial port
