@@ -16,7 +16,7 @@ from bench.qemu import CMDLINE, Qemu, debian
 from bench.save_restore import GOAL, main, timed
 from snapshot.verify import verify
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 from vmm.supervisor import Supervisor
 
 MIB = 1024

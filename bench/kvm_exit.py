@@ -16,7 +16,7 @@ from rich.console import Console
 
 from vmm.errors import BackendError
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 
 READS, ROUNDS = 20_000, 9
 # mov dx, 0x3fd; again: mov ecx, READS; 1: in al, dx; dec ecx; jnz 1b; out 0x501 by dx; jmp again

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vmm.errors import BackendError
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 
 PAGES, RESETS = 100, 300
 # mov edi, 0x200000; mov ecx, PAGES; 1: inc dword [rdi]; add edi, 0x1000; dec ecx; jnz 1b; mov dx, 0x501; out dx, al

@@ -10,7 +10,7 @@ from rich.console import Console
 from unicorn import x86_const as x86
 
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 
 READS = 200_000
 # mov dx, 0x3fd; mov ecx, READS; again: in al, dx; dec ecx; jnz again; hlt

@@ -20,7 +20,7 @@ from rich.table import Table
 from bench.qemu import Qemu
 from bench.save_restore import timed
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 ROUNDS, BATCH = 7, 300
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from bench.qemu import CMDLINE, Qemu, debian
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 
 GOAL = "shell ready"
 

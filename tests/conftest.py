@@ -91,7 +91,7 @@ OWN = ROOT / "fixtures" / "guests" / "own" / "own.bin"
 def boot_own() -> Any:
     """A function that boots the repository's own guest: paging, timer interrupts, user mode, SSE, serial."""
     from vmm.guest.image import Image
-    from vmm.machine import Machine, MachineConfig
+    from vmm.machine.machine import Machine, MachineConfig
 
     image = Image.from_files(OWN, flat=True)
 

@@ -27,7 +27,7 @@ from vmm.devices.uart import Uart
 from vmm.errors import BackendError
 from vmm.guest.image import Image
 from vmm.guest.image import load as load_image
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 from vmm.ram import HOLE_END, HOLE_START, Region
 from vmm.saving.saved import Saved
 from vmm.testing import Subject, device_machine

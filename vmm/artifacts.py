@@ -9,7 +9,7 @@ from snapshot.errors import SnapshotError
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import REGISTERS, CpuState
 from vmm.errors import BackendError
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 
 _STEPS = 64
 

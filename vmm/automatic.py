@@ -10,7 +10,7 @@ from typing import Self
 
 from snapshot.errors import SnapshotError
 from vmm.errors import BackendError, GuestError
-from vmm.machine import Machine, Stop, Stopped
+from vmm.machine.machine import Machine, Stop, Stopped
 from vmm.supervisor import Supervisor, WrongState
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)

@@ -24,7 +24,7 @@ from vmm.board.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.cpu.protocol import backends
 from vmm.errors import BackendError, GuestError
 from vmm.guest.image import Image
-from vmm.machine import Fault, Machine, Stop, Stopped
+from vmm.machine.machine import Fault, Machine, Stop, Stopped
 from vmm.saving import releases
 from vmm.saving.saved import ALLOWABLE
 from vmm.supervisor import Supervisor

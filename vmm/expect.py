@@ -8,7 +8,7 @@ from collections import deque
 
 from vmm.errors import GuestError
 from vmm.host.console import expression, text
-from vmm.machine import Fault, Machine, Stopped
+from vmm.machine.machine import Fault, Machine, Stopped
 
 _SHOWN = 12  # lines
 

@@ -29,7 +29,7 @@ from vmm.cpu.disassembly import decode
 from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Exit, Reached, paging
 from vmm.cpu.undefined_flags import undefined
 from vmm.errors import BackendError
-from vmm.machine import Fault, Machine, Stop, Stopped
+from vmm.machine.machine import Fault, Machine, Stop, Stopped
 from vmm.saving.saved import Saved
 
 STRIDE = 2000  # instructions between two places where everything is compared

@@ -18,7 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from vmm.expect import Expect
     from vmm.guest.image import Image
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
 BACKENDS = ("emu", "kvm")
 MACHINES = pytest.StashKey[list["Machine"]]()  # of a test, for when it fails
@@ -126,7 +126,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     every_ms = item.config.getoption("--vm-roundtrip")
     if every_ms is None or item.get_closest_marker("no_roundtrip"):
         return (yield)
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
     Machine.roundtrip_ns = int(every_ms * 1_000_000)
     try:
@@ -192,7 +192,7 @@ def _guest_file(config: pytest.Config, name: str) -> Path | None:
 def vm_factory(request: pytest.FixtureRequest, vm_backend: str) -> Iterator[Callable[..., Machine]]:
     """`make(image=None, *, snapshot=None, backend=None, **config)`: a machine with the guest loaded, or woken from a
     snapshot. `config` are fields of MachineConfig. All are closed after the test."""
-    from vmm.machine import Machine, MachineConfig
+    from vmm.machine.machine import Machine, MachineConfig
 
     with ExitStack() as open_machines:
         made: list[Machine] = request.node.stash.setdefault(MACHINES, [])
@@ -220,7 +220,7 @@ def vm(vm_factory: Callable[..., Machine]) -> Machine:
 
 def _boot(backend: str, image: Image, config: pytest.Config) -> Machine:
     """The guest, up."""
-    from vmm.machine import Machine, MachineConfig
+    from vmm.machine.machine import Machine, MachineConfig
 
     machine = Machine.boot(MachineConfig(memory_bytes=int(config.getini("vm_memory")) << 20), image, backend)
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from vmm.errors import BackendError
 
 if TYPE_CHECKING:
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
 
 @dataclass

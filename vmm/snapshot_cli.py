@@ -24,7 +24,7 @@ from snapshot.schema import Json
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
 from vmm.guest.symbols import Symbols
-from vmm.machine import Machine
+from vmm.machine.machine import Machine
 from vmm.saving.saved import ALLOWABLE
 
 _FILE = click.Path(path_type=Path)

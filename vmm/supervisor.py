@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from vmm.errors import BackendError, Cancelled, GuestError
 from vmm.lifecycle import ALIVE, Lifecycle, State
-from vmm.machine import Fault, Machine, Stop, Stopped
+from vmm.machine.machine import Fault, Machine, Stop, Stopped
 from vmm.saving.checkpoint import Checkpoint
 
 QUIESCE_S = 5.0  # a machine not between two instructions by then (its console's reader is stuck, say) is not saved

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 from vmm.supervisor import Supervisor, WrongState
 
 MONITOR = 0x1D  # Ctrl-]

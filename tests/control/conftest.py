@@ -17,7 +17,7 @@ from vmm.control.client import Client
 from vmm.control.place import Place
 from vmm.control.server import Server
 from vmm.lifecycle import State
-from vmm.machine import Machine
+from vmm.machine.machine import Machine
 from vmm.supervisor import Supervisor
 
 

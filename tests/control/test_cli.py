@@ -20,7 +20,7 @@ from snapshot.verify import verify
 from tests.conftest import OWN
 from tests.control.conftest import MAIN, children, eventually, sessions
 from vmm.control.client import Client
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 
 
 def sockets(environment) -> Path:

@@ -17,7 +17,7 @@ from tests.control.conftest import children, eventually
 from vmm.errors import BackendError, Cancelled
 from vmm.guest.image import Image
 from vmm.lifecycle import ALIVE, MOVES, Lifecycle, State
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 from vmm.supervisor import Supervisor, WrongState
 
 END = 6_000_000  # position; some hundred rounds of the guest's

@@ -18,7 +18,7 @@ from vmm.control.client import Failed
 from vmm.control.methods import METHODS
 from vmm.guest.image import Image
 from vmm.lifecycle import State
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 
 
 def test_status(box):

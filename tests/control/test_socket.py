@@ -21,7 +21,7 @@ from vmm.control import place, protocol, server
 from vmm.control.client import Client, Failed
 from vmm.control.place import Place
 from vmm.errors import BackendError
-from vmm.machine import Machine
+from vmm.machine.machine import Machine
 
 
 def raw(box) -> socket.socket:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 LOG, LOG_END, RESULT = 0x300000, 0x2FFFF8, 0x2FFFF0
 

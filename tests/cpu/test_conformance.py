@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import BACKENDS
 from tests.cpu.program import Program
 from vmm.cpu.protocol import model as cpu_model
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 
 
 def pytest_generate_tests(metafunc):

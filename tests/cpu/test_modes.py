@@ -10,7 +10,7 @@ from tests.conftest import BACKENDS
 from tests.cpu.program import Program, assemble
 from vmm.cpu.protocol import CpuState, SegmentState, TableState
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 CODE, RESULTS = 0x8000, 0x600

@@ -14,7 +14,7 @@ from kvmbackend.cpu import KvmCpu
 from vmm.cpu.protocol import CpuState, backends
 from vmm.cpu.protocol import model as cpu_model
 from vmm.errors import BackendError
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 
 
 def descriptors():

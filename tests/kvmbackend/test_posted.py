@@ -30,7 +30,7 @@ def test_they_end_when_a_write_has_an_effect(kvm):
 
 
 def test_a_snapshot_has_them(kvm, tmp_path):
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
     program = Program(f"mov $0x3f8, %edx; {LETTERS} 1: jmp 1b", kvm)
     program.machine.post(lambda machine: None)

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from vmm.errors import GuestError
 from vmm.guest.image import Image
 from vmm.guest.newc import Archive
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 # Made by the emulated CPU of one computer, for the KVM of another (tests/lane).
 CARRIED = ROOT / "guests" / "kvm-lane" / "sums.snapshot"

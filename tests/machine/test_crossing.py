@@ -15,7 +15,7 @@ from tests.machine.crossing import CARRIED, COMMAND, boot_debian, build_floats, 
 from vmm.cpu.compare import differences
 from vmm.errors import BackendError, GuestError
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 OTHER = {"emu": "kvm", "kvm": "emu"}
 

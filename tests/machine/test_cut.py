@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.machine import where
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 
 ON = 5_000_000  # bytes of code run after each cut
 

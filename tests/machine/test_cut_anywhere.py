@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import OWN
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 from vmm.saving.saved import Saved
 from vmm.testing import cuts
 from vmm.testing.cuts import Trace, cut_anywhere
@@ -116,7 +116,7 @@ def test_a_difference_only_a_new_process_shows_is_found(monkeypatch, tmp_path):
     """Planted: what it is to run there changes a byte of RAM."""
     spoils = "run = Machine.run\ndef spoiled(self, **how):\n    self.ram.slice(0x3F_F000, 1)[0] = 1\n"
     spoils += "    return run(self, **how)\nMachine.run = spoiled\n"
-    monkeypatch.setattr(cuts, "WAKE", f"from vmm.machine import Machine\n{spoils}{cuts.WAKE}")
+    monkeypatch.setattr(cuts, "WAKE", f"from vmm.machine.machine import Machine\n{spoils}{cuts.WAKE}")
     with pytest.raises(Trace, match="woken in a new process") as found:
         cut_anywhere(boot, end=END, points=3, folder=tmp_path, fresh=1)
     assert list(found.value.fields) == ["ram"] and found.value.first - found.value.cut < 16

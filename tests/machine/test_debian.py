@@ -11,7 +11,7 @@ import pytest
 from tests.machine import where
 from tests.machine.test_cut import cut_at
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 from vmm.testing.cuts import cut_anywhere
 
 pytestmark = pytest.mark.debian

@@ -10,7 +10,7 @@ from snapshot import rewrite, unpack
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 
 @pytest.mark.parametrize("packed", [False, True])

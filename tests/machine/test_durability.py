@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmm.errors import BackendError
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 
 
 @pytest.mark.parametrize("call", ["open", "pwrite", "fsync", "rename"])
@@ -53,7 +53,7 @@ def test_a_folder_the_kernel_lets_nobody_write_to(boot_own):
 SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
-from vmm.machine import Machine
+from vmm.machine.machine import Machine
 file = Path(sys.argv[1])
 with Machine.restore(file) as machine:
     print("ready", flush=True)

@@ -13,7 +13,7 @@ from vmm.control.client import Client
 from vmm.control.place import Place
 from vmm.control.server import Server
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 from vmm.supervisor import Supervisor
 
 

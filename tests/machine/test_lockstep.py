@@ -10,7 +10,7 @@ from tests.conftest import BACKENDS, OWN
 from tests.cpu.hosts import host
 from vmm.guest.image import Image
 from vmm.lockstep import Lockstep
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 START, COUNT = 4_477_000, 6_000  # system calls, a fault, port I/O, a halt and a tick lie ahead
 QUIET = 300_000  # a user program with nothing of the sort

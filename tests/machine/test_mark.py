@@ -12,7 +12,7 @@ import pytest
 from snapshot.verify import verify
 from tests.conftest import BACKENDS, OWN
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 
 def boot(backend="emu", code=None, mib=8) -> Machine:

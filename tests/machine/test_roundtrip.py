@@ -10,7 +10,7 @@ from tests.conftest import BACKENDS, OWN
 from vmm.errors import BackendError
 from vmm.expect import Expect
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 pytestmark = pytest.mark.no_roundtrip("it makes its own")
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from snapshot.errors import SnapshotError
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 
 
 @pytest.fixture(params=["raw", "difference"])

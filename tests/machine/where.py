@@ -7,7 +7,7 @@ from collections.abc import Callable
 import capstone
 
 from vmm.cpu.paging import read_virtual
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 
 
 def instruction(machine: Machine) -> capstone.CsInsn:

@@ -30,7 +30,7 @@ from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
 from vmm.errors import BackendError
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 
 MEMORY = (1 << 20) + (128 << 10)
 MAX_MEMORY = 4 << 20

@@ -13,7 +13,7 @@ from snapshot import lock, unpack
 from snapshot.chain import Chain
 from snapshot.reader import Reader
 from vmm.errors import BackendError
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 from vmm.saving import releases
 
 SNAPSHOTS = Path(__file__).parents[2] / "fixtures" / "snapshots"

@@ -63,7 +63,7 @@ def test_a_crash_would_be_seen(tmp_path):
 
 def test_nothing_is_created_from_a_file_that_is_bad_at_its_end(tmp_path, monkeypatch):
     from vmm import ram
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
     file = originals(tmp_path)[0]
     whole = File.parse(file.read_bytes())

@@ -14,7 +14,7 @@ from tests.conftest import OWN
 from vmm import catalog
 from vmm.errors import BackendError
 from vmm.guest.image import Image
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 
 
 @pytest.fixture(scope="module")

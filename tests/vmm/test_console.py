@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vmm.errors import GuestError
 from vmm.expect import Expect
 from vmm.host.console import Console, expression, text
-from vmm.machine import Stopped
+from vmm.machine.machine import Stopped
 
 PATTERNS = ["ab", "^b", "a.b", "b$", "é", r"a\r?\n", "^$", "a|b", "(?i)A+b"]
 

@@ -81,7 +81,7 @@ def test_round_trips_under_any_test(project):
 
 
 TRIPS = """
-from vmm.machine import Machine, MachineConfig
+from vmm.machine.machine import Machine, MachineConfig
 
 def test_it(vm_image):
     with Machine.boot(MachineConfig(memory_bytes=16 << 20), vm_image) as machine:
@@ -315,6 +315,6 @@ def test_the_plugin_costs_others_nothing(project):
 import sys
 
 def test_it():
-    assert not {"unicorn", "vmm.machine", "vmm.testing", "emu"} & sys.modules.keys()
+    assert not {"unicorn", "vmm.machine.machine", "vmm.testing", "emu"} & sys.modules.keys()
 """
     outcome(project(source), passed=1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from snapshot.schema import encode
-from vmm.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped
 
 _CUTS = 20  # of one stretch of the run
 _STRETCH = 200_000  # bytes of code

@@ -25,7 +25,7 @@ from vmm.board.board import SLOTS
 from vmm.errors import BackendError
 
 if TYPE_CHECKING:
-    from vmm.machine import Machine
+    from vmm.machine.machine import Machine
 
 
 class Mark:

@@ -31,7 +31,7 @@ from vmm.devices import rtc
 from vmm.errors import BackendError, GuestError
 from vmm.guest.image import Image
 from vmm.guest.image import load as load_image
-from vmm.mark import Mark
+from vmm.machine.moment import Mark
 from vmm.ram import Ram
 from vmm.roundtrip import RoundTrips
 from vmm.saving.checkpoint import Checkpoint, Fill, write
