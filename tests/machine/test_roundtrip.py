@@ -8,9 +8,9 @@ import pytest
 from snapshot.errors import SnapshotError
 from tests.conftest import BACKENDS, OWN
 from vmm.errors import BackendError
-from vmm.expect import Expect
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.testing.expect import Expect
 
 pytestmark = pytest.mark.no_roundtrip("it makes its own")
 
@@ -105,7 +105,7 @@ def test_a_marked_machine_makes_none(boot_own, monkeypatch):
 def test_a_trip_the_host_refuses_is_its_fault(boot_own, tmp_path, monkeypatch):
     monkeypatch.setattr(Machine, "roundtrip_ns", 100_000)
     with boot_own() as machine:
-        monkeypatch.setattr("vmm.roundtrip.tempfile.tempdir", str(tmp_path / "nowhere"))
+        monkeypatch.setattr("vmm.testing.roundtrip.tempfile.tempdir", str(tmp_path / "nowhere"))
         with pytest.raises(BackendError, match="no place for a round trip: No such file"):
             machine.run(position=8_000_000)
 

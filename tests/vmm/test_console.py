@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.errors import GuestError
-from vmm.expect import Expect
 from vmm.host.console import Console, expression, text
 from vmm.machine.machine import Stopped
+from vmm.testing.expect import Expect
 
 PATTERNS = ["ab", "^b", "a.b", "b$", "é", r"a\r?\n", "^$", "a|b", "(?i)A+b"]
 

@@ -159,7 +159,7 @@ def test_waits(vm, console):
 
 def test_ends(vm_factory, vm_image):
     from vmm.guest.image import Image
-    from vmm.expect import Expect
+    from vmm.testing.expect import Expect
     Expect(vm_factory(Image(b"\\xfa\\xf4", flat=True))).expect("never")
 """
     said = outcome(project(source), failed=2)

@@ -33,10 +33,10 @@ from vmm.guest.image import Image
 from vmm.guest.image import load as load_image
 from vmm.machine.moment import Mark
 from vmm.ram import Ram
-from vmm.roundtrip import RoundTrips
 from vmm.saving.checkpoint import Checkpoint, Fill, write
 from vmm.saving.saved import Saved, admit, host_memory, map_ram
 from vmm.saving.scrub import Scrub
+from vmm.testing.roundtrip import RoundTrips
 
 __all__ = ["Fault", "Machine", "MachineConfig", "Stop", "Stopped"]
 

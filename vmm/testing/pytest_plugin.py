@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from vmm.expect import Expect
     from vmm.guest.image import Image
     from vmm.machine.machine import Machine
+    from vmm.testing.expect import Expect
 
 BACKENDS = ("emu", "kvm")
 MACHINES = pytest.StashKey[list["Machine"]]()  # of a test, for when it fails
@@ -273,7 +273,7 @@ def _vm_marked(vm_backend: str, vm_image: Image, pytestconfig: pytest.Config) ->
 
 
 def _talk(machine: Machine, config: pytest.Config) -> Expect:
-    from vmm.expect import Expect
+    from vmm.testing.expect import Expect
 
     return Expect(machine, seconds=float(config.getini("vm_patience")))
 
@@ -339,7 +339,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
 
 
 def _left(machines: list[Machine], place: Path, talk: Expect | None) -> list[str]:
-    from vmm.artifacts import leave
+    from vmm.testing.artifacts import leave
 
     lines = [line for i, machine in enumerate(machines) for line in leave(machine, place, f"vm{i}")]
     if talk is not None:
