@@ -15,9 +15,9 @@ from rich.table import Table
 from bench.qemu import CMDLINE, Qemu, debian
 from bench.save_restore import GOAL, main, timed
 from snapshot.verify import verify
+from vmm.control.supervisor import Supervisor
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig
-from vmm.supervisor import Supervisor
 
 MIB = 1024
 DIRTY = (

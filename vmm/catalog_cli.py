@@ -11,8 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Column, Table
 
-from vmm import catalog
-from vmm.control import place
+from vmm.control import catalog, place
 from vmm.control.cli import json_option, rundir_option
 from vmm.control.client import Client, Failed
 from vmm.errors import BackendError

@@ -21,14 +21,14 @@ import click
 
 from snapshot.errors import SnapshotError
 from vmm.board.config import DEFAULT_EPOCH_NS, MachineConfig
+from vmm.control.supervisor import Supervisor
+from vmm.control.terminal import Terminal
 from vmm.cpu.protocol import backends
 from vmm.errors import BackendError, GuestError
 from vmm.guest.image import Image
 from vmm.machine.machine import Fault, Machine, Stop, Stopped
 from vmm.saving import releases
 from vmm.saving.saved import ALLOWABLE
-from vmm.supervisor import Supervisor
-from vmm.terminal import Terminal
 
 _ELSEWHERE = {  # command: module, attribute; imported when asked for: a boot of two seconds should not wait for them
     "attach": ("vmm.control.cli", "attach"),
@@ -232,7 +232,7 @@ def restore(file: Path, verify: bool, **options: Any) -> None:
 @_goal
 def resume(vm: str, **options: Any) -> None:
     """Wake NAME from its newest snapshot in the catalog, under the same name."""
-    from vmm import catalog
+    from vmm.control import catalog
 
     file = catalog.newest(vm)
     click.echo(f"anyhyve: {vm}: {file}", err=True)
@@ -294,8 +294,8 @@ def _drive(machine: Machine, goal: Goal) -> int:
 
 def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
     """Let others ask for the machine, and save it by itself."""
-    from vmm import catalog
-    from vmm.automatic import Automatic
+    from vmm.control import catalog
+    from vmm.control.automatic import Automatic
     from vmm.control.place import Place, rundir
     from vmm.control.server import Server
 

@@ -14,11 +14,11 @@ import pytest
 
 from tests.conftest import OWN
 from vmm.control.client import Client
+from vmm.control.lifecycle import State
 from vmm.control.place import Place
 from vmm.control.server import Server
-from vmm.lifecycle import State
+from vmm.control.supervisor import Supervisor
 from vmm.machine.machine import Machine
-from vmm.supervisor import Supervisor
 
 
 def children() -> set[int]:

@@ -14,11 +14,11 @@ from snapshot.errors import SnapshotError
 from snapshot.verify import verify
 from tests.conftest import OWN
 from tests.control.conftest import children, eventually
+from vmm.control.lifecycle import ALIVE, MOVES, Lifecycle, State
+from vmm.control.supervisor import Supervisor, WrongState
 from vmm.errors import BackendError, Cancelled
 from vmm.guest.image import Image
-from vmm.lifecycle import ALIVE, MOVES, Lifecycle, State
 from vmm.machine.machine import Machine, MachineConfig, Stopped
-from vmm.supervisor import Supervisor, WrongState
 
 END = 6_000_000  # position; some hundred rounds of the guest's
 

@@ -12,12 +12,11 @@ import pytest
 from snapshot.verify import verify
 from tests.conftest import ROOT
 from tests.control.conftest import eventually
-from vmm import lifecycle
-from vmm.control import methods, protocol
+from vmm.control import lifecycle, methods, protocol
 from vmm.control.client import Failed
+from vmm.control.lifecycle import State
 from vmm.control.methods import METHODS
 from vmm.guest.image import Image
-from vmm.lifecycle import State
 from vmm.machine.machine import Machine, Stopped
 
 

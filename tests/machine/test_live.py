@@ -12,9 +12,9 @@ from tests.conftest import OWN
 from vmm.control.client import Client
 from vmm.control.place import Place
 from vmm.control.server import Server
+from vmm.control.supervisor import Supervisor
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped
-from vmm.supervisor import Supervisor
 
 
 def run_on(machine: Machine) -> None:

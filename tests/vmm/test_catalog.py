@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from snapshot.errors import SnapshotError
 from tests.conftest import OWN
-from vmm import catalog
+from vmm.control import catalog
 from vmm.errors import BackendError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from vmm.control.client import Client, Failed
+from vmm.control.terminal import MONITOR, raw_mode
 from vmm.errors import BackendError
-from vmm.terminal import MONITOR, raw_mode
 
 _REPLAY = 1 << 14  # bytes of what was shown before
 _WAIT_S = 30.0

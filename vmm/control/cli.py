@@ -126,7 +126,7 @@ def _ask(ctx: click.Context, method: str, params: dict[str, Any]) -> None:
 
 
 def _in_catalog(name: str, method: str) -> Path:
-    from vmm import catalog
+    from vmm.control import catalog
 
     return catalog.new(name) if method == "checkpoint" else catalog.folder(name) / catalog.SUSPENDED
 

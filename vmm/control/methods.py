@@ -20,11 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
+from vmm.control.lifecycle import ALIVE, State
 from vmm.control.protocol import INVALID_PARAMS, UNKNOWN_METHOD, RpcError
+from vmm.control.supervisor import Supervisor, WrongState
 from vmm.errors import BackendError
-from vmm.lifecycle import ALIVE, State
 from vmm.saving import releases
-from vmm.supervisor import Supervisor, WrongState
 
 MAX_TYPED = 1 << 16  # bytes waiting for the guest to read its serial port
 MAX_READ = 1 << 16  # bytes of console output in one answer

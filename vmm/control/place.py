@@ -20,8 +20,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from vmm.control.lifecycle import check_name
 from vmm.errors import BackendError
-from vmm.lifecycle import check_name
 
 _BACKLOG = 256
 

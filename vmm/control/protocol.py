@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from snapshot.errors import SnapshotError
+from vmm.control.supervisor import WrongState
 from vmm.errors import BackendError, Cancelled, GuestError
-from vmm.supervisor import WrongState
 
 MAX_LINE = 1 << 20  # bytes of one message, to a machine
 MAX_ANSWER = 16 << 20  # and from it

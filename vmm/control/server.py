@@ -23,7 +23,7 @@ from typing import Any
 from vmm.control import methods, protocol
 from vmm.control.place import Place
 from vmm.control.protocol import INVALID_REQUEST, MAX_LINE, PARSE, REFUSED, RpcError
-from vmm.supervisor import Supervisor
+from vmm.control.supervisor import Supervisor
 
 MAX_CLIENTS = 256
 MAX_CALLS = 32  # of one client, unanswered

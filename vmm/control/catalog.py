@@ -18,8 +18,8 @@ from typing import Any
 
 from snapshot.errors import SnapshotError
 from snapshot.reader import Reader
+from vmm.control.lifecycle import check_name
 from vmm.errors import BackendError
-from vmm.lifecycle import check_name
 
 SUFFIX = ".snapshot"
 AUTOSAVED = f"autosave{SUFFIX}"

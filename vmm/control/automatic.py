@@ -9,9 +9,9 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from snapshot.errors import SnapshotError
+from vmm.control.supervisor import Supervisor, WrongState
 from vmm.errors import BackendError, GuestError
 from vmm.machine.machine import Machine, Stop, Stopped
-from vmm.supervisor import Supervisor, WrongState
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 

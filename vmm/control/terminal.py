@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from vmm.control.supervisor import Supervisor, WrongState
 from vmm.machine.machine import Machine, Stopped
-from vmm.supervisor import Supervisor, WrongState
 
 MONITOR = 0x1D  # Ctrl-]
 

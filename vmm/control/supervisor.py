@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vmm.control.lifecycle import ALIVE, Lifecycle, State
 from vmm.errors import BackendError, Cancelled, GuestError
-from vmm.lifecycle import ALIVE, Lifecycle, State
 from vmm.machine.machine import Fault, Machine, Stop, Stopped
 from vmm.saving.checkpoint import Checkpoint
 
