@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vmm.lockstep import Divergence, Lockstep
+from vmm.debug.lockstep import Divergence, Lockstep
 
 
 @click.command()

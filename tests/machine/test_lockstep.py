@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import BACKENDS, OWN
 from tests.cpu.hosts import host
+from vmm.debug.lockstep import Lockstep
 from vmm.guest.image import Image
-from vmm.lockstep import Lockstep
 from vmm.machine.machine import Machine, MachineConfig, Stopped
 
 START, COUNT = 4_477_000, 6_000  # system calls, a fault, port I/O, a halt and a tick lie ahead
