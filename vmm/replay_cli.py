@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from vmm import qtest
 from vmm.errors import BackendError, GuestError
 from vmm.fuzz_cli import FOLDER
-from vmm.qemu import Qemu
+from vmm.qtest.board import board as qtest
+from vmm.qtest.qemu import Qemu
 
 
 @click.command()

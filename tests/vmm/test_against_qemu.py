@@ -17,10 +17,10 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from tests.conftest import ROOT
-from vmm import qtest
 from vmm.errors import BackendError
-from vmm.qemu import Qemu
-from vmm.qtest import Command, OurBoard
+from vmm.qtest.board import Command, OurBoard
+from vmm.qtest.board import board as qtest
+from vmm.qtest.qemu import Qemu
 
 Stream = Generator[tuple[Command, int], int | None, None]  # an access, and the bits of its answer that count
 ALL = 0xFF
@@ -469,7 +469,7 @@ def test_a_qemu_that_ends(qemu):
 
 def test_a_long_time_passes_in_steps(qemu, monkeypatch):
     """One step's rounds are counted in ECX."""
-    monkeypatch.setattr("vmm.qemu._MOST_TICKS", 1000)
+    monkeypatch.setattr("vmm.qtest.qemu._MOST_TICKS", 1000)
     qemu.play(Command("clock_step", value=1_234_560))
     assert qemu.play(Command("read", 8, 0xFED000F0)) == 123_456
 
@@ -492,7 +492,7 @@ while read line; do echo "OK 0x0"; done
 
 @pytest.mark.parametrize(("source", "why"), [(SILENT, "QEMU does not answer"), (NO_DEBUGGER, "QEMU's debugger port: ")])
 def test_a_qemu_that_does_not_answer_is_ended(tmp_path, monkeypatch, source, why):
-    monkeypatch.setattr("vmm.qemu._PATIENCE_S", 0.5)
+    monkeypatch.setattr("vmm.qtest.qemu._PATIENCE_S", 0.5)
     fake = tmp_path / "qemu"
     fake.write_text(source.format(folder=tmp_path))
     fake.chmod(0o755)

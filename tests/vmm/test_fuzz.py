@@ -20,7 +20,7 @@ from tests.vmm.test_cli import MAIN, anyhyve, refusal
 from vmm.board.board import SLOTS
 from vmm.errors import BackendError, GuestError
 from vmm.machine.machine import Machine
-from vmm.qtest import Command, parse
+from vmm.qtest.board import Command, parse
 from vmm.testing import Case, Subject
 from vmm.testing import fuzz as engine
 from vmm.testing.actions import Wake

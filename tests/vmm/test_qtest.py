@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.vmm.test_cli import anyhyve, refusal
-from vmm import qtest
 from vmm.errors import GuestError
-from vmm.qtest import Command
+from vmm.qtest.board import Command
+from vmm.qtest.board import board as qtest
 
 PORTS = st.integers(0, 0xFFFF)
 COMMANDS = st.one_of(

@@ -12,9 +12,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from vmm import qtest
 from vmm.errors import GuestError
-from vmm.qtest import Command
+from vmm.qtest.board import Command
+from vmm.qtest.board import board as qtest
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from snapshot import schema
 from snapshot.errors import SnapshotError
 from snapshot.schema import Json
 from vmm.errors import GuestError
-from vmm.qtest import Command
+from vmm.qtest.board import Command
 from vmm.testing import actions
 from vmm.testing.actions import Action, Wake
 from vmm.testing.subject import Subject

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 from snapshot import schema
 from vmm.device import Device, Register
-from vmm.qtest import Command
+from vmm.qtest.board import Command
 from vmm.testing.actions import Action, Call, Wake
 from vmm.testing.case import Case, smallest
 from vmm.testing.rig import Build

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from snapshot import schema
 from snapshot.schema import Json
-from vmm.qtest import Command
+from vmm.qtest.board import Command
 from vmm.testing.actions import Action, Call, Wake
 from vmm.testing.case import Case
 from vmm.testing.subject import Subject

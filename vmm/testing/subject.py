@@ -20,7 +20,7 @@ from vmm.bus import Bus
 from vmm.device import Device, Register
 from vmm.devices.pic import Pic
 from vmm.errors import GuestError
-from vmm.qtest import Command
+from vmm.qtest.board import Command
 from vmm.testing.actions import Call
 from vmm.testing.rig import Build, Rig, wiring
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from snapshot import schema
 from vmm.bus import Bus
-from vmm.qtest import Command
+from vmm.qtest.board import Command
 from vmm.testing.actions import Action, Call, Wake
 from vmm.testing.rig import Rig
 from vmm.testing.subject import Subject

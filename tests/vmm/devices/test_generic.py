@@ -12,7 +12,7 @@ from snapshot.schema import Size, state, u8, u64
 from vmm.board.board import SLOTS
 from vmm.device import Clock, Device, Line, invariant, outside, reads, writes
 from vmm.devices.debugcon import Debugcon
-from vmm.qtest import Command
+from vmm.qtest.board import Command
 from vmm.testing import Subject, check_device, device_machine
 from vmm.testing.case import Case
 from vmm.testing.draw import case

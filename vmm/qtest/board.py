@@ -7,7 +7,7 @@ and on `qemu-system-x86_64`.
 
 Known words: inb inw inl ADDRESS, outb outw outl ADDRESS VALUE, readb readw readl readq ADDRESS, writeb ... ADDRESS
 VALUE, clock_step [NS] (without NS: to the next timer), clock_set NS. Empty lines and what follows a # are left out.
-QEMU's own board is in vmm/qemu.py. Source: QEMU 7.2, softmmu/qtest.c.
+QEMU's own board is in vmm/qtest/qemu.py. Source: QEMU 7.2, softmmu/qtest.c.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 from vmm.errors import BackendError
-from vmm.qtest import Command
+from vmm.qtest.board import Command
 
 PROGRAM = "qemu-system-x86_64"
 _PATIENCE_S = 60.0

@@ -1,0 +1,1 @@
+"""Devices without a machine, driven by text; QEMU as their judge."""
