@@ -1,5 +1,5 @@
 """`python -m vmm`: the command line."""
 
-from vmm.cli import main
+from vmm.cli.main import main
 
 main()

@@ -134,7 +134,7 @@ def gate(monkeypatch, tmp_path_factory):
 # --- machines of the command line
 
 
-MAIN = "from vmm.cli import main; main()"
+MAIN = "from vmm.cli.main import main; main()"
 
 
 @pytest.fixture

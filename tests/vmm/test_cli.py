@@ -18,7 +18,7 @@ from tests.conftest import OWN
 OWN_GUEST = ["run", "--kernel", str(OWN), "--flat", "--memory", "16M"]
 
 
-MAIN = "from vmm.cli import main; main()"
+MAIN = "from vmm.cli.main import main; main()"
 NO_KVM = f"import kvmbackend.vm as vm; vm.DEVICE = '/nowhere/kvm'; {MAIN}"  # a computer without
 
 

@@ -232,7 +232,7 @@ def test_the_board_is_clean(tmp_path, boot_own):
 
 
 def test_it_begins_where_the_snapshot_is(tmp_path, boot_own, broken):
-    from vmm.fuzz_cli import _starts
+    from vmm.cli.fuzz import _starts
 
     with boot_own() as machine:
         machine.run(position=500_000)

@@ -11,8 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Column, Table
 
+from vmm.cli.control import json_option, rundir_option
 from vmm.control import catalog, place
-from vmm.control.cli import json_option, rundir_option
 from vmm.control.client import Client, Failed
 from vmm.errors import BackendError
 

@@ -31,15 +31,15 @@ from vmm.saving import releases
 from vmm.saving.saved import ALLOWABLE
 
 _ELSEWHERE = {  # command: module, attribute; imported when asked for: a boot of two seconds should not wait for them
-    "attach": ("vmm.control.cli", "attach"),
-    "ctl": ("vmm.control.cli", "ctl"),
-    "fuzz": ("vmm.fuzz_cli", "fuzz"),
-    "list": ("vmm.control.cli", "list_machines"),
-    "lockstep": ("vmm.lockstep_cli", "lockstep"),
-    "replay": ("vmm.replay_cli", "replay"),
-    "snapshot": ("vmm.snapshot_cli", "snapshot"),
-    "snapshots": ("vmm.catalog_cli", "snapshots"),
-    "suspend-all": ("vmm.catalog_cli", "suspend_all"),
+    "attach": ("vmm.cli.control", "attach"),
+    "ctl": ("vmm.cli.control", "ctl"),
+    "fuzz": ("vmm.cli.fuzz", "fuzz"),
+    "list": ("vmm.cli.control", "list_machines"),
+    "lockstep": ("vmm.cli.lockstep", "lockstep"),
+    "replay": ("vmm.cli.replay", "replay"),
+    "snapshot": ("vmm.cli.snapshot", "snapshot"),
+    "snapshots": ("vmm.cli.snapshots", "snapshots"),
+    "suspend-all": ("vmm.cli.snapshots", "suspend_all"),
 }
 DEFAULT_MEMORY = 256 << 20
 _NOT_SAVED = ("quit", "stopped", "suspended", "SIGTERM", "SIGHUP")  # what ends a run without --save being done
@@ -383,7 +383,7 @@ def doctor(as_json: bool) -> None:
     from rich.console import Console as Rich
     from rich.table import Table
 
-    from vmm.doctor import examine
+    from vmm.cli.doctor import examine
 
     findings = examine(backends.BACKENDS)
     if as_json:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
+from vmm.cli.fuzz import FOLDER
 from vmm.errors import BackendError, GuestError
-from vmm.fuzz_cli import FOLDER
 from vmm.qtest.board import board as qtest
 from vmm.qtest.qemu import Qemu
 
