@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from snapshot import lock, unpack
+from snapshot import promises as lock
+from snapshot import unpack
 from snapshot.chain import Chain
 from snapshot.reader import Reader
 from vmm.errors import BackendError

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshot import diff, edit, lock, rewrite
+from snapshot import diff, edit, rewrite
+from snapshot import promises as lock
 from snapshot.chain import Chain
 from snapshot.container import BLOCK, Part
 from snapshot.describe import described, parse, record

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from snapshot import diff as differences
 from snapshot import edit as editing
-from snapshot import lock, rewrite
+from snapshot import promises as lock
+from snapshot import rewrite
 from snapshot import unpack as unpacking
 from snapshot.chain import Chain
 from snapshot.container import BLOCK, Part

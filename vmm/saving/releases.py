@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from snapshot import lock
+from snapshot import promises as lock
 from vmm.errors import BackendError
 
 SCHEMAS = Path(__file__).parent / "schemas"
