@@ -34,6 +34,7 @@ from emu.engine import (
     INTERRUPT_VIRQ,
 )
 from vmm.clock import BYTES_PER_NS, GuestClock
+from vmm.cpu import model as cpu_model
 from vmm.cpu.protocol import (
     Cpu,
     CpuState,
@@ -48,7 +49,6 @@ from vmm.cpu.protocol import (
     Reached,
     Shutdown,
 )
-from vmm.cpu.protocol import model as cpu_model
 from vmm.ram import Ram
 
 _TIME, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS, _TSC_OFFSET, _TSC_SCALE = range(7)

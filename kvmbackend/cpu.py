@@ -22,21 +22,8 @@ from kvmbackend.alarm import Alarm
 from kvmbackend.step import Stepper
 from kvmbackend.vm import Vm
 from vmm.clock import BYTES_PER_NS, GuestClock
-from vmm.cpu.protocol import (
-    REGISTERS,
-    Cpu,
-    CpuState,
-    Crashed,
-    Exit,
-    Expired,
-    Halted,
-    Intr,
-    IoBus,
-    Kicked,
-    Shutdown,
-    backends,
-    paging,
-)
+from vmm.cpu import backends, paging
+from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
 from vmm.errors import BackendError
 from vmm.ram import PAGE, Ram
 

@@ -14,7 +14,8 @@ from time import monotonic_ns
 from kvmbackend import abi
 from kvmbackend.alarm import Alarm
 from kvmbackend.vm import Vm
-from vmm.cpu.protocol import CpuState, paging
+from vmm.cpu import paging
+from vmm.cpu.protocol import CpuState
 from vmm.ram import Ram
 
 _HLT, _TF = 0xF4, 1 << 8

@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from kvmbackend import abi, state
-from vmm.cpu.protocol import model as cpu_model
+from vmm.cpu import model as cpu_model
 from vmm.errors import BackendError
 from vmm.ram import Ram
 

@@ -48,7 +48,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
 @pytest.fixture(scope="session")
 def kvm(request: pytest.FixtureRequest) -> str:
     """The name of the KVM backend, where it runs; else the test is skipped with the host's reason."""
-    from vmm.cpu.protocol import backends
+    from vmm.cpu import backends
     from vmm.errors import BackendError
 
     try:

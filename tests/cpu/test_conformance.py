@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import BACKENDS
 from tests.cpu.program import Program
-from vmm.cpu.protocol import model as cpu_model
+from vmm.cpu import model as cpu_model
 from vmm.machine.machine import Machine, Stopped
 
 

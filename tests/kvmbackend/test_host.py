@@ -11,8 +11,9 @@ import pytest
 
 from kvmbackend import abi, vm
 from kvmbackend.cpu import KvmCpu
-from vmm.cpu.protocol import CpuState, backends
-from vmm.cpu.protocol import model as cpu_model
+from vmm.cpu import backends
+from vmm.cpu import model as cpu_model
+from vmm.cpu.protocol import CpuState
 from vmm.errors import BackendError
 from vmm.machine.machine import Machine, MachineConfig
 

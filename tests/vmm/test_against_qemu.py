@@ -18,8 +18,8 @@ import pytest
 
 from tests.conftest import ROOT
 from vmm.errors import BackendError
+from vmm.qtest import board as qtest
 from vmm.qtest.board import Command, OurBoard
-from vmm.qtest.board import board as qtest
 from vmm.qtest.qemu import Qemu
 
 Stream = Generator[tuple[Command, int], int | None, None]  # an access, and the bits of its answer that count

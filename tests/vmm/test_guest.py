@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.vmm.test_newc import entries
 from vmm.errors import GuestError
-from vmm.guest.debian import debian as guest
+from vmm.guest import debian as guest
 from vmm.guest.debian import extract_vmlinux, fetch, make_initrd
 
 VMLINUX = b"\x7fELF" + bytes(range(256)) * 40

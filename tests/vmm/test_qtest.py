@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.vmm.test_cli import anyhyve, refusal
 from vmm.errors import GuestError
+from vmm.qtest import board as qtest
 from vmm.qtest.board import Command
-from vmm.qtest.board import board as qtest
 
 PORTS = st.integers(0, 0xFFFF)
 COMMANDS = st.one_of(

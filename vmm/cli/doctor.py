@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 
-from vmm.cpu.protocol import backends
+from vmm.cpu import backends
 from vmm.errors import BackendError
 
 

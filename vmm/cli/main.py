@@ -23,7 +23,7 @@ from snapshot.errors import SnapshotError
 from vmm.board.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.control.supervisor import Supervisor
 from vmm.control.terminal import Terminal
-from vmm.cpu.protocol import backends
+from vmm.cpu import backends
 from vmm.errors import BackendError, GuestError
 from vmm.guest.image import Image
 from vmm.machine.machine import Fault, Machine, Stop, Stopped

@@ -10,7 +10,7 @@ import click
 
 from vmm.cli.fuzz import FOLDER
 from vmm.errors import BackendError, GuestError
-from vmm.qtest.board import board as qtest
+from vmm.qtest import board as qtest
 from vmm.qtest.qemu import Qemu
 
 

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vmm.clock import ClockState
+from vmm.cpu import paging
 from vmm.cpu.compare import differences
 from vmm.cpu.disassembly import decode
-from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Exit, Reached, paging
+from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Exit, Reached
 from vmm.cpu.undefined_flags import undefined
 from vmm.errors import BackendError
 from vmm.machine.machine import Fault, Machine, Stop, Stopped

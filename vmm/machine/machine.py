@@ -26,7 +26,8 @@ from snapshot.writer import Writer
 from vmm.board.board import Board
 from vmm.board.config import MachineConfig
 from vmm.clock import ClockState, GuestClock
-from vmm.cpu.protocol import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown, backends
+from vmm.cpu import backends
+from vmm.cpu.protocol import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown
 from vmm.devices import rtc
 from vmm.errors import BackendError, GuestError
 from vmm.guest.image import Image

@@ -13,7 +13,8 @@ from snapshot.reader import Part, decode_part
 from vmm.board.board import SLOTS, BoardState
 from vmm.board.config import MAX_MEMORY, MachineConfig
 from vmm.clock import ClockState
-from vmm.cpu.protocol import CpuState, backends
+from vmm.cpu import backends
+from vmm.cpu.protocol import CpuState
 from vmm.errors import BackendError, GuestError
 from vmm.ram import Region, layout
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmm.errors import GuestError
+from vmm.qtest import board as qtest
 from vmm.qtest.board import Command
-from vmm.qtest.board import board as qtest
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 def _demand_kvm(config: pytest.Config) -> None:
     """Skip, or fail if it was required, with this host's reason."""
-    from vmm.cpu.protocol import backends
+    from vmm.cpu import backends
     from vmm.errors import BackendError
 
     try:
@@ -154,7 +154,7 @@ def _demand_kvm(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def vm_backend(request: pytest.FixtureRequest) -> str:
     """The name of the CPU the machines run on: emu or kvm."""
-    from vmm.cpu.protocol import backends
+    from vmm.cpu import backends
 
     name, _ = backends.choose(getattr(request, "param", request.config.getoption("--vm-backend")))
     if name == "kvm":
