@@ -16,7 +16,7 @@ from snapshot.container import BLOCK, MAX_CHAIN, Parent
 from snapshot.errors import SnapshotError
 from snapshot.pages import NORESERVE
 from snapshot.reader import Part, RamImage, Reader
-from snapshot.schema import Json
+from snapshot.types import Json
 
 
 class Chain:

@@ -14,7 +14,9 @@ from typing import Any
 
 from snapshot.describe import record
 from snapshot.errors import SnapshotError
-from snapshot.schema import Json, declared, downgrades, renames, schema_of, upgrades, without_docs
+from snapshot.schema import declared, schema_of, without_docs
+from snapshot.types import Json
+from snapshot.versions import downgrades, renames, upgrades
 
 Dump = dict[str, Any]
 

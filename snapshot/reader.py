@@ -58,7 +58,9 @@ from snapshot.container import (
 )
 from snapshot.errors import SnapshotError
 from snapshot.pages import NORESERVE, present_extents
-from snapshot.schema import Json, decode, find, schema_of, without_docs
+from snapshot.schema import schema_of, without_docs
+from snapshot.types import Json
+from snapshot.versions import decode, find
 
 __all__ = ["Part", "RamImage", "Reader", "decode_part"]
 

@@ -73,7 +73,8 @@ from snapshot.container import (
 )
 from snapshot.errors import SnapshotError
 from snapshot.pages import present_extents
-from snapshot.schema import Json, encode, schema_of
+from snapshot.schema import encode, schema_of
+from snapshot.types import Json
 
 _ZEROS = bytes(BLOCK)
 _PACK = zstandard.ZstdCompressor(level=3)

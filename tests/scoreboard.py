@@ -20,7 +20,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from snapshot import schema
+from snapshot import schema, types
 from tests.cpu.program import Program
 from tests.cpu.test_state import STATES
 from vmm.board.board import SLOTS
@@ -62,7 +62,7 @@ def paths(cls: type, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every field, those of nested states one by one."""
     for field in schema.schema_of(cls).fields:
         match field.type:
-            case schema.StructType(inner) | schema.ListType(schema.StructType(inner)):
+            case schema.StructType(inner) | types.ListType(schema.StructType(inner)):
                 yield from paths(inner, (*before, field.name))
             case _:
                 yield (*before, field.name)

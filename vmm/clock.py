@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 from typing import Annotated
 
-from snapshot.schema import state, u16, u56
+from snapshot.schema import state
+from snapshot.types import u16, u56
 
 BYTES_PER_NS = 4  # a nominal 1 GHz guest: x86 code averages four bytes an instruction
 

@@ -14,10 +14,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from snapshot import pages
+from snapshot.pages import NORESERVE
+from vmm.dirty_pages import PAGE, dirty_extents
 from vmm.errors import BackendError, GuestError
 
-PAGE = 4096
 _COPY = 8 << 20
 _MAP_FIXED = 0x10  # mmap(2), linux/mman.h
 HOLE_START = 0xC000_0000  # 3 GiB: PCI and chipset MMIO lie from here to 4 GiB
@@ -41,7 +41,7 @@ class Region:
 
     def touched(self) -> list[tuple[int, int]]:
         """(start, end) of what may hold other bytes than zero: finding it costs nothing for untouched pages."""
-        return self.stored + pages.dirty_extents(self.address, self.size)
+        return self.stored + dirty_extents(self.address, self.size)
 
     def fixed(self) -> tuple[Region, mmap.mmap]:
         """Make what it holds now what a page shows that was not written since, as if it had been restored from there:
@@ -60,7 +60,7 @@ class Region:
 
 def _map_private(address: int, size: int, fd: int) -> None:
     """Put a private mapping of a file where another mapping is. Python's mmap has no MAP_FIXED."""
-    flags = mmap.MAP_PRIVATE | _MAP_FIXED | pages.NORESERVE
+    flags = mmap.MAP_PRIVATE | _MAP_FIXED | NORESERVE
     place = ctypes.c_void_p(address)
     function = ctypes.CDLL(None, use_errno=True).mmap
     function.restype = ctypes.c_void_p
@@ -89,7 +89,7 @@ class Ram:
         regions = []
         for i, (base, length) in enumerate(layout(size)):
             try:
-                memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | pages.NORESERVE)
+                memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
             except OSError as error:
                 raise BackendError(f"cannot map {length} bytes of guest RAM: {error.strerror}") from None
             if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -16,7 +16,8 @@ from snapshot.chain import Chain
 from snapshot.container import BLOCK, MAX_CHAIN, Extra, Parent
 from snapshot.errors import SnapshotError
 from snapshot.reader import Reader
-from snapshot.schema import state, u8
+from snapshot.schema import state
+from snapshot.types import u8
 from snapshot.writer import Writer
 
 PAGE = 4096

@@ -24,7 +24,9 @@ from snapshot import canon
 from snapshot.container import Extra
 from snapshot.errors import SnapshotError
 from snapshot.reader import Part, Reader, decode_part
-from snapshot.schema import Json, MaxSize, encode, schema_of, state, u7, u16, upgrade
+from snapshot.schema import encode, schema_of, state
+from snapshot.types import Json, MaxSize, u7, u16
+from snapshot.versions import upgrade
 from snapshot.writer import Writer
 
 PAGE, BLOCK = 4096, 65536

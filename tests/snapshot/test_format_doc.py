@@ -9,7 +9,8 @@ from typing import Annotated
 
 from snapshot import container
 from snapshot.reader import Reader
-from snapshot.schema import OneOf, state, u8
+from snapshot.schema import state
+from snapshot.types import OneOf, u8
 from snapshot.writer import Writer
 
 DOC = Path(__file__).parents[2] / "docs" / "snapshot-format.md"

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshot import pages
-from snapshot.pages import PAGE, dirty_extents, pagemap_extents, present_extents, scan_extents
+from snapshot.pages import PAGE, present_extents
+from vmm.dirty_pages import dirty_extents, pagemap_extents, scan_extents
 
 COUNT = 64
 page_sets = st.sets(st.integers(0, COUNT - 1), max_size=20)

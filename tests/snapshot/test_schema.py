@@ -8,22 +8,9 @@ from hypothesis import strategies as st
 
 from snapshot import canon
 from snapshot.errors import SnapshotError
-from snapshot.schema import (
-    MaxSize,
-    OneOf,
-    Range,
-    Size,
-    declared,
-    decode,
-    encode,
-    i64,
-    schema_of,
-    state,
-    u2,
-    u7,
-    u64,
-    upgrade,
-)
+from snapshot.schema import declared, encode, schema_of, state
+from snapshot.types import MaxSize, OneOf, Range, Size, i64, u2, u7, u64
+from snapshot.versions import decode, upgrade
 
 
 @state("test.schema.inner", version=1)

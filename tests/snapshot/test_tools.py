@@ -16,26 +16,9 @@ from snapshot.chain import Chain
 from snapshot.container import BLOCK, Part
 from snapshot.describe import described, parse, record
 from snapshot.errors import SnapshotError
-from snapshot.schema import (
-    MaxSize,
-    OneOf,
-    Range,
-    Size,
-    decode,
-    downgrade,
-    encode,
-    i64,
-    lower,
-    renamed,
-    schema_of,
-    state,
-    u2,
-    u7,
-    u8,
-    u64,
-    upgrade,
-    without_docs,
-)
+from snapshot.schema import encode, schema_of, state, without_docs
+from snapshot.types import MaxSize, OneOf, Range, Size, i64, u2, u7, u8, u64
+from snapshot.versions import decode, downgrade, lower, renamed, upgrade
 from snapshot.writer import Writer
 from vmm.testing import states
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from snapshot import schema
+from snapshot import schema, versions
 
 GUIDE = Path(__file__).parents[2] / "docs" / "device-authors-guide.md"
 
@@ -22,4 +22,5 @@ def test_the_guide_runs():
     exec(compile(device, "guide", "exec"), names)
     exec(compile(test, "guide", "exec"), names)
     old = schema.encode(names["WatchdogV1"](fed_ns=7, seconds=3))
-    assert schema.decode("watchdog", 1, old, names["WatchdogState"]) == names["WatchdogState"](fed_ns=7, period_ms=255)
+    new = versions.decode("watchdog", 1, old, names["WatchdogState"])
+    assert new == names["WatchdogState"](fed_ns=7, period_ms=255)

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshot import schema
+from snapshot import schema, versions
+from snapshot.errors import SnapshotError
 from tests.vmm.test_cli import MAIN, anyhyve, refusal
 from vmm.board.board import SLOTS
 from vmm.errors import BackendError, GuestError
@@ -29,7 +30,7 @@ from vmm.testing.draw import case as drawn
 
 PARTS = [slot.name for slot in SLOTS]
 BROKEN = '''
-from vmm.device import reads
+from vmm.registers import reads
 from vmm.devices.rtc import Rtc
 from vmm.devices.uart import Uart
 
@@ -139,7 +140,8 @@ def test_a_find_of_a_device_with_another_state_is_not_said_to_be_mended(broken):
     assert fuzz("broken:OneFurther", "--seconds", "1", cwd=broken).returncode == 1
     other = """
 from dataclasses import dataclass
-from snapshot.schema import state, u8
+from snapshot.schema import state
+from snapshot.types import u8
 from vmm.devices.rtc import RtcState
 
 @state("rtc", version=99)
@@ -155,7 +157,7 @@ class OtherState(RtcState):
 
 LOST = """
 import os
-from vmm.device import writes
+from vmm.registers import writes
 from vmm.devices.uart import Uart
 
 class Killed(Uart):
@@ -265,10 +267,10 @@ def test_a_state_that_is_none_is_refused(part, data):
     found = drawn(Subject.named(part), golden(part), 10**9, data, hostile=True)
     declared = schema.schema_of(Subject.named(part).device.State)
     try:
-        state = schema.decode(
+        state = versions.decode(
             declared.name, declared.version, {**found.golden, **found.fields}, Subject.named(part).device.State
         )
-    except schema.SnapshotError as error:
+    except SnapshotError as error:
         assert "\n" not in str(error)
     else:
         assert schema.encode(state) == {**found.golden, **found.fields}

@@ -5,7 +5,7 @@ import mmap
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshot.pages import Scanner
+from vmm.dirty_pages import Scanner
 from vmm.ram import PAGE, Ram
 
 PAGES = 64

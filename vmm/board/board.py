@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Protocol
 
-from snapshot.schema import OneOf, state, u32
+from snapshot.schema import state
+from snapshot.types import OneOf, u32
 from vmm.bus import Bus
 from vmm.clock import GuestClock
-from vmm.device import Device, Line
+from vmm.device import Device
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.debugcon import Debugcon
 from vmm.devices.i8042 import I8042
@@ -24,6 +25,7 @@ from vmm.devices.reset_control import ResetControl
 from vmm.devices.rtc import Rtc
 from vmm.devices.uart import Uart
 from vmm.host.console import Console
+from vmm.wires import Line
 
 
 @state("board", version=1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from snapshot.errors import SnapshotError
-from snapshot.schema import OneOf, Range, downgrade, state, u64, upgrade
+from snapshot.schema import state
+from snapshot.types import OneOf, Range, u64
+from snapshot.versions import downgrade, upgrade
 from vmm.cpu.model import MODEL_NAME, TSC_KHZ
 
 MAX_MEMORY = 1 << 38

@@ -21,7 +21,7 @@ from snapshot.chain import Chain
 from snapshot.container import BLOCK, Part
 from snapshot.errors import SnapshotError
 from snapshot.reader import decode_part
-from snapshot.schema import Json
+from snapshot.types import Json
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
 from vmm.guest.symbols import Symbols

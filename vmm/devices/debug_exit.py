@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from snapshot.schema import state
-from vmm.device import Device, reads, writes
+from vmm.device import Device
+from vmm.registers import reads, writes
 
 
 @state("debug_exit", version=1)

@@ -25,8 +25,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Annotated
 
-from snapshot.schema import MaxSize, Range, Size, state, u5, u8
-from vmm.device import Device, Line, invariant, outside, reads, writes
+from snapshot.schema import state
+from snapshot.types import MaxSize, Range, Size, u5, u8
+from vmm.device import Device, invariant, outside
 from vmm.devices.ps2 import (
     BREAK,
     SET_2_TO_1,
@@ -39,6 +40,8 @@ from vmm.devices.ps2 import (
     mouse_take,
     mouse_write,
 )
+from vmm.registers import reads, writes
+from vmm.wires import Line
 
 # IBM, "Status Register"
 OUTPUT_FULL, SYSTEM_FLAG, LAST_WAS_COMMAND, NOT_INHIBITED, AUX_OUTPUT_FULL = 0x01, 0x04, 0x08, 0x10, 0x20

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from snapshot.schema import OneOf, state, u3, u5, u8
-from vmm.device import Device, Line, invariant, outside, reads, writes
+from snapshot.schema import state
+from snapshot.types import OneOf, u3, u5, u8
+from vmm.device import Device, invariant, outside
+from vmm.registers import reads, writes
+from vmm.wires import Line
 
 CASCADE = 2  # the master's input that the slave drives
 

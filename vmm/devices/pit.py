@@ -17,8 +17,11 @@ from __future__ import annotations
 from dataclasses import field, replace
 from typing import Annotated
 
-from snapshot.schema import OneOf, Range, Size, state, u4, u8, u16, u56, u64
-from vmm.device import Clock, Device, Line, reads, writes
+from snapshot.schema import state
+from snapshot.types import OneOf, Range, Size, u4, u8, u16, u56, u64
+from vmm.device import Device
+from vmm.registers import reads, writes
+from vmm.wires import Clock, Line
 
 HZ = 1_193_182
 _REFRESH_NS = 15_085  # port 0x61 bit 4 follows the DRAM refresh request

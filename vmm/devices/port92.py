@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Annotated
 
 from snapshot.schema import state
-from vmm.device import Device, Line, reads, writes
+from vmm.device import Device
+from vmm.registers import reads, writes
+from vmm.wires import Line
 
 INIT_NOW, ALT_A20_GATE = 0x01, 0x02
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Annotated
 
 from snapshot.schema import state
-from vmm.device import Device, reads, writes
+from vmm.device import Device
+from vmm.registers import reads, writes
 
 SYS_RST, RST_CPU, FULL_RST = 0x02, 0x04, 0x08
 

@@ -17,8 +17,11 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated
 
-from snapshot.schema import Size, i64, state, u7, u64
-from vmm.device import Clock, Device, Line, invariant, reads, writes
+from snapshot.schema import state
+from snapshot.types import Size, i64, u7, u64
+from vmm.device import Device, invariant
+from vmm.registers import reads, writes
+from vmm.wires import Clock, Line
 
 SECOND = 10**9
 CRYSTAL_HZ = 32_768

@@ -19,8 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
-from snapshot.schema import MaxSize, state, u2, u4, u5, u8, u16
-from vmm.device import Device, Line, invariant, outside, reads, writes
+from snapshot.schema import state
+from snapshot.types import MaxSize, u2, u4, u5, u8, u16
+from vmm.device import Device, invariant, outside
+from vmm.registers import reads, writes
+from vmm.wires import Line
 
 FIFO = 16
 TRIGGER = (1, 4, 8, 14)

@@ -21,7 +21,8 @@ import blake3
 from snapshot import canon
 from snapshot.chain import Chain
 from snapshot.container import Parent
-from snapshot.schema import encode, lower, schema_of
+from snapshot.schema import encode, schema_of
+from snapshot.versions import lower
 from snapshot.writer import Writer
 from vmm.board.board import Board
 from vmm.board.config import MachineConfig

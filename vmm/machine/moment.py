@@ -19,9 +19,10 @@ import mmap
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from snapshot.pages import Scanner
-from snapshot.schema import ListType, OptionalType, StructType, Type, schema_of
+from snapshot.schema import StructType, schema_of
+from snapshot.types import ListType, OptionalType, Type
 from vmm.board.board import SLOTS
+from vmm.dirty_pages import Scanner
 from vmm.errors import BackendError
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import Any
 
 import blake3
 
-from snapshot import schema
+from snapshot import schema, versions
 from snapshot.errors import SnapshotError
-from snapshot.schema import Json
+from snapshot.types import Json
 from vmm.errors import GuestError
 from vmm.qtest.board import Command
 from vmm.testing import actions
@@ -115,7 +115,7 @@ class Case:
 def _decode(fields: dict[str, Json], subject: Subject) -> Any:
     state = subject.device.State
     declared = schema.schema_of(state)
-    return schema.decode(declared.name, declared.version, fields, state)
+    return versions.decode(declared.name, declared.version, fields, state)
 
 
 def cause(error: BaseException) -> str:

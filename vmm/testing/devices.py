@@ -24,8 +24,9 @@ from hypothesis.stateful import (
 )
 
 from snapshot import schema
-from vmm.device import Device, Register
+from vmm.device import Device
 from vmm.qtest.board import Command
+from vmm.registers import Register
 from vmm.testing.actions import Action, Call, Wake
 from vmm.testing.case import Case, smallest
 from vmm.testing.rig import Build

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from snapshot import schema
-from snapshot.schema import Json
+from snapshot import schema, types
+from snapshot.types import Json
 from vmm.qtest.board import Command
 from vmm.testing.actions import Action, Call, Wake
 from vmm.testing.case import Case
@@ -84,25 +84,25 @@ def _written(subject: Subject, c: Choices, size: int) -> int:
     return c.below(1 << 8 * size)
 
 
-def value(c: Choices, kind: schema.Type) -> Json:
+def value(c: Choices, kind: types.Type) -> Json:
     """Any that the type allows, in its encoded form."""
     match kind:
-        case schema.IntType(low, high):
+        case types.IntType(low, high):
             span = high - low + 1
             return (low + c.below(min(span, 256)), low + c.below(span), high, 0 if low < 0 else low)[c.below(4)]
-        case schema.BoolType():
+        case types.BoolType():
             return bool(c.below(2))
-        case schema.WordType(words):
+        case types.WordType(words):
             return str(c.one_of(words))
-        case schema.TextType(most):
+        case types.TextType(most):
             return "".join(chr(32 + c.below(95)) for _ in range(c.below(min(most, 64) + 1)))
-        case schema.BytesType(least, most):
+        case types.BytesType(least, most):
             size = max(least, c.one_of((0, 1, c.below(min(most, 64) + 1), most)))
             few = bytes(c.below(256) for _ in range(min(size, 64)))
             return (few * (size // max(1, len(few)) + 1))[:size].hex()
-        case schema.ListType(item, least, most):
+        case types.ListType(item, least, most):
             return [value(c, item) for _ in range(max(least, c.below(min(most, 16) + 1)))]
-        case schema.OptionalType(item):
+        case types.OptionalType(item):
             return None if c.below(4) == 0 else value(c, item)
         case schema.StructType(cls):
             return {field.name: value(c, field.type) for field in schema.schema_of(cls).fields}

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from operator import methodcaller
 from typing import Any
 
-from vmm.device import Clock, Device, Line
+from vmm.device import Device
+from vmm.wires import Clock, Line
 
 
 @dataclass

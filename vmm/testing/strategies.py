@@ -6,31 +6,32 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from snapshot import schema
-from vmm.device import Device, Register
+from snapshot import schema, types
+from vmm.device import Device
+from vmm.registers import Register
 from vmm.testing.actions import Call
 from vmm.testing.subject import Subject
 
 WAITS = st.sampled_from((1, 100, 1000, 10**6, 10**9)) | st.integers(0, 10**15)  # ns
 
 
-def values(kind: schema.Type) -> st.SearchStrategy[Any]:
+def values(kind: types.Type) -> st.SearchStrategy[Any]:
     """Any value a field type allows."""
     match kind:
-        case schema.IntType(low, high):
+        case types.IntType(low, high):
             edges = [v for v in (low, low + 1, high - 1, high) if low <= v <= high]
             return st.integers(low, high) | st.sampled_from(edges)
-        case schema.BoolType():
+        case types.BoolType():
             return st.booleans()
-        case schema.WordType(words):
+        case types.WordType(words):
             return st.sampled_from(words)
-        case schema.TextType(most):
+        case types.TextType(most):
             return st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=min(most, 64))
-        case schema.BytesType(least, most):
+        case types.BytesType(least, most):
             return st.binary(min_size=least, max_size=max(least, min(most, 64)))
-        case schema.ListType(item, least, most):
+        case types.ListType(item, least, most):
             return st.lists(values(item), min_size=least, max_size=max(least, min(most, 16))).map(tuple)
-        case schema.OptionalType(item):
+        case types.OptionalType(item):
             return st.none() | values(item)
         case schema.StructType(cls):
             return states(cls)

@@ -13,14 +13,15 @@ from functools import partial
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
-from snapshot import schema
+from snapshot import schema, types
 from snapshot.errors import SnapshotError
 from vmm.board.board import SLOTS, Slot
 from vmm.bus import Bus
-from vmm.device import Device, Register
+from vmm.device import Device
 from vmm.devices.pic import Pic
 from vmm.errors import GuestError
 from vmm.qtest.board import Command
+from vmm.registers import Register
 from vmm.testing.actions import Call
 from vmm.testing.rig import Build, Rig, wiring
 
@@ -95,9 +96,9 @@ class Subject:
             (bus.claim_mmio if self.device.mmio else bus.claim_ports)(device, port, bank)
 
     @functools.cached_property
-    def calls(self) -> dict[str, dict[str, schema.Type]]:
+    def calls(self) -> dict[str, dict[str, types.Type]]:
         """The @outside methods, with the types of their parameters; and RESET#, which every device has."""
-        found: dict[str, dict[str, schema.Type]] = {"reset": {}}
+        found: dict[str, dict[str, types.Type]] = {"reset": {}}
         for method in self.device.outside:
             function = getattr(self.device, method)
             hints = typing.get_type_hints(function, include_extras=True)

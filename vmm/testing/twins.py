@@ -17,7 +17,7 @@ from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
-from snapshot import schema
+from snapshot import schema, versions
 from vmm.bus import Bus
 from vmm.qtest.board import Command
 from vmm.testing.actions import Action, Call, Wake
@@ -123,7 +123,7 @@ class _Twin:
         state = self.device.state
         declared, saved = schema.schema_of(type(state)), schema.encode(state)
         assert schema.encode(state) == saved, "saving changed the state"
-        woken = spoil(schema.decode(declared.name, declared.version, saved, type(state)))
+        woken = spoil(versions.decode(declared.name, declared.version, saved, type(state)))
         before = schema.encode(woken)
         made = _Twin(self.subject, self.rig.now, woken, self._limit)
         assert schema.encode(made.device.state) == before, "restored() changed the state"

@@ -8,14 +8,17 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from snapshot.schema import Size, state, u8, u64
+from snapshot.schema import state
+from snapshot.types import Size, u8, u64
 from vmm.board.board import SLOTS
-from vmm.device import Clock, Device, Line, invariant, outside, reads, writes
+from vmm.device import Device, invariant, outside
 from vmm.devices.debugcon import Debugcon
 from vmm.qtest.board import Command
+from vmm.registers import reads, writes
 from vmm.testing import Subject, check_device, device_machine
 from vmm.testing.case import Case
 from vmm.testing.draw import case
+from vmm.wires import Clock, Line
 
 PARTS = [slot.name for slot in SLOTS if slot.name not in ("com2", "com3", "com4")]  # as com1
 

@@ -8,21 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshot.schema import (
-    BoolType,
-    BytesType,
-    IntType,
-    OptionalType,
-    StructType,
-    Type,
-    decode,
-    encode,
-    schema_of,
-)
+from snapshot.schema import StructType, encode, schema_of
+from snapshot.types import BoolType, BytesType, IntType, OptionalType, Type
+from snapshot.versions import decode
 from vmm.bus import Bus
-from vmm.device import Line
 from vmm.devices.i8042 import I8042, I8042State
 from vmm.devices.ps2 import SET_2_TO_1
+from vmm.wires import Line
 
 OBF, SYS, A2, NOT_INHIBITED, AUX_OBF = 0x01, 0x04, 0x08, 0x10, 0x20
 ACK = 0xFA

@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshot.schema import decode, encode, schema_of
+from snapshot.schema import encode, schema_of
+from snapshot.versions import decode
 from vmm.bus import Bus
 from vmm.device import Device
 from vmm.devices.debug_exit import DebugExit
