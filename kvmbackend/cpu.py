@@ -24,8 +24,9 @@ from kvmbackend.vm import Vm
 from vmm.clock import BYTES_PER_NS, GuestClock
 from vmm.cpu import backends, paging
 from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
+from vmm.dirty_pages import PAGE
 from vmm.errors import BackendError
-from vmm.ram import PAGE, Ram
+from vmm.ram import Ram
 
 _TIME, _SKIPPED_NS = GuestClock.TIME, GuestClock.SKIPPED_NS
 _IMMEDIATE_EXIT, _WINDOW, _READY, _IF = abi.RUN_IMMEDIATE_EXIT, abi.RUN_WINDOW, abi.RUN_READY, abi.RUN_IF

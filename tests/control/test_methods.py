@@ -332,7 +332,7 @@ DOC = Path(ROOT, "docs", "control.md")
 
 
 def test_the_methods_are_documented():
-    assert methods.describe() in DOC.read_text()
+    assert METHODS.describe() in DOC.read_text()
 
 
 def test_the_lifecycle_is_drawn():

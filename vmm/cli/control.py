@@ -19,7 +19,8 @@ from rich.table import Table
 
 from vmm.control import place, protocol
 from vmm.control.client import Client, Failed
-from vmm.control.methods import METHODS, Method
+from vmm.control.dispatch import Method
+from vmm.control.methods import METHODS
 from vmm.errors import BackendError
 
 _LIST_TIMEOUT_S = 2.0

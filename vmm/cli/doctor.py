@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterable
 from importlib.metadata import version
+
+import click
 
 from vmm.cpu import backends
 from vmm.errors import BackendError
@@ -34,3 +37,21 @@ def _backend(name: str) -> str:
         return f"ready: {backends.probe(name)}"
     except BackendError as error:
         return f"not ready: {error}"
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
+def doctor(as_json: bool) -> None:
+    """What this computer can do, and why not where it cannot."""
+    from rich.console import Console as Rich
+    from rich.table import Table
+
+    findings = examine(backends.BACKENDS)
+    if as_json:
+        click.echo(json.dumps(findings))
+    else:
+        table = Table("what", "finding")
+        for what, finding in findings.items():
+            table.add_row(what, str(finding))
+        Rich().print(table)
+    sys.exit(0 if findings["emu"].startswith("ready") else 1)

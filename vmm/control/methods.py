@@ -1,152 +1,37 @@
-"""What can be asked of a running machine. One function a method: its signature is the check of the parameters, its
-docstring the documentation, its decorator the states it is answered in.
+"""What can be asked of a running machine, a function a method (vmm.control.dispatch says how one is declared).
 
-    python -m vmm.control.methods     # as the table of docs/control.md
+python -m vmm.control.methods     # as the table of docs/control.md
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-import json
 import os
 import resource
-import types
 import typing
-from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
+from vmm.control.dispatch import ALL, Methods, Session
 from vmm.control.lifecycle import ALIVE, State
-from vmm.control.protocol import INVALID_PARAMS, UNKNOWN_METHOD, RpcError
-from vmm.control.supervisor import Supervisor, WrongState
+from vmm.control.protocol import INVALID_PARAMS, RpcError
 from vmm.errors import BackendError
 from vmm.saving import releases
 
 MAX_TYPED = 1 << 16  # bytes waiting for the guest to read its serial port
 MAX_READ = 1 << 16  # bytes of console output in one answer
-MAX_WAIT_S = 60
 EVENTS = ("state", "progress", "saved", "save failed", "warning")
 
-_ALL = frozenset(State)
+METHODS = Methods()
 _AWAKE = frozenset((State.RUNNING, State.PAUSED))
 T = typing.TypeVar("T")
-
-
-class Session(Protocol):
-    """Whoever asks, as far as a method must know."""
-
-    vm: Supervisor
-    name: str
-    events: set[str]
-
-    async def output(self, offset: int, wait_s: float) -> None: ...  # until the console has more than that
-
-
-@dataclass(frozen=True)
-class Param:
-    """One parameter of a method: the types its value may have, and what it is when it is not given."""
-
-    kinds: tuple[type, ...]
-    doc: str
-    default: Any
-    needed: bool
-
-    @classmethod
-    def of(cls, parameter: inspect.Parameter) -> Param:
-        kind, doc = typing.get_args(parameter.annotation)
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        needed = parameter.default is parameter.empty
-        return cls(tuple(typing.get_origin(each) or each for each in kinds), doc, parameter.default, needed)
-
-    @property
-    def spelt(self) -> str:
-        return " or ".join(_SPELT[kind] for kind in self.kinds)
-
-
-@dataclass(frozen=True)
-class Method:
-    """One method: its function, and the states it is answered in."""
-
-    name: str
-    states: frozenset[State]
-    function: Callable[..., Awaitable[Any]]
-
-    @cached_property
-    def params(self) -> dict[str, Param]:
-        found = inspect.signature(self.function, eval_str=True).parameters
-        return {name: Param.of(parameter) for name, parameter in found.items() if name != "session"}
-
-    @property
-    def doc(self) -> str:
-        return " ".join((self.function.__doc__ or "").split())
-
-
-METHODS: dict[str, Method] = {}
-
-
-def method(name: str, states: frozenset[State]) -> Callable[[Callable[..., Awaitable[Any]]], Any]:
-    def register(function: Callable[..., Awaitable[Any]]) -> Any:
-        METHODS[name] = Method(name, states, function)
-        return function
-
-    return register
-
-
-async def call(session: Session, name: str, params: dict[str, Any]) -> Any:
-    """The method's result. Raises RpcError, or what the method raises."""
-    if name not in METHODS:
-        raise RpcError(UNKNOWN_METHOD, f"there is no method {name!r}; there are {', '.join(METHODS)}")
-    found = METHODS[name]
-    arguments = bind(found, params)
-    if (state := session.vm.state) not in found.states:
-        raise WrongState(f"{name}: the machine is {state}; it must be {_either(found.states)}")
-    return await found.function(session, **arguments)
-
-
-def bind(found: Method, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters as the function takes them. Raises RpcError."""
-    for name in params:
-        if name not in found.params:
-            raise RpcError(INVALID_PARAMS, f"{found.name} has no parameter {name!r}")
-    arguments = {}
-    for name, param in found.params.items():
-        if name in params:
-            arguments[name] = _take(f"{found.name}: {name}", params[name], param)
-        elif param.needed:
-            raise RpcError(INVALID_PARAMS, f"{found.name} needs the parameter {name!r}")
-    return arguments
-
-
-def _take(what: str, value: Any, param: Param) -> Any:
-    for kind in param.kinds:
-        if kind is Path and isinstance(value, str):
-            if not value.startswith("/") or "\0" in value or len(value) > 4095:
-                raise RpcError(INVALID_PARAMS, f"{what} must be an absolute path")
-            return Path(value)
-        if (
-            kind is float
-            and isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and 0 <= value <= MAX_WAIT_S
-        ):
-            return float(value)
-        if kind is int and type(value) is int and 0 <= value < 1 << 63:
-            return value
-        if kind is list and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return value
-        if kind in (bool, str, types.NoneType) and type(value) is kind:
-            return value
-    raise RpcError(INVALID_PARAMS, f"{what} must be {param.spelt}")
 
 
 # --- the methods
 
 
-@method("status", _ALL)
+@METHODS.method("status", ALL)
 async def status(session: Session) -> Any:
     """What it is doing: state, backend, guest time, and a save that is under way."""
     vm = session.vm
@@ -163,19 +48,19 @@ async def status(session: Session) -> Any:
     }
 
 
-@method("pause", _AWAKE)
+@METHODS.method("pause", _AWAKE)
 async def pause(session: Session) -> Any:
     """Stand still. `changed` is false when it did already."""
     return {"changed": await _safe(session, session.vm.pause())}
 
 
-@method("resume", _AWAKE)
+@METHODS.method("resume", _AWAKE)
 async def resume(session: Session) -> Any:
     """Go on. `changed` is false when it ran already."""
     return {"changed": await _safe(session, session.vm.resume())}
 
 
-@method("checkpoint", _AWAKE)
+@METHODS.method("checkpoint", _AWAKE)
 async def checkpoint(
     session: Session,
     path: Annotated[Path, "the file, replaced only by a whole new one"],
@@ -189,7 +74,7 @@ async def checkpoint(
     return await _save(session, path, stop=stop, pack=pack, parent=parent, for_version=for_version)
 
 
-@method("suspend", _AWAKE)
+@METHODS.method("suspend", _AWAKE)
 async def suspend(
     session: Session,
     path: Annotated[Path, "the file, replaced only by a whole new one"],
@@ -201,28 +86,28 @@ async def suspend(
     return await _save(session, path, end=True, pack=pack, parent=parent, for_version=for_version)
 
 
-@method("cancel", _ALL)
+@METHODS.method("cancel", ALL)
 async def cancel(session: Session) -> Any:
     """Give up the save that is under way. `path` is its file, null when there was none."""
     path = session.vm.cancel()
     return {"path": None if path is None else str(path)}
 
 
-@method("stop", _AWAKE | {State.CREATED})
+@METHODS.method("stop", _AWAKE | {State.CREATED})
 async def stop(session: Session) -> Any:
     """End the machine without saving. A save that is under way is finished."""
     await _safe(session, session.vm.stop())
     return {}
 
 
-@method("reset", _AWAKE)
+@METHODS.method("reset", _AWAKE)
 async def reset(session: Session) -> Any:
     """Start the guest again, as after power-on."""
     await _safe(session, session.vm.reset())
     return {}
 
 
-@method("console.read", _ALL)
+@METHODS.method("console.read", ALL)
 async def console_read(
     session: Session,
     offset: Annotated[int | None, "from this offset of all that was ever written; null: from what comes next"] = 0,
@@ -238,7 +123,7 @@ async def console_read(
     return {"offset": start, "data": data.decode("latin-1"), "next": start + len(data)}
 
 
-@method("console.write", ALIVE)
+@METHODS.method("console.write", ALIVE)
 async def console_write(
     session: Session, data: Annotated[str, "what to type, each character one byte (ISO 8859-1)"]
 ) -> Any:
@@ -252,7 +137,7 @@ async def console_write(
     return {"taken": len(taken)}
 
 
-@method("snapshot.preflight", _AWAKE)
+@METHODS.method("snapshot.preflight", _AWAKE)
 async def preflight(
     session: Session,
     path: Annotated[Path, "the file it would be"],
@@ -268,7 +153,7 @@ async def preflight(
     return {"most_bytes": most, "free_bytes": free}
 
 
-@method("devices", _AWAKE | {State.SAVING})
+@METHODS.method("devices", _AWAKE | {State.SAVING})
 async def devices(session: Session, name: Annotated[str | None, "only this one, with its whole state"] = None) -> Any:
     """Every part of the machine: its name, and its state's schema and version. With `name` also its state."""
     parts = await _safe(session, session.vm.at_safe_point(session.vm.machine.encoded_parts))
@@ -280,7 +165,7 @@ async def devices(session: Session, name: Annotated[str | None, "only this one, 
     return [{"name": name, "schema": schema, "version": version, "state": state}]
 
 
-@method("stats", _ALL)
+@METHODS.method("stats", ALL)
 async def stats(session: Session) -> Any:
     """Counts: exits of the CPU by reason, console bytes, this process' memory and CPU time."""
     machine, used = session.vm.machine, resource.getrusage(resource.RUSAGE_SELF)
@@ -294,7 +179,7 @@ async def stats(session: Session) -> Any:
     }
 
 
-@method("events", _ALL)
+@METHODS.method("events", ALL)
 async def events(
     session: Session, kinds: Annotated[list[str] | None, "these only; an empty list: none; null: all"] = None
 ) -> Any:
@@ -326,33 +211,5 @@ async def _safe(session: Session, done: Future[T]) -> T:
     return await waiting
 
 
-_SPELT = {
-    Path: "an absolute path",
-    str: "a string",
-    int: "a count",
-    float: f"seconds, {MAX_WAIT_S} at most",
-    bool: "true or false",
-    list: "a list of strings",
-    types.NoneType: "null",
-}
-
-
-def _either(states: frozenset[State]) -> str:
-    return " or ".join(state for state in State if state in states)
-
-
-def describe() -> str:
-    """The methods, as docs/control.md shows them."""
-    lines = []
-    for found in METHODS.values():
-        lines += [f"### `{found.name}`", "", found.doc, ""]
-        for name, param in found.params.items():
-            needed = "needed" if param.needed else f"default `{json.dumps(param.default)}`"
-            lines += [f"- `{name}` ({param.spelt}; {needed}): {param.doc}"]
-        lines += [""] if found.params else []
-        lines += ["In any state." if found.states == _ALL else f"When {_either(found.states)}.", ""]
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    print(describe())
+    print(METHODS.describe())

@@ -20,7 +20,8 @@ import struct
 import threading
 from typing import Any
 
-from vmm.control import methods, protocol
+from vmm.control import protocol
+from vmm.control.methods import METHODS
 from vmm.control.place import Place
 from vmm.control.protocol import INVALID_REQUEST, MAX_LINE, PARSE, REFUSED, RpcError
 from vmm.control.supervisor import Supervisor
@@ -224,7 +225,7 @@ class _Client:
         try:
             request = protocol.parse(line)
             call, wanted = request.id, request.wants_answer
-            answer = protocol.pack(result=await methods.call(self, request.method, request.params), id=call)
+            answer = protocol.pack(result=await METHODS.call(self, request.method, request.params), id=call)
         except Exception as error:
             answer = protocol.pack_error(error, protocol.id_of(line) if call is None else call)
         if wanted:

@@ -1,0 +1,33 @@
+"""`anyhyve guest`: guests to try."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vmm.errors import GuestError
+
+
+@click.group()
+def guest() -> None:
+    """Guests to try."""
+
+
+@guest.command()
+@click.option("--dir", "folder", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where to.")
+@click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Script to run as /init.")
+def fetch(folder: Path, init: Path | None) -> None:
+    """Get a Debian kernel and busybox, and make DIR/vmlinuz, DIR/vmlinux, DIR/initrd.img."""
+    from rich.console import Console as Rich
+
+    from vmm.guest.debian import fetch as get
+
+    script = None
+    if init is not None:
+        try:
+            script = init.read_text()
+        except OSError as error:
+            raise GuestError(f"{init}: {error.strerror}") from None
+    with Rich(stderr=True).status("fetching") as progress:
+        get(folder, script, progress=progress.update)

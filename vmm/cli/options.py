@@ -1,0 +1,48 @@
+"""Values and options that several commands take."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import click
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Memory(click.ParamType[int]):
+    """A size such as 256M or 4G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+)([KMG]?)", str(value).upper())
+        if not match:
+            self.fail(f"{value!r} is not a size such as 256M", param, ctx)
+        return int(match[1]) * _UNITS[match[2]]
+
+
+class Epoch(click.ParamType[int]):
+    """Unix seconds, or `now`."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        seconds = str(int(time.time())) if value == "now" else str(value)
+        if not re.fullmatch(r"\d{1,10}", seconds) or int(seconds) > 1 << 33:
+            self.fail(f"{value!r} is neither Unix seconds nor `now`", param, ctx)
+        return int(seconds)
+
+
+class Pattern(click.ParamType[str]):
+    """A regular expression."""
+
+    name = "regex"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            self.fail(f"not a regular expression: {error}", param, ctx)
+        return str(value)

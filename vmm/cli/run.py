@@ -1,0 +1,269 @@
+"""`anyhyve run`, `restore` and `resume`: a machine on this terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snapshot.errors import SnapshotError
+from vmm.board.config import DEFAULT_EPOCH_NS, MachineConfig
+from vmm.cli.options import Epoch, Memory, Pattern
+from vmm.control.supervisor import Supervisor
+from vmm.control.terminal import Terminal
+from vmm.cpu import backends
+from vmm.errors import GuestError
+from vmm.guest.image import Image
+from vmm.machine.machine import Fault, Machine, Stop, Stopped
+from vmm.saving import releases
+from vmm.saving.saved import ALLOWABLE
+
+DEFAULT_MEMORY = 256 << 20
+
+
+_NOT_SAVED = ("quit", "stopped", "suspended", "SIGTERM", "SIGHUP")  # what ends a run without --save being done
+
+
+_SIGNALS = {"SIGTERM": 15, "SIGHUP": 1}
+
+
+@dataclass
+class Goal:
+    """What to run for, and what to do when it is reached."""
+
+    until: str | None
+    at: int | None
+    save: Path | None
+    pack: bool
+    parent: Path | None
+    for_version: str | None
+    pace: str | None
+    as_json: bool
+    name: str | None
+    rundir: Path | None
+    paused: bool
+    autosave: int | None
+    suspend_on_term: bool
+
+
+def _goal(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(
+        (
+            click.option("--until", type=Pattern(), help="Stop when a console line matches."),
+            click.option("--at", type=click.IntRange(0), metavar="POSITION",
+                         help="Stop at this many bytes of code executed."),
+            click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Save when the run stops."),
+            click.option("--pack", is_flag=True, help="Pack the RAM of what is saved with zstd."),
+            click.option("--parent", type=click.Path(path_type=Path),
+                         help="Save only what differs from this snapshot, in the same folder."),
+            click.option("--for-version", metavar="RELEASE", help="Save what this older release can wake."),
+            click.option("--pace", type=click.Choice(["real", "max"]),
+                         help="Guest time: as the clock on the wall, or as fast as it can. "
+                              "[default: real at a terminal or with --name, else max]"),
+            click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output; no console."),
+            click.option("--name", help="Make it a machine others can ask (ctl, list, attach)."),
+            click.option("--rundir", type=click.Path(path_type=Path, file_okay=False),
+                         help="With --name: where its socket is.  [default: $XDG_RUNTIME_DIR/anyhyve]"),
+            click.option("--paused", is_flag=True, help="With --name: wait for `ctl NAME resume`."),
+            click.option("--autosave", type=click.IntRange(1), metavar="SECONDS",
+                         help="With --name: save into the catalog this often, over the one before."),
+            click.option("--suspend-on-term", is_flag=True,
+                         help="With --name: SIGTERM suspends into the catalog (`anyhyve resume NAME`)."),
+            click.option("--backend", default="emu", show_default=True, metavar="emu|kvm|auto",
+                         help="Which CPU; auto is kvm where the host has it, and says which it took."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
+    allow = click.option(
+        "--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved."
+    )
+    clock = click.option("--clock", type=click.Choice(["freeze", "catch-up"]), default="freeze", show_default=True,
+                         help="Guest time: on from where it stood, or up to this computer's wall clock.")  # fmt: skip
+    return allow(clock(command))
+
+
+@click.command()
+@click.option("--kernel", type=click.Path(path_type=Path), help="bzImage, ELF vmlinux, or flat code.")
+@click.option("--initrd", type=click.Path(path_type=Path), help="Initial RAM disk.")
+@click.option("--append", default="console=ttyS0", show_default=True, help="Kernel command line.")
+@click.option("--memory", type=Memory(), help="Guest RAM.  [default: 256M]")
+@click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
+@click.option("--epoch", type=Epoch(), help="Guest wall clock at start: Unix seconds, or `now`.  [default: 2020-01-01]")
+@click.option("-r", "waking", type=click.Path(path_type=Path), metavar="FILE",
+              help="As bhyve's: wake FILE; the other options are as they were at first.")  # fmt: skip
+@click.option("--tsc-khz", type=int, help="Rate of the guest's TSC.  [default: 4000000 on emu, the host's own on kvm]")
+@_goal
+def run(
+    kernel: Path | None, initrd: Path | None, append: str, memory: int | None, flat: bool, epoch: int | None,
+    tsc_khz: int | None, waking: Path | None, backend: str, **goal: Any
+) -> None:  # fmt: skip
+    """Boot a guest with its serial console on this terminal."""
+    if waking is None and kernel is None:
+        raise click.UsageError("Missing option '--kernel'.")
+    image = None if kernel is None else Image.from_files(kernel, initrd, append, flat)
+    backend = _backend(backend)
+    if waking is not None:
+        with Machine.restore(waking, backend) as machine:
+            _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz)
+            machine.image = image
+            sys.exit(_drive(machine, Goal(**goal)))
+    assert image is not None
+    rate = tsc_khz or backends.factory(backend).tsc_khz()
+    start_ns = DEFAULT_EPOCH_NS if epoch is None else epoch * 10**9
+    config = _config(memory_bytes=DEFAULT_MEMORY if memory is None else memory, epoch_ns=start_ns, tsc_khz=rate)
+    with Machine.boot(config, image, backend) as machine:
+        sys.exit(_drive(machine, Goal(**goal)))
+
+
+def _agree(config: MachineConfig, **asked: int | None) -> None:
+    """bhyve -r wants the arguments of the first start. Here the file says it all; what is said besides must agree."""
+    for field, value in asked.items():
+        if value is not None and value != getattr(config, field):
+            raise GuestError(f"{field}: the snapshot has {getattr(config, field)}, not {value}")
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Check every byte of RAM against its digest first.")
+@_wake_options
+@_goal
+def restore(file: Path, verify: bool, **options: Any) -> None:
+    """Wake a saved machine: the file says all there is to know."""
+    _wake(file, verify, **options)
+
+
+@click.command()
+@click.argument("vm", metavar="NAME")
+@_wake_options
+@_goal
+def resume(vm: str, **options: Any) -> None:
+    """Wake NAME from its newest snapshot in the catalog, under the same name."""
+    from vmm.control import catalog
+
+    file = catalog.newest(vm)
+    click.echo(f"anyhyve: {vm}: {file}", err=True)
+    _wake(file, False, **{**options, "name": vm})
+
+
+def _wake(file: Path, verify: bool, allow: tuple[str, ...], clock: str, backend: str, **goal: Any) -> None:
+    with Machine.restore(file, _backend(backend), verify=verify, allow=allow) as machine:
+        if clock == "catch-up":
+            machine.catch_up()
+        sys.exit(_drive(machine, Goal(**goal)))
+
+
+def _backend(name: str) -> str:
+    chosen, why = backends.choose(name)
+    if name == "auto":
+        click.echo(f"anyhyve: backend {chosen}: {why}", err=True)
+    return chosen
+
+
+def _config(**values: Any) -> MachineConfig:
+    from snapshot.schema import encode
+
+    config = MachineConfig(**values)
+    try:
+        encode(config)
+    except SnapshotError as error:
+        raise GuestError(f"not a machine we can build: {error}") from None
+    return config
+
+
+def _drive(machine: Machine, goal: Goal) -> int:
+    """Run to the goal, save, report. The exit status."""
+    versions = None if goal.for_version is None else releases.versions(goal.for_version)
+    if goal.save is not None:
+        machine.can_save(goal.save, goal.parent)  # said now, not after an hour's run
+    vm = Supervisor(machine)
+    with ExitStack() as stack:
+        if goal.name is not None:
+            _name(vm, goal, stack)
+        interactive = False
+        if not goal.as_json:
+            interactive = stack.enter_context(Terminal(vm, goal.save)).interactive
+        machine.pace_real = goal.pace == "real" or (goal.pace is None and (interactive or goal.name is not None))
+        started = time.perf_counter()
+        try:
+            stop = vm.run(position=goal.at, until=goal.until, paused=goal.paused)
+        finally:
+            vm.close()
+    wall = time.perf_counter() - started
+    if goal.save is not None and isinstance(stop, Stopped) and stop.reason not in _NOT_SAVED:
+        machine.save(goal.save, packed=goal.pack, parent=goal.parent, versions=versions)
+    if goal.as_json:
+        click.echo(json.dumps(report(machine, stop, wall)))
+    else:
+        click.echo(f"\nanyhyve: {describe(stop)} at position {machine.position}", err=True)
+    return status(stop, goal)
+
+
+def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
+    """Let others ask for the machine, and save it by itself."""
+    from vmm.control import catalog
+    from vmm.control.automatic import Automatic
+    from vmm.control.place import Place, rundir
+    from vmm.control.server import Server
+
+    assert goal.name is not None
+    autosave = catalog.folder(goal.name) / catalog.AUTOSAVED if goal.autosave else None
+    suspend_to = catalog.folder(goal.name) / catalog.SUSPENDED if goal.suspend_on_term else None
+    stack.enter_context(Automatic(vm, autosave=autosave, every_s=goal.autosave or 0, suspend_to=suspend_to))
+    # After the signals: no socket is left by a signal that came too early.
+    stack.enter_context(Server(vm, Place(rundir(goal.rundir), goal.name)))
+    vm.machine.awaits_input = True  # somebody may attach
+
+    def warn(event: str, details: dict[str, Any]) -> None:
+        if event == "warning":
+            click.echo(f"anyhyve: {details['text']}", err=True)
+
+    vm.listeners.append(warn)
+
+
+def report(machine: Machine, stop: Stop, wall_s: float) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "position": machine.position,
+        "guest_ns": machine.clock.now_ns(),
+        "wall_s": round(wall_s, 6),
+        "exits": machine.exits(),
+        "stopped": describe(stop),
+        "digest": machine.digests(),
+    }
+
+
+def describe(stop: Stop) -> str:
+    match stop:
+        case Fault(rip, why):
+            return f"the CPU cannot go on at {rip:#x}: {why}"
+        case Stopped("exit", code):
+            return f"exit {code}"
+        case Stopped(reason, _):
+            return reason
+
+
+def status(stop: Stop, goal: Goal) -> int:
+    match stop:
+        case Fault():
+            return 1
+        case Stopped("exit", code):
+            return code & 0xFF
+        case Stopped("triple fault", _):
+            return 1
+        case Stopped("position" | "pattern" | "quit" | "suspended" | "stopped", _):
+            return 0
+        case Stopped(reason, _) if reason in _SIGNALS:
+            return 128 + _SIGNALS[reason]
+        case _:
+            return 3 if goal.until is not None or goal.at is not None else 0
