@@ -31,7 +31,7 @@ test-full: guest
 
 # The KVM tests where there is no virtualization hardware: QEMU emulates it (Debian: qemu-system-x86, busybox-static).
 test-kvm-emulated: guest
-	$(BIN)/python -m tests.lane $(LANE_ARGS)
+	$(BIN)/python -m tests.emulated_kvm $(LANE_ARGS)
 
 bench: guest
 	$(BIN)/python -m bench.boot --guest $(GUEST)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.cpu.hosts import exception, host
+from tests.vmm.cpu.hosts import exception, host
 
 ROOT = Path(__file__).parent.parent
 DEBIAN = ROOT / "guests" / "debian"

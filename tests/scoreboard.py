@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
 from snapshot import schema, types
-from tests.cpu.program import Program
-from tests.cpu.test_state import STATES
+from tests.vmm.cpu.program import Program
+from tests.vmm.cpu.test_state import STATES
 from vmm.board.board import SLOTS
 from vmm.cpu.protocol import EventState, SegmentState
 from vmm.testing import Subject, device_machine

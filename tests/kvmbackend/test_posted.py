@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cpu.program import Program
+from tests.vmm.cpu.program import Program
 
 LETTERS = "".join(f"mov ${ord(letter)}, %al; out %al, (%dx);" for letter in "hello")
 

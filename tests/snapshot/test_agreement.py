@@ -9,9 +9,10 @@ import pytest
 from snapshot import verify
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
+from tests.conftest import ROOT
 from tests.snapshot import test_container, test_verify
 
-GOLDENS = sorted((Path(__file__).parents[2] / "fixtures" / "snapshots").glob("*.snapshot"))
+GOLDENS = sorted((ROOT / "fixtures" / "snapshots").glob("*.snapshot"))
 
 
 def reader(path: Path) -> str:

@@ -12,8 +12,9 @@ from snapshot.reader import Reader
 from snapshot.schema import state
 from snapshot.types import OneOf, u8
 from snapshot.writer import Writer
+from tests.conftest import ROOT
 
-DOC = Path(__file__).parents[2] / "docs" / "snapshot-format.md"
+DOC = ROOT / "docs" / "snapshot-format.md"
 
 
 @state("example.config", version=1)

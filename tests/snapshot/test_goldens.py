@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from blake3 import blake3
@@ -13,11 +12,12 @@ from snapshot import promises as lock
 from snapshot import unpack
 from snapshot.chain import Chain
 from snapshot.reader import Reader
+from tests.conftest import ROOT
 from vmm.errors import BackendError
 from vmm.machine.machine import Machine, Stopped
 from vmm.saving import releases
 
-SNAPSHOTS = Path(__file__).parents[2] / "fixtures" / "snapshots"
+SNAPSHOTS = ROOT / "fixtures" / "snapshots"
 GOLDENS = {
     name: entry for file in sorted(SNAPSHOTS.glob("*.json")) for name, entry in json.loads(file.read_text()).items()
 }

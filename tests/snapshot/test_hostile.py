@@ -12,9 +12,8 @@ import pytest
 
 from snapshot.errors import SnapshotError
 from snapshot.reader import Reader
+from tests.conftest import ROOT
 from tests.snapshot.hostile import File, Raw, originals
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(module: str, *arguments: object, folder: Path, timeout: int) -> str:
@@ -85,7 +84,7 @@ def test_nothing_is_created_from_a_file_that_is_bad_at_its_end(tmp_path, monkeyp
 def test_coverage_guided(tmp_path):
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("no atheris here: pip install atheris")
-    report = run("tests.fuzz.fuzz_reader", "-runs=200000", "-max_total_time=120", "-rss_limit_mb=2048",
+    report = run("tests.snapshot.fuzz_reader", "-runs=200000", "-max_total_time=120", "-rss_limit_mb=2048",
                  folder=tmp_path, timeout=600)  # fmt: skip
     assert "Done" in report and "ERROR" not in report
 

@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snapshot.verify import Bad, main, verify
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "snapshot" / "verify.py"
 HEAD = b"\x89ANYHYVE\r\n\x1a\n" + struct.pack("<HH16x", 1, 0)
 BLOCK = 65536

@@ -1,0 +1,376 @@
+"""ctl, list, attach, the catalog and what saves by itself: as a user meets them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from snapshot.verify import verify
+from tests.conftest import OWN
+from tests.vmm.conftest import MAIN, children, eventually, sessions
+from vmm.control.client import Client
+from vmm.machine.machine import Machine, Stopped
+
+
+def sockets(environment) -> Path:
+    return Path(environment["XDG_RUNTIME_DIR"], "anyhyve")
+
+
+def catalog(environment, name="box") -> Path:
+    return Path(environment["XDG_STATE_HOME"], "anyhyve", name)
+
+
+def answer(done: subprocess.CompletedProcess):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refusal(done: subprocess.CompletedProcess, status=1) -> str:
+    lines = [line for line in done.stderr.decode().splitlines() if line]
+    assert done.returncode == status and len(lines) == 1 and lines[0].startswith("anyhyve: "), lines
+    return lines[0]
+
+
+def test_list(named, anyhyve):
+    assert answer(anyhyve("list", "--json")) == []
+    named("box")
+    named("other", "--paused")
+    found = answer(anyhyve("list", "--json"))
+    assert [(each["name"], each["state"]) for each in found] == [("box", "running"), ("other", "paused")]
+    assert b"box" in anyhyve("list").stdout
+
+
+def test_list_and_a_machine_that_does_not_answer(named, anyhyve):
+    box = named("box")
+    box.send_signal(signal.SIGSTOP)
+    (found,) = answer(anyhyve("list", "--json"))
+    box.send_signal(signal.SIGCONT)
+    assert found["name"] == "box" and found["state"].startswith("does not answer")
+
+
+def test_a_name_is_taken_once(named, anyhyve, environment):
+    named("box")
+    assert "a machine named box runs already" in refusal(anyhyve("run", "--kernel", OWN, "--flat", "--name", "box"))
+    assert "cannot name a machine" in refusal(anyhyve("run", "--kernel", OWN, "--flat", "--name", "../box"))
+
+
+def test_another_folder_of_sockets(named, anyhyve, tmp_path, environment):
+    folder = tmp_path / "here"
+    named("box", "--rundir", folder, wait=False)
+    eventually(lambda: (folder / "box.sock").exists())
+    assert answer(anyhyve("ctl", "--rundir", folder, "box", "status", "--json"))["name"] == "box"
+    assert "no machine named box" in refusal(anyhyve("ctl", "box", "status"))
+
+
+def test_the_answer_is_the_result(named, anyhyve, tmp_path, environment):
+    named("box")
+    saved = answer(anyhyve("ctl", "box", "checkpoint", tmp_path / "cut", "--json"))
+    assert saved["path"] == str(tmp_path / "cut")
+    verify(tmp_path / "cut")
+    assert "is not a folder" in refusal(anyhyve("ctl", "box", "checkpoint", tmp_path / "no" / "cut"))
+    assert answer(anyhyve("ctl", "box", "pause", "--json")) == {"changed": True}
+    assert anyhyve("ctl", "box", "console.write", "hello").returncode == 0
+    assert anyhyve("ctl", "box", "console.read").stdout.startswith(b"anyhyve own guest")
+    (uart,) = answer(anyhyve("ctl", "box", "devices", "--name", "com1", "--json"))
+    assert uart["schema"] == "uart.16550a"
+    saved = answer(anyhyve("ctl", "box", "checkpoint", "--json"))
+    assert Path(saved["path"]).parent == catalog(environment), "without a path: into the catalog"
+    relative = answer(anyhyve("ctl", "box", "checkpoint", "here", "--json", cwd=tmp_path))
+    assert relative["path"] == str(tmp_path / "here"), "relative to the one who asks"
+
+
+@pytest.mark.parametrize("arguments", [("ctl",), ("ctl", "box"), ("ctl", "box", "dance"), ("ctl", "--vm=box")])
+def test_wrong_usage(anyhyve, arguments):
+    done = anyhyve(*arguments)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+
+
+def test_events_are_lines_of_json(named, anyhyve, environment):
+    named("box")
+    follower = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "ctl", "box", "events"], stdout=subprocess.PIPE, env=environment
+    )
+    time.sleep(0.5)
+    anyhyve("ctl", "box", "pause", check=True)
+    assert json.loads(follower.stdout.readline()) == {"kind": "state", "state": "paused"}
+    anyhyve("ctl", "box", "stop", check=True)
+    assert json.loads(follower.stdout.readline()) == {"kind": "state", "state": "stopped"}
+    assert follower.wait(10) == 0
+    follower.stdout.close()
+
+
+def test_ctrl_c_cancels_and_the_machine_runs_on(box, gate, tmp_path, environment):
+    client = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "ctl", "--rundir", box.folder, "box", "suspend", tmp_path / "cut"],
+        stderr=subprocess.PIPE, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
+    eventually(lambda: children() - {client.pid})
+    client.send_signal(signal.SIGINT)
+    assert client.wait(10) == 130 and b"was cancelled" in client.stderr.read()
+    client.stderr.close()
+    assert not list(tmp_path.iterdir())
+    before = box.call("status")
+    assert before["state"] == "running"
+    eventually(lambda: box.call("status")["position"] > before["position"])
+
+
+def test_a_long_save_shows_how_far_it_is(box, gate, tmp_path, environment):
+    terminal = OnTerminal(environment, "ctl", "--rundir", box.folder, "box", "checkpoint", tmp_path / "cut")
+    terminal.until(b"checkpoint box")
+    terminal.until(b"iB")
+    gate()
+    terminal.until(b"path: ")
+    assert terminal.wait() == 0
+
+
+# --- attach
+
+
+class OnTerminal:
+    """A command with a terminal of its own."""
+
+    def __init__(self, environment, *arguments):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [sys.executable, "-c", MAIN, *map(str, arguments)], environment)
+        self.seen = b""
+
+    def until(self, text):
+        def look():
+            if select.select([self.fd], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):
+                    self.seen += os.read(self.fd, 1 << 16)
+            return text in self.seen
+
+        try:
+            eventually(look)
+        except AssertionError:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+            raise AssertionError(f"{text!r} never came; seen: {self.seen[-1000:]!r}") from None
+
+    def type(self, data):
+        os.write(self.fd, data)
+
+    def wait(self):
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.fd)
+        return status
+
+
+def test_attach_and_leave(named, anyhyve, environment):
+    named("box")
+    first = OnTerminal(environment, "attach", "box")
+    first.until(b"anyhyve own guest")
+    first.type(b"a")
+    first.until(b"[a]")
+    second = OnTerminal(environment, "attach", "box")
+    second.until(b"[a]")  # what was shown before is shown again
+    second.type(b"b")
+    first.until(b"[b]")
+    first.type(b"\x1d\x1d")  # the key itself
+    second.until(b"[\x1d]")
+    second.type(b"\x1dd")
+    assert second.wait() == 0
+    assert answer(anyhyve("ctl", "box", "status", "--json"))["state"] == "running"
+    first.type(b"\x03")  # Ctrl-C is the guest's
+    first.until(b"[\x03]")
+    anyhyve("ctl", "box", "stop", check=True)
+    first.until(b"the machine has ended")
+    assert first.wait() == 0
+
+
+def test_attach_without_a_terminal_follows(named, anyhyve, environment):
+    named("box")
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "attach", "box"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, env=environment,
+    )  # fmt: skip
+    process.stdin.write(b"z")
+    process.stdin.close()
+    seen = b""
+    while b"[z]" not in seen:
+        seen += process.stdout.read1(4096)
+    anyhyve("ctl", "box", "stop", check=True)
+    assert process.wait(10) == 0
+    process.stdout.close()
+    assert "no machine named box" in refusal(anyhyve("attach", "box"))
+
+
+def test_the_monitors_save_goes_on_beside_the_guest(environment, tmp_path):
+    terminal = OnTerminal(environment, "run", "--kernel", OWN, "--flat", "--memory", "16M", "--save", tmp_path / "cut")
+    terminal.until(b"round")
+    terminal.type(b"\x1ds")
+    terminal.until(b"saved to")
+    terminal.type(b"\x1dq")
+    assert terminal.wait() == 0
+    verify(tmp_path / "cut")
+
+
+# --- saves nobody asks for at the time
+
+
+def test_autosave(named, anyhyve, environment):
+    box = named("box", "--autosave", 1, "--memory", "16M")
+    file = catalog(environment) / "autosave.snapshot"
+    eventually(file.exists)
+    first = file.stat().st_ino
+    eventually(lambda: file.stat().st_ino != first)
+    anyhyve("ctl", "box", "stop", check=True)
+    assert box.wait(10) == 0
+    verify(file)
+    assert os.listdir(catalog(environment)) == ["autosave.snapshot"]
+
+
+def test_sigterm_ends_it(named, environment):
+    box = named("box")
+    box.terminate()
+    assert box.wait(10) == 128 + signal.SIGTERM
+    assert not os.listdir(sockets(environment)) and not catalog(environment).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_suspended_by_a_signal_and_resumed(named, anyhyve, environment, number):
+    """As before and after a reboot of this computer: the guest goes on from where it was."""
+    box = named("box", "--suspend-on-term", "--memory", "16M")
+    box.send_signal(number)
+    assert box.wait(20) == 0 and b"suspended at position" in box.stderr.read()
+    file = catalog(environment) / "suspended.snapshot"
+    verify(file)
+    with Machine.restore(file) as machine:
+        saved_at = machine.position
+        assert machine.run(position=saved_at + 1_000_000) == Stopped("position")
+        expected = machine.digests()
+    at = ("--at", saved_at + 1_000_000, "--json", "--pace", "max")
+    resumed = answer(anyhyve("resume", "box", *at))
+    assert resumed["digest"] == expected
+    assert "there is no snapshot of nobody" in refusal(anyhyve("resume", "nobody"))
+
+
+@pytest.mark.parametrize("milliseconds", [0, 50, 150, 250, 300, 350, 400, 500, 700, 1000])
+def test_sigterm_at_any_time(named, environment, milliseconds):
+    """Ended before it began, or suspended whole: never a part, never a socket or a process left."""
+    box = named("box", "--suspend-on-term", "--autosave", 1, "--memory", "16M", wait=False)
+    time.sleep(milliseconds / 1000)
+    box.terminate()
+    status = box.wait(20)
+    file = catalog(environment) / "suspended.snapshot"
+    assert status in (0, -signal.SIGTERM), box.stderr.read()
+    assert file.exists() == (status == 0)
+    if file.exists():
+        Machine.restore(file, verify=True).close()
+    assert not sockets(environment).exists() or not os.listdir(sockets(environment))
+    eventually(lambda: box.pid not in sessions())
+
+
+def test_sigterm_while_a_checkpoint_is_written(named, anyhyve, environment, tmp_path):
+    """Both are done: first what was asked for, then the suspend."""
+    box = named("box", "--suspend-on-term", "--memory", "256M")
+    with Client(sockets(environment), "box") as client:
+        for n in range(5):
+            client.ask("checkpoint", path=str(tmp_path / f"{n}"))
+        box.terminate()
+        for _ in range(5):
+            client.read()
+    assert box.wait(20) == 0
+    verify(catalog(environment) / "suspended.snapshot")
+    for file in tmp_path.iterdir():
+        verify(file)
+
+
+def little_disk() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_full_disk_costs_nothing(named, anyhyve, environment, tmp_path):
+    """Checkpoint, suspend, autosave, SIGTERM: each is refused in one line, each leaves the old file, all go on."""
+    catalog(environment).mkdir(parents=True)
+    files = [tmp_path / "cut", *(catalog(environment) / f"{name}.snapshot" for name in ("suspended", "autosave"))]
+    for file in files:
+        file.write_bytes(b"the last good one")
+    box = named("box", "--suspend-on-term", "--autosave", 1, "--memory", "16M", preexec_fn=little_disk)
+    for method in ("checkpoint", "suspend"):
+        assert "File too large" in refusal(anyhyve("ctl", "box", method, files[0]))
+    box.terminate()
+    lines = []
+    while not all(
+        any(word in line for line in lines) for word in (b"not suspended, the machine runs on", b"not saved")
+    ):
+        lines.append(box.stderr.readline())
+        assert b"File too large" in lines[-1]
+    assert answer(anyhyve("ctl", "box", "status", "--json"))["state"] == "running"
+    assert all(file.read_bytes() == b"the last good one" for file in files)
+    anyhyve("ctl", "box", "stop", check=True)
+    assert box.wait(10) == 0
+    assert not list(tmp_path.glob("*.tmp")) and not list(catalog(environment).glob("*.tmp"))
+
+
+def test_suspend_all(named, anyhyve, environment):
+    boxes = [named("box"), named("other", "--paused")]
+    outcome = answer(anyhyve("suspend-all", "--json"))
+    assert outcome == {name: str(catalog(environment, name) / "suspended.snapshot") for name in ("box", "other")}
+    assert [box.wait(10) for box in boxes] == [0, 0]
+    for file in outcome.values():
+        verify(Path(file))
+    assert answer(anyhyve("suspend-all", "--json")) == {}
+
+
+def test_suspend_all_and_one_that_cannot(named, anyhyve, environment):
+    named("box")
+    catalog(environment).parent.mkdir(parents=True)
+    catalog(environment).touch()
+    done = anyhyve("suspend-all")
+    assert done.returncode == 1 and b"box: runs on" in done.stdout and b"File exists" in done.stderr
+    assert answer(anyhyve("ctl", "box", "status", "--json"))["state"] == "running"
+
+
+# --- the catalog
+
+
+def test_snapshots(named, anyhyve, environment):
+    named("box", "--memory", "16M")
+    first, second = (answer(anyhyve("ctl", "box", "checkpoint", "--json"))["path"] for _ in range(2))
+    third = str(catalog(environment) / "third.snapshot")
+    anyhyve("ctl", "box", "checkpoint", third, "--parent", second, check=True)
+    found = answer(anyhyve("snapshots", "--json"))
+    assert [(each["machine"], each["path"], each["parent"]) for each in found] == [
+        ("box", first, None), ("box", second, None), ("box", third, Path(second).name),
+    ]  # fmt: skip
+    assert all(abs(each["time_s"] - time.time()) < 60 and each["size_bytes"] > 0 for each in found)
+    assert found[2]["size_bytes"] < found[1]["size_bytes"]
+    assert "third.snapshot is a difference to it" in refusal(anyhyve("snapshots", "delete", second))
+    anyhyve("snapshots", "keep", "box/third.snapshot", check=True)
+    assert "it is kept" in refusal(anyhyve("snapshots", "delete", third))
+    assert "read-only" in refusal(anyhyve("ctl", "box", "checkpoint", third))
+    assert [each["kept"] for each in answer(anyhyve("snapshots", "--json"))] == [False, True, True]
+    assert first.encode() in anyhyve("snapshots", "prune", "box", "--leave", 0, check=True).stdout
+    assert [each["path"] for each in answer(anyhyve("snapshots", "--json"))] == [second, third]
+    for path in (third, second):
+        anyhyve("snapshots", "keep", "--not", path, check=True)
+    anyhyve("snapshots", "delete", third, check=True)
+    anyhyve("snapshots", "delete", f"box/{Path(second).name}", check=True)
+    assert answer(anyhyve("snapshots", "--json")) == []
+    assert "no such snapshot" in refusal(anyhyve("snapshots", "delete", third))
+    assert "cannot name a machine" in refusal(anyhyve("snapshots", "--vm", "../box"))
+
+
+def test_a_damaged_snapshot_is_listed_and_not_resumed(named, anyhyve, environment):
+    catalog(environment).mkdir(parents=True)
+    (catalog(environment) / "bad.snapshot").write_bytes(b"junk")
+    (found,) = answer(anyhyve("snapshots", "--json"))
+    assert "the file is cut" in found["problem"]
+    assert b"bad.snapshot" in anyhyve("snapshots").stdout
+    assert "there is no snapshot of box" in refusal(anyhyve("resume", "box"))

@@ -1,0 +1,168 @@
+"""`anyhyve snapshot` as a user meets it: each command on a real machine's snapshot, and its one-line refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.vmm.cli.test_main import NO_KVM, OWN_GUEST, anyhyve, refusal
+from vmm.errors import GuestError
+from vmm.guest.symbols import Symbols
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """`a` at 3 M, `b` at 4 M as a difference to it, `c` at 4 M packed."""
+    folder = tmp_path_factory.mktemp("saved")
+    for arguments in (
+        (*OWN_GUEST, "--at", 3_000_000, "--save", folder / "a"),
+        ("restore", folder / "a", "--at", 4_000_000, "--save", folder / "b", "--parent", folder / "a"),
+        ("restore", folder / "a", "--at", 4_000_000, "--save", folder / "c", "--pack"),
+    ):
+        done = anyhyve(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def text(*arguments, status=0) -> str:
+    done = anyhyve(*arguments)
+    assert done.returncode == status, done.stderr
+    return done.stdout.decode()
+
+
+def test_a_difference_and_a_packed_snapshot_wake_alike(saved):
+    first, second = (json.loads(text("restore", saved / name, "--at", 5_000_000, "--json")) for name in "bc")
+    assert first["digest"] == second["digest"]
+
+
+def test_show_disassembles_at_rip(saved):
+    shown = json.loads(text("snapshot", "show", saved / "b", "--json"))
+    rip = shown["parts"]["cpu.0"]["state"]["rip"]
+    assert len(shown["code"]) == 6 and shown["code"][0].startswith(f"{rip:#x}: ")
+    assert shown["parent"]["file"] == "a"
+    plain = text("snapshot", "show", saved / "b")
+    assert "code at RIP:" in plain and shown["code"][1] in plain and "on parent" in plain
+
+
+def test_diff(saved):
+    found = json.loads(text("snapshot", "diff", saved / "a", saved / "b", "--json", status=1))
+    fields = {f"{d['part']}.{d['field']}" for d in found["state"]}
+    assert "clock.position" in fields and "config.memory_bytes" not in fields
+    assert found["ram"] and all(run["start"] <= run["at"] < run["end"] for run in found["ram"])
+    assert "clock.position: " in text("snapshot", "diff", saved / "a", saved / "b", status=1)
+    assert text("snapshot", "diff", saved / "b", saved / "c") == "", "the same machine, stored in two ways"
+
+
+def test_diff_names_symbols(saved, tmp_path):
+    run = json.loads(text("snapshot", "diff", saved / "a", saved / "b", "--json", status=1))["ram"][0]
+    virtual = 0xFFFFFFFF80000000 + run["at"]
+    (tmp_path / "map").write_text(f"{virtual - 16:016x} d counters\n{virtual + 4096:016x} d next\n")
+    found = text("snapshot", "diff", saved / "a", saved / "b", "--symbols", tmp_path / "map", status=1)
+    assert "(counters+0x10)" in found
+    (tmp_path / "map").write_text("nonsense\n")
+    assert "not a System.map" in refusal("snapshot", "diff", saved / "a", saved / "b", "--symbols", tmp_path / "map")
+
+
+def test_symbols():
+    names = Symbols([(0x100, "a"), (0x200, "b"), (0x300, "end")])
+    assert [names.at(x) for x in (0xFF, 0x100, 0x1FF, 0x200, 0x300, 0x301)] == [None, "a", "a+0xff", "b", "end", None]
+    assert Symbols([]).at(0) is None
+    with pytest.raises(GuestError):
+        Symbols.load(Path(__file__))
+
+
+def test_unpack_pack(saved, tmp_path):
+    for name in "abc":
+        text("snapshot", "unpack", saved / name, tmp_path / f"{name}.d")
+        text("snapshot", "pack", tmp_path / f"{name}.d", tmp_path / name)
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+    assert "File exists" in refusal("snapshot", "unpack", saved / "a", tmp_path / "a.d")
+
+
+def test_edit(saved, tmp_path):
+    text("snapshot", "edit", saved / "a", "--set", "com1.scr=0x83", "--set", "rtc.index=12", "--out", tmp_path / "a")
+    found = json.loads(text("snapshot", "diff", saved / "a", tmp_path / "a", "--json", status=1))
+    assert found["ram"] == []
+    assert [(d["part"], d["field"], d["second"]) for d in found["state"]] == [
+        ("rtc", "index", 12),
+        ("com1", "scr", 0x83),
+    ]
+    assert "will load" in text("snapshot", "check", tmp_path / "a")
+    assert "not an integer in 0..127" in refusal("snapshot", "edit", saved / "a", "--set", "rtc.index=128")
+    assert "there is no such field" in refusal("snapshot", "edit", saved / "a", "--set", "rtc.colour=1")
+
+
+def test_merge_and_rebase(saved, tmp_path):
+    text("snapshot", "merge", saved / "b", tmp_path / "whole")
+    assert text("snapshot", "diff", tmp_path / "whole", saved / "b") == ""
+    (tmp_path / "a").write_bytes((saved / "a").read_bytes())
+    text("snapshot", "rebase", tmp_path / "whole", tmp_path / "again", "--parent", tmp_path / "a")
+    assert (tmp_path / "again").read_bytes() == (saved / "b").read_bytes()
+
+
+def test_check_says_what_would_not_load_and_changes_nothing(saved, tmp_path):
+    assert "will load on emu" in text("snapshot", "check", saved / "b")
+    assert "there is no /nowhere/kvm" in refusal("snapshot", "check", saved / "a", "--backend", "kvm", main=NO_KVM)
+    (tmp_path / "lonely").write_bytes((saved / "b").read_bytes())
+    assert "parent a: No such file" in refusal("snapshot", "check", tmp_path / "lonely")
+
+
+def test_check_asks_the_hosts_kvm_about_a_state(kvm, saved, tmp_path):
+    text("snapshot", "edit", saved / "a", "--out", tmp_path / "slow", "--set", "config.tsc_khz=100000")
+    assert "config.tsc_khz: kvm: this host cannot" in refusal("snapshot", "check", tmp_path / "slow", "--backend", kvm)
+    text("snapshot", "edit", saved / "a", "--out", tmp_path / "no", "--set", "cpu.0.cr0=0x80000000")
+    assert "segments and control registers" in refusal("snapshot", "check", tmp_path / "no", "--backend", kvm)
+    assert "will load on kvm" in text("snapshot", "check", saved / "a", "--backend", kvm)
+
+
+def test_an_unknown_device_is_shown_and_named_as_the_reason(saved, tmp_path):
+    text("snapshot", "unpack", saved / "a", tmp_path / "d")
+    manifest = json.loads((tmp_path / "d" / "snapshot.json").read_text())
+    manifest["parts"].append("frobnicator")
+    (tmp_path / "d" / "snapshot.json").write_text(json.dumps(manifest))
+    part = {
+        "schema": {"name": "frob", "version": 7, "doc": "Frobnicates.",
+                   "fields": [{"name": "level", "type": "u8", "doc": "how much"}]},
+        "state": {"level": 200},
+    }  # fmt: skip
+    (tmp_path / "d" / "parts" / "frobnicator.json").write_text(json.dumps(part))
+    text("snapshot", "pack", tmp_path / "d", tmp_path / "a")
+    shown = text("snapshot", "show", tmp_path / "a")
+    assert "frob version 7" in shown and "how much" in shown and "0xc8" in shown
+    assert "a part this machine does not know: frobnicator" in refusal("restore", tmp_path / "a")
+
+
+def test_a_later_version_is_named(saved, tmp_path):
+    text("snapshot", "unpack", saved / "a", tmp_path / "d")
+    path = tmp_path / "d" / "parts" / "rtc.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2', 1))
+    text("snapshot", "pack", tmp_path / "d", tmp_path / "a")
+    assert "rtc.mc146818: version 2 is not known here" in refusal("restore", tmp_path / "a")
+
+
+def test_schemas_and_their_check(saved, tmp_path):
+    dump = text("snapshot", "schemas")
+    (tmp_path / "old").write_text(dump)
+    (tmp_path / "new").write_text(dump.replace('"name": "lcr"', '"name": "line_control"'))
+    assert text("snapshot", "check-schemas", tmp_path / "old", tmp_path / "old") == ""
+    assert "uart.16550a version 1: field lcr is gone" in text(
+        "snapshot", "check-schemas", tmp_path / "old", tmp_path / "new", status=1
+    )
+
+
+def test_saving_for_a_release(saved, tmp_path):
+    text(*OWN_GUEST, "--tsc-khz", 1_000_000, "--at", 100_000, "--save", tmp_path / "slow", "--json")
+    text("restore", tmp_path / "slow", "--at", 110_000, "--save", tmp_path / "old", "--for-version", "0.1.0", "--json")
+    assert "machine.tsc_khz" in refusal("restore", saved / "a", "--at", 1, "--save", tmp_path / "x", "--json",
+                                        "--for-version", "0.1.0")  # fmt: skip
+    assert "no release '9'" in refusal("restore", saved / "a", "--save", tmp_path / "x", "--for-version", "9")
+
+
+def test_what_cannot_be_saved_is_said_before_the_run(saved, tmp_path):
+    """The position asked for is never reached in the time a test has."""
+    for_ever = ("restore", saved / "a", "--at", 1 << 55, "--json", "--save")
+    assert "is not a folder" in refusal(*for_ever, tmp_path / "none" / "x")
+    assert "is a directory" in refusal(*for_ever, tmp_path, status=2)
+    assert "not in the folder of" in refusal(*for_ever, tmp_path / "x", "--parent", saved / "a")

@@ -1,0 +1,202 @@
+"""Commands change how a machine runs, never what it computes."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snapshot.errors import SnapshotError
+from snapshot.verify import verify
+from tests.conftest import OWN
+from tests.vmm.conftest import children, eventually
+from vmm.control.lifecycle import ALIVE, MOVES, Lifecycle, State
+from vmm.control.supervisor import Supervisor, WrongState
+from vmm.errors import BackendError, Cancelled
+from vmm.guest.image import Image
+from vmm.machine.machine import Machine, MachineConfig, Stopped
+
+END = 6_000_000  # position; some hundred rounds of the guest's
+
+
+def boot() -> Machine:
+    return Machine.boot(MachineConfig(memory_bytes=8 << 20), Image.from_files(OWN, flat=True))
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    with boot() as machine:
+        assert machine.run(position=END) == Stopped("position")
+        return machine.digests(), bytes(machine.board.console.output)
+
+
+COMMANDS = st.lists(
+    st.sampled_from(("pause", "resume", "checkpoint", "pack", "stand", "difference", "nowhere", "cancel", "read")),
+    min_size=5,
+    max_size=30,
+)
+
+
+def command(vm: Supervisor, what: str, folder: Path, saved: list[Path]) -> None:
+    file = folder / f"{len(saved)}"
+    options = {
+        "pack": {"packed": True},
+        "stand": {"stop": True},
+        "difference": {"parent": saved[-1] if saved else None},
+    }
+    try:
+        match what:
+            case "pause":
+                vm.pause().result()
+            case "resume":
+                vm.resume().result()
+            case "read":
+                vm.at_safe_point(vm.machine.encoded_parts).result()
+            case "nowhere":
+                with pytest.raises(BackendError, match="cannot save to"):
+                    vm.save(Path("/proc/nowhere")).result()
+            case "cancel":
+                giving_up = vm.save(file)
+                vm.cancel()
+                giving_up.exception()
+            case _:
+                vm.save(file, **options.get(what, {})).result()
+                saved.append(file)
+    except WrongState as error:
+        assert "the machine" in str(error), error  # it came to its end
+
+
+@settings(max_examples=25)
+@given(COMMANDS)
+def test_whatever_is_commanded_the_result_is_the_same(undisturbed, commands):
+    with tempfile.TemporaryDirectory() as scratch, boot() as machine:
+        vm, saved, stop = Supervisor(machine), list[Path](), list[object]()
+        runner = threading.Thread(target=lambda: stop.append(vm.run(position=END, paused=True)))
+        runner.start()
+        eventually(lambda: vm.state is State.PAUSED)
+        try:
+            vm.resume().result()
+            for what in commands:
+                command(vm, what, Path(scratch), saved)
+                assert vm.state in (State.RUNNING, State.PAUSED, State.STOPPED)
+        finally:
+            if vm.state is State.PAUSED:
+                vm.resume()
+            runner.join()
+            vm.close()
+        assert stop == [Stopped("position")] and vm.state is State.STOPPED
+        assert (machine.digests(), bytes(machine.board.console.output)) == undisturbed
+        for file in saved:
+            verify(file)
+        if saved:
+            with Machine.restore(saved[-1], verify=True) as woken:
+                assert woken.run(position=END) == Stopped("position")
+                assert woken.digests() == undisturbed[0]
+    assert not children()
+
+
+def test_what_is_aimed_at_survives_every_stop_on_the_way():
+    """A command comes with each byte of output: the text waited for is half written at most of them."""
+    with boot() as machine:
+        machine.board.console.listen(lambda _: machine.post(lambda _: Stopped("command")))
+        machine.aim(until="round 0002 sum")
+        stops = 0
+        while (stop := machine.go_on()) == Stopped("command"):
+            stops += 1
+        assert stop == Stopped("pattern") and stops > 50
+        assert b"round 0003" not in machine.board.console.output
+
+
+def test_damaged_ram_is_not_saved_again(tmp_path):
+    """A checkpoint right after waking waits for the check of what was mapped, and finds what it finds."""
+    with boot() as machine:
+        machine.run(position=1_000_000)
+        machine.save(tmp_path / "good")
+    data = bytearray((tmp_path / "good").read_bytes())
+    place = data.index(OWN.read_bytes()[:64])
+    data[place + 8] ^= 1
+    (tmp_path / "bad").write_bytes(data)
+    with Machine.restore(tmp_path / "bad") as woken, pytest.raises(SnapshotError, match="digest"):
+        woken.checkpoint(tmp_path / "again")
+    assert not (tmp_path / "again").exists() and not children()
+
+
+def test_a_bad_parent_is_found_out_in_the_copy(tmp_path):
+    (tmp_path / "parent").write_bytes(b"no snapshot")
+    with boot() as machine:
+        checkpoint = machine.checkpoint(tmp_path / "cut", parent=tmp_path / "parent")
+        with pytest.raises(SnapshotError, match="parent"):
+            checkpoint.wait()
+        assert [file.name for file in tmp_path.iterdir()] == ["parent"]
+
+
+def test_our_own_fault_in_the_copy_is_told(tmp_path, monkeypatch):
+    with boot() as machine:
+        monkeypatch.setattr("snapshot.writer.Writer.commit", lambda _: 1 // 0)
+        checkpoint = machine.checkpoint(tmp_path / "cut")
+        with pytest.raises(AssertionError, match="ZeroDivisionError"):
+            checkpoint.wait()
+        assert not list(tmp_path.iterdir())
+
+
+def test_cancel_comes_too_late_for_what_is_in_place(tmp_path):
+    with boot() as machine:
+        checkpoint = machine.checkpoint(tmp_path / "cut")
+        eventually(lambda: (tmp_path / "cut").exists())
+        checkpoint.cancel()
+        checkpoint.wait()
+        verify(tmp_path / "cut")
+        checkpoint.cancel()
+
+
+def test_who_stops_waiting_for_a_save_does_not_cancel_it(box, tmp_path, gate):
+    waiting = box.vm.save(tmp_path / "cut")
+    assert not waiting.cancel()
+    gate()
+    assert waiting.result()["path"] == str(tmp_path / "cut")
+
+
+def test_cancel_in_mid_save(tmp_path, gate):
+    with boot() as machine:
+        checkpoint = machine.checkpoint(tmp_path / "cut")
+        checkpoint.cancel()
+        with pytest.raises(Cancelled):
+            checkpoint.wait()
+        assert not list(tmp_path.iterdir()) and not children()
+
+
+def test_two_saves_to_one_name(tmp_path, gate):
+    with boot() as machine:
+        first = machine.checkpoint(tmp_path / "cut")
+        with pytest.raises(BackendError, match="another is writing a snapshot of this name"):
+            machine.checkpoint(tmp_path / "cut")
+        gate()
+        first.wait()
+
+
+# --- the table
+
+
+def test_no_move_but_the_tables():
+    for start in State:
+        for to in State:
+            life = Lifecycle(lambda _: None)
+            life._state = start
+            if to in MOVES[start]:
+                life.move(to)
+                assert life.state is to
+            else:
+                with pytest.raises(AssertionError, match=f"no move from {start} to {to}"):
+                    life.move(to)
+
+
+def test_every_state_can_be_reached_and_every_living_one_left():
+    reached = {State.CREATED}
+    while more := {to for state in reached for to in MOVES[state]} - reached:
+        reached |= more
+    assert reached == set(State) and {State.STOPPED, State.FAILED} == set(State) - ALIVE
+    assert all(State.STOPPED in MOVES[state] and State.FAILED in MOVES[state] for state in ALIVE)

@@ -1,0 +1,358 @@
+"""Every method over a real socket: what it does, what it refuses, and in which states it has an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from snapshot.verify import verify
+from tests.conftest import ROOT
+from tests.vmm.conftest import eventually
+from vmm.control import lifecycle, methods, protocol
+from vmm.control.client import Failed
+from vmm.control.lifecycle import State
+from vmm.control.methods import METHODS
+from vmm.guest.image import Image
+from vmm.machine.machine import Machine, Stopped
+
+
+def test_status(box):
+    found = box.call("status")
+    assert {**found, "position": 0, "guest_ns": 0, "pid": 0} == {
+        "name": "box", "state": "running", "backend": "emu", "pid": 0, "memory_bytes": 16 << 20, "position": 0,
+        "guest_ns": 0, "saving": None,
+    }  # fmt: skip
+    eventually(lambda: box.call("status")["position"] > found["position"])
+
+
+def test_pause_and_resume(box):
+    assert box.call("pause") == {"changed": True}
+    assert box.call("pause") == {"changed": False}
+    first, second = box.call("status"), box.call("status")
+    assert first == second and first["state"] == "paused"
+    assert box.call("resume") == {"changed": True}
+    assert box.call("resume") == {"changed": False}
+    eventually(lambda: box.call("status")["position"] > first["position"])
+
+
+@pytest.mark.parametrize("how", [{}, {"stop": True}, {"pack": True}])
+def test_checkpoint(box, tmp_path, how):
+    file = tmp_path / "cut"
+    saved = box.call("checkpoint", path=str(file), **how)
+    assert saved["path"] == str(file) and saved["size_bytes"] == file.stat().st_blocks * 512
+    verify(file)
+    with Machine.restore(file) as woken:
+        assert woken.position == saved["position"] and woken.clock.now_ns() == saved["guest_ns"]
+    eventually(lambda: box.call("status")["position"] > saved["position"])
+
+
+def test_checkpoint_for_an_older_release(boxes, boot_own, tmp_path):
+    box = boxes(machine=boot_own(tsc_khz=1_000_000))
+    box.call("checkpoint", path=str(tmp_path / "old"), for_version="0.1.0")
+    with Machine.restore(tmp_path / "old") as woken:
+        assert woken.config.tsc_khz == 1_000_000
+
+
+def test_checkpoint_of_what_an_older_release_cannot_say(box, tmp_path):
+    with pytest.raises(Failed, match="tsc_khz: version 1 has a TSC") as failed:
+        box.call("checkpoint", path=str(tmp_path / "old"), for_version="0.1.0")
+    assert failed.value.code == protocol.SNAPSHOT and not list(tmp_path.iterdir())
+    assert box.call("status")["state"] == "running"
+
+
+def test_a_difference_and_what_cannot_be_one(box, tmp_path):
+    box.call("checkpoint", path=str(tmp_path / "first"))
+    box.call("checkpoint", path=str(tmp_path / "second"), parent=str(tmp_path / "first"))
+    verify(tmp_path / "second")
+    Machine.restore(tmp_path / "second", verify=True).close()
+    with pytest.raises(Failed, match="it is not in the folder") as failed:
+        box.call("checkpoint", path="/tmp/elsewhere", parent=str(tmp_path / "first"))
+    assert failed.value.code == protocol.SNAPSHOT
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_suspend(boxes, tmp_path, paused):
+    box = boxes(paused=paused)
+    with box.client() as client:
+        saved = client.call("suspend", path=str(tmp_path / "cut"))
+        eventually(lambda: box.end)
+    assert box.end == Stopped("suspended") and box.vm.state is State.STOPPED
+    assert box.machine.position == saved["position"], "it did not run between the instant and the end"
+    with Machine.restore(tmp_path / "cut") as woken:
+        assert woken.digests() == box.machine.digests()
+
+
+@pytest.mark.parametrize("method", ["checkpoint", "suspend"])
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_save_that_fails_changes_nothing(boxes, monkeypatch, method, paused):
+    box = boxes(paused=paused)
+    with pytest.raises(Failed, match="cannot save to /proc/here") as failed:
+        box.call(method, path="/proc/here")
+    assert failed.value.code == protocol.HOST
+    assert box.call("status")["state"] == ("paused" if paused else "running")
+
+
+def test_stop(box):
+    with box.client() as client:
+        assert client.call("stop") == {}
+    eventually(lambda: box.end)
+    assert box.end == Stopped("stopped") and box.vm.state is State.STOPPED
+
+
+def test_stop_before_it_ran(boxes):
+    box = boxes(start=False)
+    with box.client() as client:
+        call = client.ask("stop")
+        eventually(lambda: box.vm._waiting)
+        box.start()
+        assert client.read()["id"] == call
+    eventually(lambda: box.end)
+    assert box.end == Stopped("stopped") and box.machine.position == 0
+
+
+def test_reset(box, boot_own):
+    eventually(lambda: box.call("status")["position"] > 2_000_000)
+    box.call("pause")
+    assert box.call("reset") == {}
+    assert box.call("status")["position"] == 0
+    as_after_power_on(box.machine, boot_own)
+
+
+def as_after_power_on(machine, boot_own):
+    found, fresh = machine.parts(), boot_own()
+    # MR leaves a serial port's scratch register and divisor alone.
+    assert {name for name, state in fresh.parts().items() if state != found[name]} <= {"com1"}
+    assert machine.digests()["ram"] == fresh.digests()["ram"]
+    fresh.close()
+
+
+def test_a_woken_machine_can_be_reset_only_with_its_image(boxes, boot_own, tmp_path):
+    with boot_own() as machine:
+        machine.run(position=1_000_000)
+        machine.save(tmp_path / "cut")
+    box = boxes(machine=Machine.restore(tmp_path / "cut"), paused=True)
+    with pytest.raises(Failed, match="no kernel to start again from") as failed:
+        box.call("reset")
+    assert failed.value.code == protocol.GUEST
+    box.machine.image = Image.from_files(ROOT / "fixtures/guests/own/own.bin", flat=True)
+    box.call("reset")
+    as_after_power_on(box.machine, boot_own)
+
+
+def test_console_read(box):
+    first = box.call("console.read", wait_s=20)
+    eventually(lambda: box.machine.board.console.total > first["next"] + 100)
+    whole = box.call("console.read", offset=0)
+    assert whole["offset"] == 0 and whole["data"].startswith(first["data"])
+    part = box.call("console.read", offset=7)
+    assert part["data"].startswith(whole["data"][7:])
+    assert whole["next"] == len(whole["data"])
+
+
+def test_console_read_waits_for_what_comes(box):
+    box.call("pause")
+    end = box.call("console.read", offset=None)
+    assert end["data"] == "" and end["offset"] == end["next"] == box.machine.board.console.total
+    assert box.call("console.read", offset=end["next"], wait_s=0.05)["data"] == ""
+    with box.client() as client:
+        call = client.ask("console.read", offset=end["next"], wait_s=50)
+        box.call("resume")
+        answer = client.read()
+    assert answer["id"] == call and answer["result"]["data"] and answer["result"]["offset"] == end["next"]
+
+
+def test_console_read_of_what_is_no_longer_kept(box):
+    box.call("pause")
+    console = box.machine.board.console
+    for _ in range(3 << 20):
+        console.transmit(65)
+    found = box.call("console.read", offset=0)
+    assert found["offset"] == console.total - len(console.output) > 0
+    assert found["next"] == found["offset"] + methods.MAX_READ
+
+
+def test_console_write(box):
+    eventually(lambda: b"round" in box.machine.board.console.output)  # its port is set up
+    assert box.call("console.write", data="ab\xff") == {"taken": 3}
+    eventually(lambda: all(each in box.machine.board.console.output for each in (b"[a]", b"[b]", b"[\xff]")))
+    with pytest.raises(Failed, match=r"characters up to U.00FF") as failed:
+        box.call("console.write", data="\u0100")
+    assert failed.value.code == protocol.INVALID_PARAMS
+
+
+def test_console_write_takes_no_more_than_it_can_hold(box):
+    box.call("pause")
+    assert box.call("console.write", data="x" * 60_000) == {"taken": 60_000}
+    assert box.call("console.write", data="x" * 60_000) == {"taken": methods.MAX_TYPED - 60_000}
+    assert box.call("console.write", data="x") == {"taken": 0}
+
+
+def test_preflight(box, tmp_path):
+    found = box.call("snapshot.preflight", path=str(tmp_path / "cut"))
+    assert 0 < found["most_bytes"] <= 16 << 20 and found["free_bytes"] > 0
+    with pytest.raises(Failed, match="is not a folder"):
+        box.call("snapshot.preflight", path=str(tmp_path / "no" / "cut"))
+    with pytest.raises(Failed, match=r"parent .*none: No such file"):
+        box.call("snapshot.preflight", path=str(tmp_path / "cut"), parent=str(tmp_path / "none"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_devices(box):
+    box.call("pause")
+    found = box.call("devices")
+    assert [each["name"] for each in found] == list(box.machine.parts())
+    (uart,) = box.call("devices", name="com1")
+    assert uart["schema"] == "uart.16550a" and uart["state"]["mcr"] == box.machine.board.devices["com1"].state.mcr
+    with pytest.raises(Failed, match="there is no part 'com9'; there are config") as failed:
+        box.call("devices", name="com9")
+    assert failed.value.code == protocol.INVALID_PARAMS
+
+
+def test_stats(box):
+    box.call("pause")
+    found = box.call("stats")
+    assert found["exits"] == box.machine.exits() and found["console_bytes"] == box.machine.board.console.total
+    assert found["position"] == box.machine.position and found["cpu_s"] > 0 and found["max_rss_bytes"] > 16 << 20
+
+
+def test_events(box, tmp_path, gate):
+    with box.client() as client:
+        assert client.call("events", kinds=["state", "saved"]) == {"kinds": ["saved", "state"]}
+        box.call("pause")
+        assert client.read()["params"] == {"kind": "state", "state": "paused"}
+        gate()
+        box.call("checkpoint", path=str(tmp_path / "cut"))
+        assert client.read()["params"]["kind"] == "saved"
+        client.call("events", kinds=[])
+        box.call("resume")
+        client.call("events")
+        box.call("stop")
+        assert client.read()["params"] == {"kind": "state", "state": "stopped"}
+        with pytest.raises(Failed, match="there is no kind 'weather'"):
+            client.call("events", kinds=["weather"])
+
+
+def test_progress_and_cancel(box, tmp_path, gate):
+    heard = []
+    (tmp_path / "cut").write_bytes(b"the last good one")
+    with box.client() as client:
+        client.call("events", kinds=["progress", "save failed"])
+        call = client.ask("checkpoint", path=str(tmp_path / "cut"))
+        heard.append(client.read())
+        assert box.call("status")["saving"] == str(tmp_path / "cut")
+        with pytest.raises(Failed, match=r"a save to .*cut is under way") as failed:
+            box.call("checkpoint", path=str(tmp_path / "other"))
+        assert failed.value.code == protocol.WRONG_STATE
+        assert box.call("cancel") == {"path": str(tmp_path / "cut")}
+        heard += [client.read(), client.read()]
+    progress, *rest = heard
+    assert progress["params"]["kind"] == "progress" and 0 < progress["params"]["done"] <= progress["params"]["total"]
+    (answer,) = [message for message in rest if message.get("id") == call]
+    assert answer["error"]["code"] == protocol.CANCELLED
+    assert box.call("cancel") == {"path": None}
+    assert [file.name for file in tmp_path.iterdir()] == ["cut"]
+    assert (tmp_path / "cut").read_bytes() == b"the last good one"
+
+
+# --- in every state
+
+
+PARAMS = {
+    "checkpoint": {"path": "/nowhere/cut"},
+    "suspend": {"path": "/nowhere/cut"},
+    "snapshot.preflight": {"path": "/nowhere/cut"},
+    "console.write": {"data": "x"},
+}
+
+
+def in_state(state, boxes, tmp_path, request):
+    """A box in `state`, however it gets there."""
+    if state is State.FAILED:
+        box = boxes(start=False)
+        box.machine.go_on = lambda: (_ for _ in ()).throw(AssertionError("planted"))
+        box.start()
+    elif state is State.SAVING:
+        request.getfixturevalue("gate")
+        box = boxes()
+        box.vm.save(tmp_path / "cut", stop=True)
+    else:
+        box = boxes(paused=state is State.PAUSED, start=state is not State.CREATED)
+    if state is State.STOPPED:
+        box.vm.stop()
+    eventually(lambda: box.vm.state is state)
+    return box
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("state", list(State))
+def test_every_command_has_an_answer_in_every_state(boxes, tmp_path, request, state, name):
+    """Those allowed do what their own tests say; here: the others are refused, and change nothing."""
+    box = in_state(state, boxes, tmp_path, request)
+    if state in METHODS[name].states:
+        if name not in ("stop",) or state is not State.CREATED:  # which waits for the machine to begin
+            with contextlib.suppress(Failed):
+                box.call(name, **PARAMS.get(name, {}))
+    else:
+        with pytest.raises(Failed, match=f"{name}: the machine is {state}; it must be ") as failed:
+            box.call(name, **PARAMS.get(name, {}))
+        assert failed.value.code == protocol.WRONG_STATE
+        assert box.vm.state is state
+    if state is State.FAILED:
+        assert isinstance(box.end, AssertionError)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_wrong_parameters(box, name):
+    wrong = [{"no such": 1}, *({key: {"a": 1}} for key in METHODS[name].params), *([{}] if name in PARAMS else [])]
+    for params in wrong:
+        with pytest.raises(Failed, match=name) as failed, box.client() as client:
+            client._socket.sendall(protocol.pack(method=name, params=params, id=1))
+            client._last = 1
+            answer = client.read()
+            raise Failed(answer["error"]["code"], answer["error"]["message"])
+        assert failed.value.code == protocol.INVALID_PARAMS
+    assert box.call("status")["state"] == "running"
+
+
+@pytest.mark.parametrize("path", ["relative", "", "/a\0b", "/" + "x" * 5000, 7, None])
+def test_a_path_is_absolute(box, path):
+    with pytest.raises(Failed, match="checkpoint: path must be an absolute path") as failed:
+        box.call("checkpoint", path=path)
+    assert failed.value.code == protocol.INVALID_PARAMS
+
+
+# --- the documentation says what the code does
+
+
+DOC = Path(ROOT, "docs", "control.md")
+
+
+def test_the_methods_are_documented():
+    assert METHODS.describe() in DOC.read_text()
+
+
+def test_the_lifecycle_is_drawn():
+    assert f"```mermaid\n{lifecycle.diagram()}\n```" in DOC.read_text()
+
+
+def test_the_errors_are_documented():
+    text = DOC.read_text()
+    for code, what in protocol.CODES.items():
+        assert re.search(rf"\| {code} \| {re.escape(what)} \|", text), code
+
+
+def test_the_example_exchange_is_true(box):
+    lines = re.search(r"```json\n(.*?)```", DOC.read_text(), re.DOTALL)[1].splitlines()
+    box.call("pause")
+    with box.client() as client:
+        for asked, answered in zip(lines[::2], lines[1::2], strict=True):
+            client._socket.sendall(asked.encode() + b"\n")
+            expected, found = json.loads(answered), client.read()
+            assert expected.keys() == found.keys() and expected["id"] == found["id"]
+            for part in ("result", "error"):
+                if part in expected:
+                    assert expected[part].keys() == found[part].keys()

@@ -1,0 +1,114 @@
+"""Lockstep: two CPUs that agree are found to agree, and a planted fault is found at its very instruction."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.conftest import BACKENDS, OWN
+from tests.vmm.cpu.hosts import host
+from vmm.debug.lockstep import Lockstep
+from vmm.guest.image import Image
+from vmm.machine.machine import Machine, MachineConfig, Stopped
+
+START, COUNT = 4_477_000, 6_000  # system calls, a fault, port I/O, a halt and a tick lie ahead
+QUIET = 300_000  # a user program with nothing of the sort
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+
+
+def save_own(file, position):
+    with Machine.boot(MachineConfig(memory_bytes=8 << 20), Image.from_files(OWN, flat=True)) as machine:
+        assert machine.run(position=position) == Stopped("position")
+        machine.save(file)
+    return file
+
+
+@pytest.fixture
+def snapshot(backend, tmp_path):
+    """The own guest, from where the two CPUs of this host are known to agree."""
+    quiet = backend == "kvm" and host() == "qemu-svm"
+    return save_own(tmp_path / "own", QUIET if quiet else START)
+
+
+def far(backend):
+    """A step on emulated KVM takes milliseconds."""
+    return 900 if backend == "kvm" and host() == "qemu-svm" else COUNT
+
+
+def change_cpu(machine, **fields):
+    machine.cpu.load(dataclasses.replace(machine.cpu.save(), **fields))
+
+
+def wrong_flag(machine, _):
+    change_cpu(machine, rflags=machine.cpu.save().rflags ^ 0x40)
+
+
+def wrong_msr(machine, _):
+    change_cpu(machine, cstar=machine.cpu.save().cstar ^ 0x1000)
+
+
+def corrupted_byte(machine, _):
+    machine.ram.slice(0x7F_F123, 1)[0] ^= 0x5A
+
+
+FAULTS = {
+    "a wrong flag": (wrong_flag, "cpu.rflags"),
+    "a wrong MSR": (wrong_msr, "cpu.cstar"),
+    "a corrupted byte of RAM": (corrupted_byte, None),
+}
+
+
+@pytest.fixture(autouse=True)
+def able(request):
+    if "kvm" in request.node.name:
+        request.getfixturevalue("crossing")
+
+
+@each_backend
+def test_two_cpus_agree(backend, snapshot):
+    """The leader takes interrupts, faults and system calls on the way: the test would be empty without."""
+    with Lockstep(snapshot, "emu", backend) as lockstep:
+        before = lockstep.leader.exits()
+        found = lockstep.run(far(backend))
+        after = lockstep.leader.exits()
+    assert found is None
+    assert lockstep.count == far(backend)
+    if backend == "kvm" and host() == "qemu-svm":
+        return
+    for reason in ("exception", "interrupt", "halt", "port_out"):
+        assert after[reason] > before[reason], reason
+
+
+def test_a_fault_nobody_planted(crossing, tmp_path):
+    """SYSCALL of QEMU 7.2's processor loses the arithmetic flags: R11 has them, RFLAGS has not."""
+    if host() != "qemu-svm":
+        pytest.skip("this host's processor is not QEMU's")
+    with Lockstep(save_own(tmp_path / "own", START), "emu", crossing) as lockstep:
+        found = lockstep.run(COUNT)
+    assert found is not None and found.disassembly == "syscall" and list(found.fields) == ["cpu.rflags"]
+
+
+@each_backend
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_at_its_instruction(backend, name, snapshot, tmp_path):
+    fault, field = FAULTS[name]
+    at = far(backend) * 5 // 9
+
+    def plant(machine, count):
+        if count == at:
+            fault(machine, count)
+
+    with Lockstep(snapshot, "emu", backend, plant) as lockstep:
+        found = lockstep.run(far(backend))
+        assert found is not None and found.instruction == at - 1
+        if field is None:
+            assert [(address, bytes(a ^ b for a, b in zip(x, y, strict=True))) for address, x, y in found.memory] == [
+                (0x7F_F120, bytes((0, 0, 0, 0x5A, 0, 0, 0, 0)))
+            ]
+        else:
+            assert list(found.fields) == [field]
+        lockstep.save_pair(found, tmp_path / "pair")
+        assert found.disassembly and found.rip == lockstep.leader.cpu.save().rip
+    for path in found.pair:
+        Machine.check(path)
