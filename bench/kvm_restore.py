@@ -45,13 +45,13 @@ def main() -> int:
                     times.append((time.perf_counter() - started) * 1e3)
             out.print(f"restore on KVM, file to first exit, {mib} MiB: {statistics.median(times):.1f} ms")
         with Machine.restore(file, "kvm", max_memory=4 << 30) as woken:
-            woken.mark()
+            moment = woken.moment()
             whole, back = [], []
             for _ in range(RESETS):
                 started = time.perf_counter()
                 woken.run()
                 ran = time.perf_counter()
-                dirty = woken.reset()
+                dirty = woken.rewind(moment)
                 whole.append(time.perf_counter() - started)
                 back.append(time.perf_counter() - ran)
                 assert dirty >= PAGES * 4096

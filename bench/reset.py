@@ -39,12 +39,12 @@ def rates(pages: int, batch: int, verify: bool) -> list[float]:
     found = []
     with Machine.boot(MachineConfig(memory_bytes=16 << 20), Image(dirtying(pages), flat=True)) as machine:
         assert machine.run().reason == "exit"
-        machine.mark()
+        moment = machine.moment()
         for _ in range(ROUNDS):
             started = time.perf_counter()
             for _ in range(batch):
                 machine.run()
-                written = machine.reset(verify=verify)
+                written = machine.rewind(moment, verify=verify)
             found.append(batch / (time.perf_counter() - started))
         assert written >= pages * 4096 and isinstance(machine.run(), Stopped)
     return found

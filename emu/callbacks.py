@@ -11,8 +11,10 @@ from typing import Any
 
 from emu.delivery import settle
 from emu.engine import EXIT_SHUTDOWN, Engine
+from vmm.clock import Word
 
-_TIME, _LIMIT, _SKIPPED_NS, _REFUSED, _EXCEPTIONS = range(5)
+_TIME, _LIMIT, _REFUSED = Word.TIME.value, Word.LIMIT.value, Word.REFUSED.value
+_EXCEPTIONS = Word.EXCEPTIONS.value
 
 
 class Callbacks:

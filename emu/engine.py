@@ -75,7 +75,6 @@ _ENV = {
 }
 
 INTERRUPT_VIRQ = 0x100
-INTERRUPT_NMI = 0x200
 HF_INHIBIT_IRQ = 1 << 3
 RF = 1 << 16  # RFLAGS
 HF_GUEST = 1 << 21
@@ -93,6 +92,9 @@ _VMCB = _HIDDEN + 0x1000 - 0x70
 _MSRPM = _HIDDEN + 0x10000
 _VMCB_MSRPM = 0x48
 _VMCB_VECTOR = 0x64
+
+_4_GIB = 1 << 32
+_PIECE = 64 << 20
 
 HOOK_INTR = uc_const.UC_HOOK_INTR
 HOOK_INSN = uc_const.UC_HOOK_INSN
@@ -121,8 +123,13 @@ class Engine:
         self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_EPYC)
         self._keep: list[Any] = []  # what the engine points at must outlive it
+        self._ram: list[tuple[int, int, int]] = []  # base, size, offset in all RAM
+        self._pieces: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # of the hole: what is shown where
         self.uc.reg_read(x86.UC_X86_REG_RAX)  # creates the CPU
         self._handle = int(getattr(self.uc._uch, "value", self.uc._uch))
+        self._handle_pointer = ctypes.c_void_p(self._handle)
+        self._invalidate = self._lib.tb_invalidate_phys_range_x86_64
+        self._invalidate.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]
         self.cpu = self._pointer(self._handle + _UC_CPU)
         if not self.cpu:
             raise BackendError("unicorn's CPU is not where 2.1.4 has it")
@@ -179,11 +186,10 @@ class Engine:
 
     def discard_code(self, start: int, end: int) -> None:
         """Drop translated code of guest-physical [start, end): the host changed RAM behind it."""
-        function = self._lib.tb_invalidate_phys_range_x86_64
-        function(ctypes.c_void_p(self._handle), ctypes.c_uint64(start), ctypes.c_uint64(end))
-
-    def flush_code(self) -> None:
-        self.uc.ctl_flush_tb()
+        for base, size, offset in self._ram:
+            first, last = max(start, base), min(end, base + size)
+            if first < last:
+                self._invalidate(self._handle_pointer, offset + first - base, offset + last - base)
 
     def read_msr(self, number: int) -> int:
         """The engine's own MSR, past our interception."""
@@ -211,10 +217,53 @@ class Engine:
     # --- memory and hooks
 
     def map_ram(self, base: int, size: int, pointer: int) -> None:
+        """Guest-physical [base, base + size) is this computer's memory at `pointer`. The engine counts RAM in the order
+        of mapping: an offset in that is what it knows translated code by."""
         self.uc.mem_map_ptr(base, size, uc_const.UC_PROT_ALL, pointer)
+        self._ram.append((base, size, sum(each for _, each, _ in self._ram)))
 
-    def map_mmio(self, base: int, size: int, read: Read, write: Write) -> None:
-        """Send accesses of [base, base+size) to `read(address, size)` and `write(address, size, value)`."""
+    def map_hole(self, base: int, size: int, read: Read, write: Write) -> None:
+        """Send accesses of [base, base+size), where no RAM is, to `read(address, size)` and `write(address, size,
+        value)`. Below 4 GiB it is mapped in pieces: the engine can give up a piece, to show a device's own RAM there,
+        but a large one not in any time."""
+        self._hole = read, write
+        while size:
+            piece = min(size, _PIECE - base % _PIECE) if base < _4_GIB else size
+            self._map_mmio(base, piece)
+            if base < _4_GIB:
+                self._pieces[base, piece] = [(base, piece, 0)]
+            base, size = base + piece, size - piece
+
+    def show_windows(self, windows: list[tuple[int, int, int]]) -> None:
+        """Show devices' own RAM, (base, size, pointer) each, in the hole below 4 GiB, and nothing of it elsewhere. At a
+        boundary only, never from a hook."""
+        changed = False
+        for (base, size), now in self._pieces.items():
+            wanted, at = [], base
+            for start, length, pointer in sorted(windows):
+                first, last = max(start, base), min(start + length, base + size)
+                if first < last:
+                    wanted += [(at, first - at, 0)] if at < first else []
+                    wanted.append((first, last - first, pointer + first - start))
+                    at = last
+            wanted += [(at, base + size - at, 0)] if at < base + size else []
+            if wanted == now:
+                continue
+            changed = True
+            for start, length, _ in now:
+                self.uc.mem_unmap(start, length)
+            for start, length, pointer in wanted:
+                if pointer:
+                    self.uc.mem_map_ptr(start, length, uc_const.UC_PROT_ALL, pointer)
+                else:
+                    self._map_mmio(start, length)
+            self._pieces[base, size] = wanted
+        if changed:
+            self.uc.ctl_flush_tb()  # the engine knows code by its place in all RAM, and gives places again
+            self.flush_tlb()
+
+    def _map_mmio(self, base: int, size: int) -> None:
+        read, write = self._hole
 
         def on_read(_uc: object, offset: int, width: int, _data: object) -> int:
             return read(base + offset, width)

@@ -4,30 +4,39 @@ Each function returns the bytes of one System V x86-64 callback. They are small 
 and the tests disassemble every one with Capstone. `emu.callbacks` holds the same functions in Python for hosts
 where memory cannot be made executable.
 
-The clock words they share with Python (see vmm.clock): [0] time in quarters of a ns, [1] limit, [2] skipped_ns,
-[3] size of the block that was refused, [4] exceptions delivered, [5] TSC offset, [6] TSC ticks in a quarter of a ns,
-times 2**32.
+They share a clock's words with Python: vmm.clock.Word says which there are.
 """
 
 from __future__ import annotations
 
 import struct
 
+from vmm.clock import Word
+
 
 def _mov_rax(value: int) -> bytes:
     return b"\x48\xb8" + struct.pack("<Q", value)
+
+
+def _at(word: Word) -> bytes:
+    """A word's displacement from the first."""
+    return bytes([8 * word])
 
 
 def block(emu_stop: int) -> bytes:
     """UC_HOOK_BLOCK(uc, address, size, words): charge the block, or refuse it when it would cross the limit."""
     return (
         bytes.fromhex("89d0")  # mov eax, edx
-        + bytes.fromhex("480301")  # add rax, [rcx]           time after this block
-        + bytes.fromhex("483b4108")  # cmp rax, [rcx+8]         limit
-        + bytes.fromhex("7704")  # ja refuse
-        + bytes.fromhex("488901")  # mov [rcx], rax
+        + bytes.fromhex("480341")
+        + _at(Word.TIME)  # add rax, [rcx+TIME]      time after this block
+        + bytes.fromhex("483b41")
+        + _at(Word.LIMIT)  # cmp rax, [rcx+LIMIT]
+        + bytes.fromhex("7705")  # ja refuse
+        + bytes.fromhex("488941")
+        + _at(Word.TIME)  # mov [rcx+TIME], rax
         + bytes.fromhex("c3")  # ret
-        + bytes.fromhex("895118")  # refuse: mov [rcx+0x18], edx
+        + bytes.fromhex("8951")
+        + _at(Word.REFUSED)  # refuse: mov [rcx+REFUSED], edx
         + _mov_rax(emu_stop)
         + bytes.fromhex("ffe0")  # jmp rax                  uc_emu_stop(uc)
     )
@@ -103,10 +112,13 @@ def rdtsc(regs: int, cr4: int, hflags: int, tsc_aux: int | None = None) -> bytes
     """UC_HOOK_INSN RDTSC/RDTSCP(uc, words) -> handled: EDX:EAX = guest time + offset; RDTSCP also ECX = TSC_AUX.
     With CR4.TSD at CPL > 0 it declines, and the engine raises #GP."""
     body = (
-        bytes.fromhex("488b06")  # mov rax, [rsi]           time
-        + bytes.fromhex("48f76630")  # mul qword [rsi+0x30]     in ticks,
+        bytes.fromhex("488b46")
+        + _at(Word.TIME)  # mov rax, [rsi+TIME]
+        + bytes.fromhex("48f766")
+        + _at(Word.TSC_SCALE)  # mul qword [rsi+TSC_SCALE]   in ticks,
         + bytes.fromhex("480facd020")  # shrd rax, rdx, 32        rounded down
-        + bytes.fromhex("48034628")  # add rax, [rsi+0x28]      TSC offset
+        + bytes.fromhex("480346")
+        + _at(Word.TSC_OFFSET)  # add rax, [rsi+TSC_OFFSET]
         + bytes.fromhex("48b9")
         + struct.pack("<Q", regs)  # mov rcx, &env.regs
         + bytes.fromhex("89c2")  # mov edx, eax

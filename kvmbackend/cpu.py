@@ -6,13 +6,11 @@ here: I/O, HLT, and the moment an interrupt can be taken.
 An IN has not yet loaded AL when KVM exits for it; the next KVM_RUN does that. So `run()` ends only by a KVM_RUN that
 ran nothing (`immediate_exit`, or a signal): then the instruction is complete, and the CPU can be saved.
 
-Guest time is the host's, while the guest runs: each exit moves the clock on. Between two runs it stands still, and the
-TSC, which does not, is set back by as much.
+Guest time is the host's, while the guest runs (kvmbackend.time_keeper): each exit moves the clock on.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from fcntl import ioctl
 from operator import attrgetter
@@ -20,22 +18,19 @@ from operator import attrgetter
 from kvmbackend import abi, state
 from kvmbackend.alarm import Alarm
 from kvmbackend.step import Stepper
+from kvmbackend.time_keeper import TimeKeeper, now
 from kvmbackend.vm import Vm
-from vmm.clock import BYTES_PER_NS, GuestClock
+from vmm.clock import BYTES_PER_NS, GuestClock, Word
 from vmm.cpu import backends, paging
 from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
 from vmm.dirty_pages import PAGE
 from vmm.errors import BackendError
 from vmm.ram import Ram
 
-_TIME, _SKIPPED_NS = GuestClock.TIME, GuestClock.SKIPPED_NS
+_TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value
 _IMMEDIATE_EXIT, _WINDOW, _READY, _IF = abi.RUN_IMMEDIATE_EXIT, abi.RUN_WINDOW, abi.RUN_READY, abi.RUN_IF
 _REASON32, _EXIT32, _EXIT64, _CR8 = abi.RUN_REASON // 4, abi.RUN_EXIT // 4, abi.RUN_EXIT // 8, abi.RUN_CR8 // 8
 _IO, _MMIO, _HLT, _RUN = abi.EXIT_IO, abi.EXIT_MMIO, abi.EXIT_HLT, abi.RUN
-
-# The host takes longer than this between two runs only when nobody runs the machine.
-_PAUSE_NS = 1_000_000
-_now = time.monotonic_ns
 
 
 class KvmCpu(Cpu):
@@ -54,14 +49,13 @@ class KvmCpu(Cpu):
         self._run8, self._run16 = vm.run, vm.run.cast("H")
         self._run32, self._run64 = vm.run.cast("I"), vm.run.cast("Q")
         self._ring32 = None if vm.ring is None else vm.ring.cast("I")
-        self._words = memoryview(clock.words).cast("B").cast("Q")
+        self._words = clock.words
         self._pin = False
         self._kicked = False
         self._halted = False
         self._a20 = True
-        self._host_ns = _now()  # when the clock was moved on last,
-        self._seen_ns = clock.now_ns()  # and where to
-        self._stood_tsc: int | None = None  # the TSC of that moment, once somebody wanted to know; until it runs again
+        self._time = TimeKeeper(vm, clock)
+        self._ram_shown = ram.changes
         self._finisher: Cpu | None = None
         self._stepper: Stepper | None = None
         self._regs = abi.Regs()
@@ -70,10 +64,12 @@ class KvmCpu(Cpu):
 
     # --- the protocol
 
-    def run(self, budget_ns: int) -> Exit:
-        run8, clock = self._run8, self._clock
-        self._stood_tsc = None
-        self._resume_time()
+    def run(self, limit: int) -> Exit:
+        run8 = self._run8
+        self._time.resume()
+        if self._ram_shown != self._ram.changes:
+            self._ram_shown = self._ram.changes
+            self._vm.map_ram(self._a20)
         if self._halted:
             if not (self._pin and run8[_IF]):
                 if self._kicked:
@@ -81,12 +77,13 @@ class KvmCpu(Cpu):
                     return Kicked()
                 return Halted(bool(run8[_IF]))
             self._halted = False
-        if budget_ns <= 0:
+        left_ns = -(-(limit - self._words[_TIME]) // BYTES_PER_NS)
+        if left_ns <= 0:
             return Expired()
         self._alarm.enter()
         try:
-            self._alarm.set(budget_ns)
-            return self._enter(clock.now_ns() + budget_ns)
+            self._alarm.set(left_ns)
+            return self._enter(limit)
         finally:
             self._alarm.leave()
 
@@ -117,7 +114,7 @@ class KvmCpu(Cpu):
 
     def step(self, arrive: int, interrupted: bool, entered: bool, sysret: bool) -> None:
         """One instruction as another CPU ran it, which came to RIP `arrive`: after an interrupt, into a handler."""
-        self._stood_tsc = None
+        self._time.step()
         if self._stepper is None:
             self._stepper = Stepper(self._vm, self._ram, self._alarm, self._serve, self.save)
         if interrupted:
@@ -132,19 +129,14 @@ class KvmCpu(Cpu):
         self._take_posted()
 
     def save(self) -> CpuState:
-        if self._stood_tsc is None:
-            self._stood_tsc = self._vm.read_tsc() - self._tsc_in(_now() - self._host_ns)
-        tsc = self._stood_tsc + self._tsc_in(self._clock.now_ns() - self._seen_ns)  # what was skipped since counts
-        return state.save(self._vcpu, self._halted, tsc & (1 << 64) - 1)
+        return state.save(self._vcpu, self._halted, self._time.tsc())
 
     def load(self, saved: CpuState) -> None:
         state.load(self._vcpu, saved)
         self._clock.prepaid = 0  # time is not counted in code here: what was paid for and not run is forgotten
         self._run64[_CR8] = saved.cr8
         self._halted = saved.halted
-        self._host_ns, self._seen_ns = _now(), self._clock.now_ns()
-        self._vm.write_tsc(saved.tsc)
-        self._stood_tsc = saved.tsc
+        self._time.set(saved.tsc)
         self._look()
 
     def mark(self) -> object:
@@ -195,11 +187,10 @@ class KvmCpu(Cpu):
     # --- running
 
     def _enter(self, end: int) -> Exit:
-        """Run until guest time `end`, a halt, a kick or a failure."""
+        """Run until guest time `end` (in quarters of a ns), a halt, a kick or a failure."""
         vcpu, run8, run32, run64, words = self._vcpu, self._run8, self._run32, self._run64, self._words
-        exits, ring = self._exits, self._ring32
+        exits, ring, keeper = self._exits, self._ring32, self._time
         port_in, port_out = self._bus.port_in, self._bus.port_out
-        end *= BYTES_PER_NS
         while True:
             if self._pin and not run8[_IMMEDIATE_EXIT]:
                 self._offer_interrupt()
@@ -208,7 +199,7 @@ class KvmCpu(Cpu):
             except InterruptedError:
                 exits["signal"] += 1
                 self._alarm.quiet()
-                self._move_time()
+                keeper.move_on()
                 self._take_posted()
                 if self._kicked:
                     self._kicked = False
@@ -221,9 +212,9 @@ class KvmCpu(Cpu):
             except OSError as error:
                 return Crashed(self._rip(), f"KVM_RUN: {error.strerror}")
             # The clock moves with the host's.
-            host = _now()
-            passed = host - self._host_ns
-            self._host_ns = host
+            host = now()
+            passed = host - keeper.host_ns
+            keeper.host_ns = host
             words[_SKIPPED_NS] += passed
             words[_TIME] += passed * BYTES_PER_NS
             if ring is not None and ring[0] != ring[1]:
@@ -246,7 +237,7 @@ class KvmCpu(Cpu):
             elif reason == _MMIO:
                 self._mmio()
             elif (stop := self._rare(reason)) is not None:
-                self._seen_ns = self._clock.now_ns()
+                keeper.stop()
                 return stop
             if words[_TIME] >= end:
                 run8[_IMMEDIATE_EXIT] = 1
@@ -333,15 +324,15 @@ class KvmCpu(Cpu):
         if self._finisher is None:
             self._finisher = backends.factory("emu")(self._ram, self._bus, self._intr, self._clock)
         finisher, clock, before = self._finisher, self._clock, self.save()
-        now = clock.save()
+        stood = clock.save()
         for address in (before.cs.base + before.rip, before.cs.base + before.rip + 15):
             physical = paging.translate(before, self._ram.read, address & (1 << 64) - 1)
             if physical is not None:
                 finisher.discard_code(physical & -PAGE, (physical & -PAGE) + PAGE)
         finisher.load(before)
         finisher.stop_at(clock.position + 1)
-        stop = finisher.run(1 << 40)
-        clock.load(now)
+        stop = finisher.run(self._words[_TIME] + (1 << 40))
+        clock.load(stood)
         match stop:
             case Crashed() | Shutdown():
                 return stop
@@ -367,28 +358,6 @@ class KvmCpu(Cpu):
         regs = abi.Regs()
         abi.call("KVM_GET_REGS", self._vcpu, abi.GET_REGS, regs)
         return int(regs.rip)
-
-    # --- time
-
-    def _move_time(self) -> None:
-        host = _now()
-        self._clock.skip(host - self._host_ns)
-        self._host_ns, self._seen_ns = host, self._clock.now_ns()
-
-    def _resume_time(self) -> None:
-        """Between two runs guest time went on by what the machine skipped, and no more. A moment of the run loop's
-        own still counts; for a longer pause the TSC is set to where guest time is."""
-        host, here = _now(), self._clock.now_ns()
-        ahead = host - self._host_ns - (here - self._seen_ns)
-        if 0 <= ahead < _PAUSE_NS:
-            self._clock.skip(ahead)
-        else:
-            read_ns, tsc = _now(), self._vm.read_tsc()
-            self._vm.write_tsc(tsc + self._tsc_in(_now() - read_ns - ahead) & (1 << 64) - 1)
-        self._host_ns, self._seen_ns = host, self._clock.now_ns()
-
-    def _tsc_in(self, ns: int) -> int:
-        return ns * self._vm.tsc_khz // 1_000_000
 
 
 _registers: Callable[[abi.Regs], tuple[int, ...]] = attrgetter(*REGISTERS)

@@ -90,8 +90,8 @@ class Vm:
             self.tsc_khz = khz
 
     def map_ram(self, a20: bool) -> None:
-        """Put RAM where the guest sees it. With A20 off bit 20 of an address is not seen: each odd MiB shows the even
-        one below it."""
+        """Put RAM, and devices' windows of it, where the guest sees it. With A20 off bit 20 of an address
+        is not seen: each odd MiB shows the even one below it."""
         for slot in range(self._slots):
             self._slot(slot, 0, 0, 0)
         self._slots = 0
@@ -103,6 +103,9 @@ class Vm:
                 seen = at if a20 else at & ~_MIB
                 self._slot(self._slots, region.base + at, size, region.address + seen)
                 self._slots += 1
+        for base, size, address in self._ram.shown():
+            self._slot(self._slots, base, size, address)
+            self._slots += 1
 
     def _slot(self, number: int, base: int, size: int, address: int) -> None:
         slot = abi.MemoryRegion(slot=number, guest_phys_addr=base, memory_size=size, userspace_addr=address)

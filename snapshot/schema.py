@@ -101,7 +101,7 @@ def state(name: str, version: int) -> Callable[[C], C]:
         hints = get_type_hints(new, include_extras=True)
         fields = []
         for field in dataclasses.fields(new):
-            kind, doc = _type_of(hints[field.name], f"{cls.__name__}.{field.name}")
+            kind, doc = type_and_doc(hints[field.name], f"{cls.__name__}.{field.name}")
             fields.append(Field(field.name, kind, doc))
         doc = (cls.__doc__ or "").strip().split("\n")[0]
         if doc.startswith(cls.__name__ + "("):
@@ -124,10 +124,11 @@ def without_docs(value: Json) -> Json:
 
 def type_of(hint: Any, where: str) -> Type:
     """The type a hint declares, as for a field. Raises TypeError, naming `where`."""
-    return _type_of(hint, where)[0]
+    return type_and_doc(hint, where)[0]
 
 
-def _type_of(hint: Any, where: str) -> tuple[Type, str]:
+def type_and_doc(hint: Any, where: str) -> tuple[Type, str]:
+    """The same, and what its annotation says of it."""
     doc = ""
     marks: tuple[Any, ...] = ()
     if get_origin(hint) is Annotated:
@@ -139,7 +140,7 @@ def _type_of(hint: Any, where: str) -> tuple[Type, str]:
         inner = [a for a in get_args(hint) if a is not type(None)]
         if len(inner) != 1:
             raise TypeError(f"{where}: only T | None may be a union")
-        return OptionalType(_type_of(Annotated[(inner[0], *marks)] if marks else inner[0], where)[0]), doc
+        return OptionalType(type_of(Annotated[(inner[0], *marks)] if marks else inner[0], where)), doc
     size = next((m for m in marks if isinstance(m, (Size, MaxSize))), None)
     least, most = (size.count if isinstance(size, Size) else 0, size.count) if size else (0, 0)
     if hint is bool:
@@ -160,7 +161,7 @@ def _type_of(hint: Any, where: str) -> tuple[Type, str]:
     if hint is bytes and size:
         return BytesType(least, most), doc
     if origin is tuple and size and get_args(hint)[1:] == (...,):
-        return ListType(_type_of(get_args(hint)[0], where)[0], least, most), doc
+        return ListType(type_of(get_args(hint)[0], where), least, most), doc
     if isinstance(hint, type) and hint in _SCHEMAS:
         return StructType(hint), doc
     raise TypeError(f"{where}: {hint!r} has no exact width")

@@ -23,7 +23,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from snapshot import schema, types
 from tests.vmm.cpu.program import Program
 from tests.vmm.cpu.test_state import STATES
-from vmm.board.board import SLOTS
+from vmm.board.isapc import CHIPS
 from vmm.cpu.protocol import EventState, SegmentState
 from vmm.testing import Subject, device_machine
 
@@ -88,7 +88,7 @@ def _put(state: Any, path: tuple[str, ...], fresh: Any) -> Any:
 
 
 # Of a chip that is on the board more than once, one.
-SUBJECTS = {slot.device.__name__: Subject.named(slot.name) for slot in reversed(SLOTS)}
+SUBJECTS = {slot.device.__name__: Subject.named(slot.id) for slot in reversed(CHIPS)}
 
 
 def seen(machine: type[Any], examples: int = EXAMPLES) -> str | None:

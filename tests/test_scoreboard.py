@@ -8,7 +8,7 @@ import pytest
 
 from tests import known_bugs, scoreboard
 from tests.conftest import ROOT
-from vmm.board.board import SLOTS
+from vmm.board.isapc import CHIPS
 from vmm.cpu.protocol import CpuState
 from vmm.testing import device_machine
 
@@ -17,7 +17,7 @@ ROWS = re.findall(r"^\| (\w+) \| ([\w.]+) \| ([^|]+) \| ([\d.]+) \|$", TEXT, re.
 
 
 def test_every_field_has_its_row_and_is_found():
-    states = {slot.device.__name__: slot.device.State for slot in SLOTS} | {"CPU": CpuState}
+    states = {slot.device.__name__: slot.device.State for slot in CHIPS} | {"CPU": CpuState}
     fields = {(part, ".".join(path)) for part, state in states.items() for path in scoreboard.paths(state)}
     assert {(part, field) for part, field, _, _ in ROWS} == fields
     assert not [row for row in ROWS if row[2] == scoreboard.MISSED]

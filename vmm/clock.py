@@ -12,6 +12,7 @@ The words live in shared memory because the emulated CPU's machine code adds to 
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 from typing import Annotated
 
 from snapshot.schema import state
@@ -29,16 +30,28 @@ class ClockState:
     prepaid: Annotated[u16, "bytes of the current block charged but not yet executed; 0 between blocks"] = 0
 
 
-class GuestClock:
-    """The machine's one clock. `words` is [time in quarters of a ns, limit, skipped_ns, ...], shared with the CPU
-    backend, which may use the words from 3 on for itself."""
+class Word(IntEnum):
+    """The words of a clock, 64 bits each. Those from LIMIT on but SKIPPED_NS are the CPU backend's own."""
 
-    TIME, LIMIT, SKIPPED_NS = 0, 1, 2
-    WORDS = 8
+    TIME = 0  # in quarters of a ns
+    LIMIT = 1  # of the run that is under way: no block is entered that would cross it
+    SKIPPED_NS = 2  # guest time that passed while no code ran
+    REFUSED = 3  # size of the block that was not entered
+    EXCEPTIONS = 4  # how many were delivered
+    TSC_OFFSET = 5
+    TSC_SCALE = 6  # TSC ticks in a quarter of a ns, times 2**32
+
+
+_TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value
+
+
+class GuestClock:
+    """The machine's one clock. `words` is shared with the CPU backend's machine code."""
 
     def __init__(self, tsc_khz: int) -> None:
         self.tsc_khz = tsc_khz  # what the CPU's time-stamp counter makes of this time
-        self.words = (ctypes.c_uint64 * self.WORDS)()
+        self.memory = (ctypes.c_uint64 * len(Word))()
+        self.words = memoryview(self.memory).cast("B").cast("Q")
         self.prepaid = 0
 
     def now_ns(self) -> int:
@@ -47,7 +60,7 @@ class GuestClock:
     @property
     def charged(self) -> int:
         """Bytes of code charged so far."""
-        return self.words[self.TIME] - self.words[self.SKIPPED_NS] * BYTES_PER_NS
+        return self.words[_TIME] - self.words[_SKIPPED_NS] * BYTES_PER_NS
 
     @property
     def position(self) -> int:
@@ -56,17 +69,17 @@ class GuestClock:
 
     def skip(self, ns: int) -> None:
         """Let time pass with no code executed."""
-        self.words[self.SKIPPED_NS] += ns
-        self.words[self.TIME] += ns * BYTES_PER_NS
+        self.words[_SKIPPED_NS] += ns
+        self.words[_TIME] += ns * BYTES_PER_NS
 
     def skip_to(self, when_ns: int) -> None:
         """Let time pass to `when_ns`, if that is ahead."""
         self.skip(max(0, when_ns - self.now_ns()))
 
     def save(self) -> ClockState:
-        return ClockState(position=self.charged, skipped_ns=self.words[self.SKIPPED_NS], prepaid=self.prepaid)
+        return ClockState(position=self.charged, skipped_ns=self.words[_SKIPPED_NS], prepaid=self.prepaid)
 
     def load(self, state: ClockState) -> None:
-        self.words[self.SKIPPED_NS] = state.skipped_ns
-        self.words[self.TIME] = state.position + state.skipped_ns * BYTES_PER_NS
+        self.words[_SKIPPED_NS] = state.skipped_ns
+        self.words[_TIME] = state.position + state.skipped_ns * BYTES_PER_NS
         self.prepaid = state.prepaid

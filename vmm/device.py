@@ -11,16 +11,15 @@ generic tests come from the state's schema, so no device has save or load code.
 Rules
 * What a guest does never raises.
 * No device reads the host's clock; a pending event is a deadline computed from state.
-* `restored()` re-derives line levels and raises no edge.
+* `restored()` re-derives line levels and the alarm, and raises no edge.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
-from vmm.registers import Register
+from vmm.registers import Bank, Register
 
 S = TypeVar("S")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,24 +39,21 @@ def invariant(function: F) -> F:
 
 
 class Device(Generic[S]):
-    """Base of every device model. Subclasses set `State` and take wiring as constructor arguments."""
+    """Base of every device model. Subclasses set `State` and take wires (vmm.wires) as constructor arguments."""
 
     State: ClassVar[type]
-    mmio: ClassVar[bool] = False  # its banks are meant for memory, not for I/O ports
     registers: ClassVar[tuple[Register, ...]] = ()
+    banks: ClassVar[Mapping[str, Bank]] = {}  # the same, by bank
     outside: ClassVar[tuple[str, ...]] = ()  # names of methods
     invariants: ClassVar[tuple[str, ...]] = ()
     state: S
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        found = {(r.kind, r.bank, r.offset, r.size): r for r in cls.registers}
-        for name, member in vars(cls).items():
-            for kind, bank, offset, size in getattr(member, "_registers", ()):
-                arguments = len(inspect.signature(member).parameters) - 1
-                indexed = arguments > (1 if kind == "write" else 0)
-                found[kind, bank, offset, size] = Register(kind, bank, offset, size, name, indexed)
+        own = [register for member in vars(cls).values() for register in getattr(member, "_registers", ())]
+        found = {(r.kind, r.bank, r.offset, r.size): r for r in (*cls.registers, *own)}
         cls.registers = tuple(found.values())
+        cls.banks = {name: Bank(cls.registers, name) for name in dict.fromkeys(r.bank for r in cls.registers)}
         cls.outside = _marked(cls, "_outside", cls.outside)
         cls.invariants = _marked(cls, "_invariant", cls.invariants)
 
@@ -70,14 +66,15 @@ class Device(Generic[S]):
         self.restored()
 
     def deadline(self) -> int | None:
-        """Guest time in ns of the next event, computed from state; None when nothing is pending."""
+        """Guest time in ns of the next event, computed from state; None when nothing is pending. The device's Alarm is
+        told it whenever it may have moved."""
         return None
 
     def expire(self) -> None:
-        """`deadline()` has been reached: do what is due and move the deadline on."""
+        """`deadline()` has been reached: do what is due, and move the deadline on."""
 
     def restored(self) -> None:
-        """State was assigned as a whole: drive line levels from it. Raise no edge, change no state."""
+        """State was assigned as a whole: drive lines and the alarm from it. Raise no edge, change no state."""
 
 
 def _marked(cls: type, mark: str, inherited: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from snapshot.pages import NORESERVE
@@ -43,19 +44,30 @@ class Region:
         """(start, end) of what may hold other bytes than zero: finding it costs nothing for untouched pages."""
         return self.stored + dirty_extents(self.address, self.size)
 
-    def fixed(self) -> tuple[Region, mmap.mmap]:
-        """Make what it holds now what a page shows that was not written since, as if it had been restored from there:
-        the region, at the same address, and its contents, not to be changed. Raises OSError."""
-        with contextlib.ExitStack() as undo:
-            file = os.memfd_create(self.name, os.MFD_CLOEXEC)
-            undo.callback(os.close, file)
-            os.truncate(file, self.size)
-            extents = self.touched()
-            for start, end in extents:
-                while start < end:
-                    start += os.pwrite(file, self.view[start : min(end, start + _COPY)], start)
-            _map_private(self.address, self.size, file)
-            return replace(self, stored=extents), mmap.mmap(file, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
+    def kept(self) -> RamCopy:
+        """A copy of what it holds now, as a file in memory that holds nothing for pages of zeros. Raises OSError."""
+        copy = RamCopy(self.name, self.size, self.touched())
+        for start, end in copy.extents:
+            while start < end:
+                start += os.pwrite(copy.file, self.view[start : min(end, start + _COPY)], start)
+        return copy
+
+    def showing(self, copy: RamCopy) -> Region:
+        """The same region, at the same address, once it was made to show a copy: as if it had been restored from there.
+        What was written to it since it was mapped is gone. Raises OSError."""
+        _map_private(self.address, self.size, copy.file)
+        return replace(self, stored=copy.extents)
+
+
+class RamCopy:
+    """What a region held at one moment. `contents` is not to be changed."""
+
+    def __init__(self, name: str, size: int, extents: list[tuple[int, int]]) -> None:
+        self.extents = extents
+        self.file = os.memfd_create(name, os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.file)
+        os.truncate(self.file, size)
+        self.contents = mmap.mmap(self.file, size, mmap.MAP_SHARED, mmap.PROT_READ)
 
 
 def _map_private(address: int, size: int, fd: int) -> None:
@@ -77,11 +89,74 @@ def layout(size: int) -> list[tuple[int, int]]:
     return [(0, low)] + ([(HOLE_END, size - low)] if size > low else [])
 
 
+class RamWindow:
+    """RAM of a device's own that the guest sees where the window is mapped, and a CPU accesses as it does the
+    machine's: a frame buffer. Nowhere until it is mapped. Shown are whole pages, below 4 GiB, where no RAM of the
+    machine's is and no window made before it; what moves is seen from the end of the block that moved it on."""
+
+    def __init__(self, ram: Ram, size: int) -> None:
+        """Raises BackendError when the host has not the memory, ValueError for a size that is not whole pages."""
+        if size <= 0 or size % PAGE:
+            raise ValueError(f"a window of RAM is whole pages, not {size} bytes")
+        self.base: int | None = None
+        self.size = size
+        self._ram = ram
+        try:
+            self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+        except OSError as error:
+            raise BackendError(f"cannot map {size} bytes of a device's RAM: {error.strerror}") from None
+        self.view = memoryview(self._memory)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+    def map(self, base: int) -> None:
+        """Put it at `base`, wherever it was before."""
+        if base != self.base:
+            self.base = base
+            self._ram.change()
+
+    def unmap(self) -> None:
+        """Take it away, if it is there."""
+        if self.base is not None:
+            self.base = None
+            self._ram.change()
+
+
 class Ram:
-    """All RAM of one machine."""
+    """All RAM of one machine. `changes` counts how often a device's window of it moved; `on_change` is called then."""
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self.regions = tuple(regions)
+        self.changes = 0
+        self.on_change: Callable[[], None] = lambda: None
+        self._windows: list[RamWindow] = []  # the one on top first
+
+    def window(self, size: int) -> RamWindow:
+        """One more, below all there are, mapped nowhere. Raises as RamWindow does."""
+        made = RamWindow(self, size)
+        self._windows.append(made)
+        return made
+
+    def change(self) -> None:
+        self.changes += 1
+        self.on_change()
+
+    def shown(self) -> list[tuple[int, int, int]]:
+        """(base, size, host address) of what is seen of the devices' windows."""
+        free = list(self.holes(HOLE_END))
+        found = []
+        for window in self._windows:
+            if window.base is None or window.base % PAGE:
+                continue
+            rest = []
+            for base, size in free:
+                first, last = max(base, window.base), min(base + size, window.base + window.size)
+                if first >= last:
+                    rest.append((base, size))
+                    continue
+                found.append((first, last - first, window.address + first - window.base))
+                rest += [(at, end - at) for at, end in ((base, first), (last, base + size)) if at < end]
+            free = rest
+        return found
 
     @classmethod
     def fresh(cls, size: int) -> Ram:
@@ -106,8 +181,8 @@ class Ram:
         """(base, size) of what no RAM covers below `end`."""
         at = 0
         for region in self.regions:
-            if region.base > at:
-                yield at, region.base - at
+            if at < region.base:
+                yield at, min(region.base, end) - at
             at = region.base + region.size
         if at < end:
             yield at, end - at
@@ -130,6 +205,8 @@ class Ram:
         self.slice(base, len(data))[:] = data
 
     def close(self) -> None:
+        for window in self._windows:
+            window.view.release()
         for region in self.regions:
             region.view.release()
             with contextlib.suppress(BufferError):  # a ctypes view still points here; the mapping goes with it

@@ -1,48 +1,112 @@
-"""Declared registers: which accesses a method answers."""
+"""Declared registers: which accesses of a bank a method answers.
+
+    @reads(0)                              read() -> int                        one byte at offset 0
+    @writes(0x10, size=4)                  write(value)                         four bytes at offset 0x10
+    @reads(span(0x20, 3, step=8), size=4)  read(index) -> int                   a family of three, eight bytes apart
+    @reads(span(0, 256 << 20), size=ANY)   read(offset, size) -> int            whatever no other register of it answers
+
+A family costs one entry, however many it has.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from vmm.device import Device
+from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+ANY = 0  # as a size: every access that lies within the span
 
 
+@dataclass(frozen=True)
+class Span:
+    """`count` offsets, `step` bytes apart, from `start` on."""
+
+    start: int
+    count: int
+    step: int
+
+
+def span(start: int, count: int, step: int = 1) -> Span:
+    """A family of registers: its method takes the index of the one that is accessed, counted from 0."""
+    return Span(start, count, step)
+
+
+@dataclass(frozen=True)
 class Register:
-    """One declared access: (bank, offset, size in bytes) and the name of the method that answers it."""
+    """One declared access, or a family of them. `kind` is "read" or "write", `size` in bytes or ANY, `method` the name
+    of the method that answers; `span` is None for one that stands alone."""
 
-    def __init__(self, kind: str, bank: str, offset: int, size: int, method: str, indexed: bool) -> None:
-        self.kind, self.bank, self.offset, self.size, self.method = kind, bank, offset, size, method
-        self.indexed = indexed
+    kind: str
+    bank: str
+    offset: int
+    size: int
+    method: str
+    span: Span | None = None
 
-    def bind(self, device: Device[Any]) -> Callable[..., Any]:
-        """The callable the bus keeps: `() -> int` for a read, `(value) -> None` for a write."""
+    @property
+    def end(self) -> int:
+        """The offset behind its last byte."""
+        if self.span is None:
+            return self.offset + self.size
+        return self.offset + (self.span.count - 1) * self.span.step + max(self.size, 1)
+
+    def bind(self, device: object, offset: int, size: int) -> Callable[..., Any] | None:
+        """What answers `size` bytes at `offset`: `() -> int` for a read, `(value) -> None` for a write; None when this
+        register does not."""
         method: Callable[..., Any] = getattr(device, self.method)
-        return partial(method, self.offset) if self.indexed else method
+        if self.span is None:
+            return method if (offset, size) == (self.offset, self.size) else None
+        if self.size == ANY:
+            return partial(method, offset - self.offset, size) if self.offset <= offset <= self.end - size else None
+        index, off = divmod(offset - self.offset, self.span.step)
+        return partial(method, index) if not off and 0 <= index < self.span.count and size == self.size else None
 
-    def __repr__(self) -> str:
-        return f"{self.kind} {self.bank or 'registers'}+{self.offset}/{self.size} {self.method}"
+    def __str__(self) -> str:
+        return f"{self.kind} {self.bank or 'registers'}+{self.offset:#x}/{self.size or 'any'} {self.method}"
 
 
-def reads(*offsets: int, bank: str = "", size: int = 1) -> Callable[[F], F]:
-    """Declare that the method answers a read of `size` bytes at these offsets: `() -> int` or `(offset) -> int`."""
+def reads(*offsets: int | Span, bank: str = "", size: int = 1) -> Callable[[F], F]:
+    """Declare that the method answers a read of `size` bytes at these offsets."""
     return _declare("read", offsets, bank, size)
 
 
-def writes(*offsets: int, bank: str = "", size: int = 1) -> Callable[[F], F]:
-    """Declare that the method takes a write of `size` bytes at these offsets: `([offset,] value) -> None`."""
+def writes(*offsets: int | Span, bank: str = "", size: int = 1) -> Callable[[F], F]:
+    """Declare that the method takes a write of `size` bytes at these offsets."""
     return _declare("write", offsets, bank, size)
 
 
-def _declare(kind: str, offsets: tuple[int, ...], bank: str, size: int) -> Callable[[F], F]:
+def _declare(kind: str, offsets: tuple[int | Span, ...], bank: str, size: int) -> Callable[[F], F]:
+    if size == ANY and not all(isinstance(offset, Span) for offset in offsets):
+        raise TypeError("a register of any size is declared with a span")
+
     def mark(function: F) -> F:
-        declared: list[tuple[str, str, int, int]] = getattr(function, "_registers", [])
-        declared += [(kind, bank, offset, size) for offset in offsets]
+        declared: list[Register] = getattr(function, "_registers", [])
+        for at in offsets:
+            place, family = (at.start, at) if isinstance(at, Span) else (at, None)
+            declared.append(Register(kind, bank, place, size, function.__name__, family))
         function._registers = declared  # type: ignore[attr-defined]
         return function
 
     return mark
+
+
+class Bank:
+    """All registers of one bank, found by offset and size. One a class, whatever the number of devices."""
+
+    def __init__(self, registers: tuple[Register, ...], name: str) -> None:
+        own = [register for register in registers if register.bank == name]
+        self.size = max((register.end for register in own), default=1)
+        self._alone = {(r.kind, r.offset, r.size): r for r in own if r.span is None}
+        # A register of its own size is asked before one of any.
+        self._families = sorted((r for r in own if r.span is not None), key=lambda r: r.size == ANY)
+
+    def find(self, device: object, kind: str, offset: int, size: int) -> Callable[..., Any] | None:
+        """What answers this access of a device's bank; None when nothing does."""
+        if (register := self._alone.get((kind, offset, size))) is not None:
+            return register.bind(device, offset, size)
+        for family in self._families:
+            if family.kind == kind and (found := family.bind(device, offset, size)) is not None:
+                return found
+        return None

@@ -45,7 +45,7 @@ class Box:
 
     def __init__(self, machine: Machine, folder: Path, paused: bool, start: bool) -> None:
         self.machine = machine
-        machine.awaits_input = True
+        machine.loop.awaits_input = True
         self.vm = Supervisor(machine)
         self.folder = folder
         self.end: object = None

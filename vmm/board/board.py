@@ -1,31 +1,39 @@
-"""The board: which chips, at which ports, on which interrupt lines. One table; nothing else knows an address.
-
-A device is built by a function of its wiring and claims its banks on the bus. Names are the snapshot's part names.
-"""
+"""The board: the chips its config says, wired. `devices` has them in the order of restoring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, assert_never
 
 from snapshot.schema import state
 from snapshot.types import OneOf, u32
-from vmm.bus import Bus
+from vmm.board import isapc
+from vmm.board.alarms import Alarms
+from vmm.board.config import MachineConfig
+from vmm.board.dma import RamDma
+from vmm.board.slot import A20, At, Cascade, Fixed, Intr, Irq, Serial, Slot
+from vmm.bus import Bus, Window
 from vmm.clock import GuestClock
 from vmm.device import Device
-from vmm.devices.debug_exit import DebugExit
-from vmm.devices.debugcon import Debugcon
-from vmm.devices.i8042 import I8042
-from vmm.devices.pic import Pic, PicPair
-from vmm.devices.pit import Pit
-from vmm.devices.port92 import Port92
-from vmm.devices.reset_control import ResetControl
-from vmm.devices.rtc import Rtc
-from vmm.devices.uart import Uart
+from vmm.devices.pic import CASCADE, Pic, PicPair
 from vmm.host.console import Console
-from vmm.wires import Line
+from vmm.ram import Ram
+from vmm.wires import (
+    UNWIRED,
+    Alarm,
+    Clock,
+    CpuPins,
+    Dma,
+    ExitRequest,
+    Junction,
+    Posting,
+    ResetRequest,
+    Transmit,
+    wire,
+)
+
+_BOARDS = {"isapc": isapc.slots}
 
 
 @state("board", version=1)
@@ -36,164 +44,172 @@ class BoardState:
     exit_status: Annotated[u32, "status of an exit request"] = 0
 
 
-class Host(Protocol):
-    """What the board drives outside itself."""
+def slots(config: MachineConfig) -> list[Slot]:
+    """The chips of a machine, a function of its config. Raises RequestError, BackendError as the board's own does."""
+    return _BOARDS[config.board](config)
+
+
+class NoPins:
+    """Where no CPU is."""
 
     def intr(self, level: bool) -> None: ...
     def set_a20(self, enabled: bool) -> None: ...
-    def post_writes(self, port: int, on: bool) -> None: ...  # byte writes of `port` may come late, in order
-    def attention(self) -> None: ...  # look at the board at the next boundary
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One chip: its part name, its class, how it is built, and (port, bank) of each bank it claims."""
-
-    name: str
-    device: type[Device[Any]]
-    build: Callable[[Board], Device[Any]]
-    ports: tuple[tuple[int, str], ...]
-
-
-def _uart(name: str, base: int, irq: int) -> Slot:
-    def build(board: Board) -> Device[Any]:
-        return Uart(board.pics.line(irq), board.serial(name).transmit, board.posting(base))
-
-    return Slot(name, Uart, build, ((base, ""),))
-
-
-SLOTS: tuple[Slot, ...] = (
-    Slot("pic0", Pic, lambda b: b.pics.master, ((0x20, ""), (0x4D0, "elcr"))),
-    Slot("pic1", Pic, lambda b: b.pics.slave, ((0xA0, ""), (0x4D1, "elcr"))),
-    Slot("pit", Pit, lambda b: Pit(b.clock, b.pics.line(0)), ((0x40, ""), (0x61, "portb"))),
-    Slot("rtc", Rtc, lambda b: Rtc(b.clock, b.pics.line(8)), ((0x70, ""),)),
-    Slot("i8042", I8042, lambda b: I8042(b.pics.line(1), b.pics.line(12), b.a20("i8042"), b.request_reset),
-         ((0x60, ""), (0x64, "command"))),
-    _uart("com1", 0x3F8, 4),
-    _uart("com2", 0x2F8, 3),
-    _uart("com3", 0x3E8, 4),
-    _uart("com4", 0x2E8, 3),
-    Slot("port92", Port92, lambda b: Port92(b.a20("port92"), b.request_reset), ((0x92, ""),)),
-    Slot("reset", ResetControl, lambda b: ResetControl(b.request_reset), ((0xCF9, ""),)),
-    Slot("debugcon", Debugcon, lambda b: Debugcon(b.debug.transmit, 0xE9), ((0xE9, ""),)),
-    Slot("biosdebug", Debugcon, lambda b: Debugcon(b.debug.transmit, 0xE9), ((0x402, ""),)),
-    Slot("debugexit", DebugExit, lambda b: DebugExit(b.request_exit), ((0x501, ""),)),
-)  # fmt: skip
+    def post_writes(self, port: int, on: bool) -> None: ...
+    def discard_code(self, start: int, end: int) -> None: ...
+    def kick(self) -> None: ...
 
 
 class Board:
-    """All chips of one machine, wired. `devices` keeps the table's order, which is the order of restoring."""
+    """All chips of one machine. It drives nothing until a CPU is attached."""
 
-    clock: GuestClock
-    pics: PicPair
-    console: Console  # com1
-    debug: Console  # ports 0xe9 and 0x402
-
-    def __init__(self, clock: GuestClock, host: Host) -> None:
+    def __init__(self, config: MachineConfig, clock: GuestClock, ram: Ram | None = None) -> None:
+        """Raises RequestError for a device that cannot be put on it, BackendError for one that is not here."""
         self.clock = clock
         self.bus = Bus()
-        self.console = Console()
-        self.debug = Console()
         self.state = BoardState()
-        self._host = host
-        self._others: dict[str, Console] = {}
-        self._a20: dict[str, bool] = {}
-        self._posting: dict[int, bool] = {}
-        self.pics = PicPair(host.intr)
+        self.alarms = Alarms(self._kick)
+        self.consoles: dict[str, Console] = {"com1": Console(), "debug": Console()}
         self.devices: dict[str, Device[Any]] = {}
-        self._next_deadline: int | None = None
-        self._deadlines: dict[Device[Any], int | None] = {}
-        for slot in SLOTS:
-            device = slot.build(self)
-            self.devices[slot.name] = device
-            for port, bank in slot.ports:
-                self.bus.claim_ports(device, port, bank)
-        self._timed = [d for d in self.devices.values() if type(d).deadline is not Device.deadline]
-        for slot in SLOTS:
-            if self.devices[slot.name] in self._timed:
-                for port, bank in slot.ports:
-                    device = self.devices[slot.name]
-                    self.bus.watch_ports(device, port, bank, partial(self._rearm, device))
+        self.receivers: list[tuple[Console, Callable[[bytes], int]]] = []  # devices that take what is typed
+        self.windows: dict[tuple[str, str], Window] = {}  # by slot and bank
+        self.slots = slots(config)
+        self._config, self._ram = config, ram
+        self._pins: CpuPins = NoPins()
+        self._intr = False
+        self._a20 = Junction(lambda level: self._pins.set_a20(level))
+        self._irqs = [Junction(partial(self._drive_irq, irq)) for irq in range(16)]
+        self._posting: dict[int, bool] = {}
+        for slot in self.slots:
+            self._put(slot)
+        pics = [device for device in self.devices.values() if isinstance(device, Pic)]
+        self.pics = PicPair(*pics)
 
-    # --- wiring
+    @property
+    def console(self) -> Console:
+        """The far end of the first serial port."""
+        return self.consoles["com1"]
 
-    def serial(self, name: str) -> Console:
-        """The host's end of a serial port: com1 is the console."""
-        return self.console if name == "com1" else self._others.setdefault(name, Console())
+    # --- building
 
-    def a20(self, source: str) -> Callable[[bool], None]:
-        """Each source has its own A20 output; the board ORs them."""
+    def _put(self, slot: Slot) -> None:
+        alarms = len(self.alarms)
+        device = wire(slot.device, partial(self._wire, slot))
+        if len(self.alarms) > alarms:
+            self.alarms.belongs(device)
+        elif type(device).deadline is not Device.deadline:
+            raise TypeError(f"{slot.device.__name__} has deadlines, and no Alarm to tell them to")
+        self.devices[slot.id] = device
+        if slot.id in self.consoles and "receive" in device.outside:
+            receive: Callable[[bytes], int] = device.receive  # type: ignore[attr-defined]
+            self.receivers.append((self.consoles[slot.id], receive))
+        for at in slot.at:
+            space = self.bus.ports if at.space == "port" else self.bus.memory
+            window = self.windows[slot.id, at.bank] = space.window(device, at.bank, width=at.width)
+            window.map(at.base)
 
-        def drive(level: bool) -> None:
-            self._a20[source] = level
-            self._host.set_a20(any(self._a20.values()))
+    def _wire(self, slot: Slot, name: str, annotation: Any) -> Any:
+        lead = slot.wires.get(name)
+        match lead:
+            case Irq(number):
+                return self._irqs[number].driver()
+            case Cascade(other):
+                return partial(_input(self.devices[other]), CASCADE)
+            case Intr():
+                return self._drive_intr
+            case A20():
+                return self._a20.driver()
+            case Serial(far_end):
+                return self._far_end(far_end)
+            case Fixed(value):
+                return value
+            case None:
+                return self._by_annotation(slot, annotation)
+        assert_never(lead)
 
-        return drive
+    def _by_annotation(self, slot: Slot, annotation: Any) -> Any:
+        if annotation is Clock:
+            return self.clock
+        if annotation is Alarm:
+            return self.alarms.alarm()
+        if annotation is Transmit:
+            return self._far_end(slot.id)
+        if annotation is Posting:
+            port = next((at for at in slot.at if at.space == "port"), None)
+            return UNWIRED if port is None else partial(self._drive_posting, port)
+        if annotation is Dma:
+            return RamDma(lambda: self._ram, lambda start, end: self._pins.discard_code(start, end))
+        if annotation is ResetRequest:
+            return self.request_reset
+        if annotation is ExitRequest:
+            return self.request_exit
+        return UNWIRED
 
-    def posting(self, port: int) -> Line:
-        """Tells the CPU whether writes of `port` may come late, when it changes."""
+    def _far_end(self, name: str) -> Callable[[int], None]:
+        return self.consoles.setdefault(name, Console()).transmit
 
-        def drive(level: bool) -> None:
-            if self._posting.get(port, False) != level:
-                self._posting[port] = level
-                self._host.post_writes(port, level)
+    # --- what the wires lead to
 
-        return drive
+    def _drive_irq(self, irq: int, level: bool) -> None:
+        chip, pin = (self.pics.slave, irq - 8) if irq >= 8 else (self.pics.master, irq)
+        chip.set_line(pin, level)
+
+    def _drive_intr(self, level: bool) -> None:
+        if level != self._intr:
+            self._intr = level
+            self._pins.intr(level)
+
+    def _drive_posting(self, at: At, level: bool) -> None:
+        if self._posting.get(at.base, False) != level:
+            self._posting[at.base] = level
+            self._pins.post_writes(at.base, level)
+
+    def _kick(self) -> None:
+        self._pins.kick()
 
     def request_reset(self) -> None:
         self.state.request = "reset"
-        self._host.attention()
+        self._pins.kick()
 
     def request_exit(self, status: int) -> None:
         self.state.request = "exit"
         self.state.exit_status = status & 0xFFFFFFFF
-        self._host.attention()
-
-    # --- time
-
-    def next_deadline(self) -> int | None:
-        """Guest ns of the earliest pending event."""
-        earliest = None
-        for device in self._timed:
-            deadline = self._deadlines[device] = device.deadline()
-            if deadline is not None and (earliest is None or deadline < earliest):
-                earliest = deadline
-        self._next_deadline = earliest
-        return earliest
-
-    def expire_due(self) -> None:
-        """Let every event that is due happen, earliest first."""
-        now = self.clock.now_ns()
-        for _ in range(1000):  # a device whose deadline does not move on is at fault, not a reason to hang
-            due = [(d, i) for i, t in enumerate(self._timed) if (d := t.deadline()) is not None and d <= now]
-            if not due:
-                return
-            self._timed[min(due)[1]].expire()
-        raise AssertionError("a device's deadline stays in the past")
-
-    def _rearm(self, device: Device[Any]) -> None:
-        """A timed device was accessed: the CPU may be running towards a deadline that is no longer the first."""
-        if device.deadline() == self._deadlines.get(device):
-            return
-        before = self._next_deadline
-        after = self.next_deadline()
-        if after is not None and (before is None or after < before):
-            self._host.attention()
+        self._pins.kick()
 
     # --- whole state
 
-    def unplug(self) -> None:
-        """Another CPU will be on the other ends of the wires: what it was told is forgotten."""
-        self._a20.clear()
+    def attach(self, pins: CpuPins, ram: Ram | None) -> None:
+        """A CPU, to which nothing has been driven yet, is on the other ends of the wires, and the machine's RAM behind
+        it. To be followed by `restored()`."""
+        self._pins, self._ram = pins, ram
+        if ram is not None:
+            ram.on_change = pins.kick
+        self._intr = False
         self._posting.clear()
-        self.pics.unplug()
+
+    def power_on(self) -> None:
+        """Each chip as at guest time zero."""
+        self.state = BoardState()
+        for slot in self.slots:
+            if slot.power_on is not None:
+                self.devices[slot.id].state = slot.power_on(self._config)
+        self.restored()
 
     def restored(self) -> None:
-        self.pics.forget_wires()
+        """Every state was assigned: all lines and alarms are driven from them."""
+        self._a20.forget()
+        for junction in self._irqs:
+            junction.forget()
         for device in self.devices.values():
             device.restored()
 
     def reset(self) -> None:
+        """RESET#."""
         self.state = BoardState()
         for device in self.devices.values():
             device.reset()
+        self.power_on()
+
+
+def _input(device: Device[Any]) -> Callable[[int, bool], None]:
+    assert isinstance(device, Pic)
+    return device.set_line

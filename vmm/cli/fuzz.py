@@ -19,8 +19,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from snapshot.chain import Chain
 from snapshot.reader import decode_part
 from snapshot.schema import encode, schema_of
-from vmm.board.board import SLOTS
 from vmm.board.config import MachineConfig
+from vmm.board.isapc import CHIPS
 from vmm.clock import ClockState, GuestClock
 from vmm.errors import BackendError
 
@@ -48,7 +48,8 @@ def fuzz(
     seed: str,
     as_json: bool,
 ) -> None:
-    """Fuzz devices: parts of the board (com1, rtc, ...; all), or Device classes of yours as MODULE:CLASS.
+    """Fuzz devices: parts of the board (com1, rtc, ...; all), kinds (`anyhyve devices`), or Device classes of yours as
+    MODULE:CLASS.
 
     Fields of a device's saved state are changed, and whatever a guest can do is done to it. Each find is made as small
     as it gets, and kept as a case to replay, a pytest file and qtest text. Exit status 1 when there are finds. Ctrl-C
@@ -58,7 +59,7 @@ def fuzz(
     except ImportError as error:
         raise BackendError(f"{error.name} is not installed: pip install 'anyhyve[test]'") from None
     sys.path.insert(0, os.getcwd())  # for MODULE:CLASS
-    names = [slot.name for slot in SLOTS] if devices == ("all",) else list(dict.fromkeys(devices))
+    names = [slot.id for slot in CHIPS] if devices == ("all",) else list(dict.fromkeys(devices))
     starts = _starts(names, snapshot)
     try:
         with _workers(scheduler, jobs) as (executor, count), _progress(as_json) as show:

@@ -193,7 +193,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
         interactive = False
         if not goal.as_json:
             interactive = stack.enter_context(Terminal(vm, goal.save)).interactive
-        machine.pace_real = goal.pace == "real" or (goal.pace is None and (interactive or goal.name is not None))
+        machine.loop.pace_real = goal.pace == "real" or (goal.pace is None and (interactive or goal.name is not None))
         started = time.perf_counter()
         try:
             stop = vm.run(position=goal.at, until=goal.until, paused=goal.paused)
@@ -222,7 +222,7 @@ def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
     stack.enter_context(Automatic(vm, autosave=autosave, every_s=goal.autosave or 0, suspend_to=suspend_to))
     # After the signals: no socket is left by a signal that came too early.
     stack.enter_context(Server(vm, Place(rundir(goal.rundir), goal.name)))
-    vm.machine.awaits_input = True  # somebody may attach
+    vm.machine.loop.awaits_input = True  # somebody may attach
 
     def warn(event: str, details: dict[str, Any]) -> None:
         if event == "warning":

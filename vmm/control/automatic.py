@@ -10,8 +10,8 @@ from typing import Self
 
 from snapshot.errors import SnapshotError
 from vmm.control.supervisor import Supervisor, WrongState
-from vmm.errors import BackendError, GuestError
-from vmm.machine.machine import Machine, Stop, Stopped
+from vmm.errors import BackendError, GuestError, RequestError
+from vmm.machine.machine import Machine, Stop, Stopped, StopReason
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -45,7 +45,7 @@ class Automatic:
         # It may have come in the middle of anything: a handler only posts.
         if self._suspend_to is None:
             signal.signal(number, signal.SIG_DFL)  # a second one ends a machine that comes to no safe point
-            self._vm.machine.post(lambda _: Stopped(signal.Signals(number).name))
+            self._vm.machine.post(lambda _: Stopped(StopReason(signal.Signals(number).name)))
         else:
             self._vm.machine.post(self._suspend)
 
@@ -66,7 +66,7 @@ class Automatic:
                 return
             except WrongState:
                 self._left.wait(0.05)  # a save is under way: it is finished first
-            except (SnapshotError, BackendError, GuestError) as error:
+            except (SnapshotError, BackendError, GuestError, RequestError) as error:
                 self._vm.tell("warning", text=f"not suspended, the machine runs on: {error}")
                 return
 
@@ -76,5 +76,5 @@ class Automatic:
                 self._vm.save(path).result()
             except WrongState:
                 pass  # the one under way will do
-            except (SnapshotError, BackendError, GuestError) as error:
+            except (SnapshotError, BackendError, GuestError, RequestError) as error:
                 self._vm.tell("warning", text=f"not saved: {error}")

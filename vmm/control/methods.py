@@ -132,7 +132,7 @@ async def console_write(
         typed = data.encode("latin-1")
     except UnicodeEncodeError:
         raise RpcError(INVALID_PARAMS, "console.write: data must be characters up to U+00FF, each one byte") from None
-    taken = typed[: max(0, MAX_TYPED - session.vm.machine.typed)]
+    taken = typed[: max(0, MAX_TYPED - len(session.vm.machine.board.console.typed))]
     session.vm.machine.send(taken)
     return {"taken": len(taken)}
 
@@ -156,7 +156,7 @@ async def preflight(
 @METHODS.method("devices", _AWAKE | {State.SAVING})
 async def devices(session: Session, name: Annotated[str | None, "only this one, with its whole state"] = None) -> Any:
     """Every part of the machine: its name, and its state's schema and version. With `name` also its state."""
-    parts = await _safe(session, session.vm.at_safe_point(session.vm.machine.encoded_parts))
+    parts = await _safe(session, session.vm.at_safe_point(session.vm.machine.encoded_states))
     if name is None:
         return [{"name": part, "schema": schema, "version": version} for part, (schema, version, _) in parts.items()]
     if name not in parts:

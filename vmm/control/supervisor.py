@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vmm.control.lifecycle import ALIVE, Lifecycle, State
-from vmm.errors import BackendError, Cancelled, GuestError
-from vmm.machine.machine import Fault, Machine, Stop, Stopped
+from vmm.errors import BackendError, Cancelled, RequestError
+from vmm.machine.machine import Fault, Machine, Stop, Stopped, StopReason
 from vmm.saving.checkpoint import Checkpoint
 
 QUIESCE_S = 5.0  # a machine not between two instructions by then (its console's reader is stuck, say) is not saved
 
 T = TypeVar("T")
 Listener = Callable[[str, dict[str, Any]], None]  # an event's name and its details
-_COMMAND = Stopped("command")
+_COMMAND = Stopped(StopReason.COMMAND)
 
 
-class WrongState(GuestError):
+class WrongState(RequestError):
     """The command has no meaning in the state the machine is in."""
 
 
@@ -71,7 +71,7 @@ class Supervisor:
     def run(self, *, position: int | None = None, until: str | None = None, paused: bool = False) -> Stop:
         """As `Machine.run`, obeying. Raises what that raises."""
         self._life.move(State.PAUSED if paused else State.RUNNING)
-        self.machine.aim(position, until)
+        self.machine.loop.aim(position, until, None, None)
         try:
             while (stop := self._stretch()) == _COMMAND and self._end is None:
                 pass
@@ -86,7 +86,8 @@ class Supervisor:
         return stop
 
     def _stretch(self) -> Stop:
-        return self.machine.go_on() if self.state is State.RUNNING else self.machine.stand()
+        loop = self.machine.loop
+        return loop.go_on() if self.state is State.RUNNING else loop.stand_still()
 
     def _over(self, state: State, why: str) -> None:
         self._life.move(state)
@@ -111,10 +112,10 @@ class Supervisor:
         return self.at_safe_point(lambda: self._move(State.PAUSED, State.RUNNING))
 
     def reset(self) -> Future[None]:
-        """Fails with GuestError for a machine without an image to start from."""
+        """Fails with RequestError for a machine without an image to start from."""
         return self.at_safe_point(self.machine.restart)
 
-    def stop(self, why: str = "stopped") -> Future[None]:
+    def stop(self, why: StopReason = StopReason.STOPPED) -> Future[None]:
         """End it without saving."""
 
         def end() -> None:
@@ -274,7 +275,7 @@ class Supervisor:
 
         def go_on() -> None:
             if end:
-                self._end = Stopped("suspended")
+                self._end = Stopped(StopReason.SUSPENDED)
             else:
                 self._life.move(was)
 

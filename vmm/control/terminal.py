@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vmm.control.supervisor import Supervisor, WrongState
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 
 MONITOR = 0x1D  # Ctrl-]
 
@@ -53,7 +53,7 @@ class Terminal:
             print(f"anyhyve: Ctrl-] then s saves to {self._save_path}, q quits", file=sys.stderr)
             self._raw.enter_context(raw_mode())
         if sys.stdin is not None and not sys.stdin.closed:
-            self._machine.awaits_input = True
+            self._machine.loop.awaits_input = True
             threading.Thread(target=self._read, daemon=True).start()
         return self
 
@@ -83,7 +83,7 @@ class Terminal:
             except OSError:
                 return
             if data == b"":  # end of input: the guest runs on
-                self._machine.awaits_input = False
+                self._machine.loop.awaits_input = bool(self._machine.far_ends)
                 return
             if data and (rest := self._filter(data)):
                 self._machine.send(rest)
@@ -98,7 +98,7 @@ class Terminal:
                 if byte == MONITOR:
                     rest.append(byte)
                 elif byte in b"qQ":
-                    self._machine.post(lambda _: Stopped("quit"))
+                    self._machine.post(lambda _: Stopped(StopReason.QUIT))
                 elif byte in b"sS":
                     self._save()
             elif byte == MONITOR:

@@ -7,14 +7,19 @@ from typing import Any, Protocol, cast
 
 from vmm.clock import GuestClock
 from vmm.cpu.protocol import Cpu, CpuState, Intr, IoBus
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 from vmm.ram import Ram
 
 
-class Factory(Protocol):
-    """A backend's CPU class."""
+class MakeCpu(Protocol):
+    """Makes a machine's CPU."""
 
     def __call__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> Cpu: ...
+
+
+class Factory(MakeCpu, Protocol):
+    """A backend's CPU class."""
+
     def refusal(self, state: CpuState) -> str | None: ...
     def tsc_khz(self, wanted: int | None = None) -> int: ...
 
@@ -26,9 +31,9 @@ BACKENDS = {  # name -> (module, class)
 
 
 def factory(name: str) -> Factory:
-    """The constructor of a backend's CPU. Raises BackendError, naming what is missing."""
+    """The constructor of a backend's CPU. Raises RequestError for one there is not."""
     if name not in BACKENDS:
-        raise BackendError(f"there is no backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
+        raise RequestError(f"there is no backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
     module, cpu = BACKENDS[name]
     return cast(Factory, getattr(import_module(module), cpu))
 

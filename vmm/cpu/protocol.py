@@ -12,11 +12,12 @@ from typing import Annotated, Protocol
 
 from snapshot.schema import state
 from snapshot.types import OneOf, Size, u2, u4, u8, u16, u32, u64
+from vmm.wires import CpuPins
 
 
 @dataclass(frozen=True)
 class Expired:
-    """The budget is used up, between two blocks."""
+    """The limit is reached, between two blocks."""
 
 
 @dataclass(frozen=True)
@@ -192,15 +193,12 @@ class CpuState:
 REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)), "rip", "rflags")
 
 
-class Cpu(Protocol):
-    """One CPU of either backend."""
+class Cpu(CpuPins, Protocol):
+    """One CPU of either backend. `intr` says that the INTR pin changed; the vector is pulled from Intr when the
+    interrupt is taken. `kick` is the only method another thread may call."""
 
-    def run(self, budget_ns: int) -> Exit: ...  # guest nanoseconds, the same unit on both backends
-    def kick(self) -> None: ...  # the only method another thread may call
-    def intr(self, level: bool) -> None: ...  # the INTR pin changed; the vector is pulled from Intr when taken
-    def set_a20(self, enabled: bool) -> None: ...
+    def run(self, limit: int) -> Exit: ...  # to that guest time, in quarters of a ns: absolute, so no stop moves it
     def stop_at(self, position: int | None) -> None: ...  # run() returns Reached at the first boundary not before it
-    def post_writes(self, port: int, on: bool) -> None: ...  # byte writes of `port` may reach the bus late, in order
     def registers(self) -> tuple[int, ...]: ...  # those of REGISTERS: what of save() costs little
     def mark(self) -> object: ...  # the state, in this backend's own shape, for `reset` of this very CPU
     def reset(self, mark: object) -> None: ...
@@ -210,6 +208,5 @@ class Cpu(Protocol):
     def refusal(state: CpuState) -> str | None: ...  # why load() would refuse it, naming the field; None: it would not
     @staticmethod
     def tsc_khz(wanted: int | None = None) -> int: ...  # the TSC's rate: its own, or BackendError if not as wanted
-    def discard_code(self, start: int, end: int) -> None: ...  # RAM behind these addresses was changed by the host
     def exits(self) -> dict[str, int]: ...  # how often it left the guest's code, by reason
     def close(self) -> None: ...

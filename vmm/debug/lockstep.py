@@ -15,29 +15,31 @@ What may differ without being a fault:
 
 from __future__ import annotations
 
-import copy
-import mmap
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from vmm.clock import ClockState
-from vmm.cpu import paging
+from vmm.clock import ClockState, GuestClock
+from vmm.cpu import backends, paging
 from vmm.cpu.compare import differences
 from vmm.cpu.disassembly import decode
-from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Exit, Reached
+from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Exit, Intr, IoBus, Reached
 from vmm.cpu.undefined_flags import undefined
-from vmm.errors import BackendError
-from vmm.machine.machine import Fault, Machine, Stop, Stopped
-from vmm.saving.saved import Saved
+from vmm.debug.traced import TracedBus
+from vmm.errors import RequestError
+from vmm.machine.machine import Machine
+from vmm.machine.moment import Moment
+from vmm.machine.stop import Fault, Stop, Stopped, StopReason
+from vmm.ram import Ram
 
 STRIDE = 2000  # instructions between two places where everything is compared
 _CHUNK = 1 << 16
 _RF = 1 << 16
 _RFLAGS, _RIP = 17, 16  # in registers()
 _ACCESSED_DIRTY = 0x60
+_NOBODY: dict[str, str] = {}  # at the far ends
 
 Plant = Callable[[Machine, int], None]  # a fault for a test, put into the follower after instruction number n
 
@@ -74,57 +76,59 @@ class Steppable(Cpu, Protocol):
     def step(self, arrive: int, interrupted: bool, entered: bool, sysret: bool) -> None: ...
 
 
-class _Leading:
-    """The leader's CPU, noting what each run() came to."""
+class _Wrapped:
+    """A CPU that is another but for how it runs."""
 
-    def __init__(self, cpu: Cpu, machine: Machine) -> None:
-        self._cpu, self._machine = cpu, machine
-        self.calls: list[_Call] = []
+    def __init__(self, cpu: Any, clock: GuestClock) -> None:
+        self._cpu, self._clock = cpu, clock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cpu, name)
 
-    def run(self, budget_ns: int) -> Exit:
-        clock, before = self._machine.clock, self._cpu.exits()
-        position = clock.position
-        stop = self._cpu.run(budget_ns)
+
+class _Leading(_Wrapped):
+    """The leader's CPU, noting what each run() came to."""
+
+    def __init__(self, cpu: Cpu, clock: GuestClock) -> None:
+        super().__init__(cpu, clock)
+        self.calls: list[_Call] = []
+
+    def run(self, limit: int) -> Exit:
+        before, position = self._cpu.exits(), self._clock.position
+        stop: Exit = self._cpu.run(limit)
         after = self._cpu.exits()
-        interrupted = after["interrupt"] != before["interrupt"]
         self.calls.append(
             _Call(
                 exit=stop,
-                clock=clock.save(),
-                ran=clock.position != position,
-                interrupted=interrupted,
+                clock=self._clock.save(),
+                ran=self._clock.position != position,
+                interrupted=after["interrupt"] != before["interrupt"],
                 entered=any(after[reason] != before[reason] for reason in ("exception", "syscall")),
             )
         )
         return stop
 
 
-class _Following:
+class _Following(_Wrapped):
     """The follower's CPU: each run() does what the leader's did, on the leader's clock."""
 
-    def __init__(self, cpu: Steppable, machine: Machine) -> None:
-        self._cpu, self._machine = cpu, machine
+    def __init__(self, cpu: Steppable, clock: GuestClock) -> None:
+        super().__init__(cpu, clock)
         self.calls: deque[_Call] = deque()
         self.arrive = 0  # where the leader came to
-        self.kind = ""  # of the instruction, where it is one that single-stepping has trouble with
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cpu, name)
+        self.trouble = ""  # that single-stepping has with the instruction (see Lockstep._trouble)
 
     def stop_at(self, position: int | None) -> None:
         pass
 
-    def run(self, budget_ns: int) -> Exit:
+    def run(self, limit: int) -> Exit:
         if not self.calls:
             return Reached()
         call = self.calls.popleft()
-        self._machine.clock.load(call.clock)
+        self._clock.load(call.clock)
         if call.ran or call.interrupted:
-            entered = call.entered or self.kind == "shadow"
-            self._cpu.step(self.arrive, call.interrupted, entered, self.kind == "sysret")
+            entered = call.entered or self.trouble == "shadow"
+            self._cpu.step(self.arrive, call.interrupted, entered, self.trouble == "sysret")
         return call.exit
 
 
@@ -133,38 +137,43 @@ class _Point:
     """A place where both were equal."""
 
     count: int
-    saved: tuple[Saved, Saved]
-    ram: list[mmap.mmap]
+    leader: Moment
+    follower: Moment
 
 
 class Lockstep:
     """Two machines from one snapshot. `leader` and `follower` may be looked at between calls."""
 
     def __init__(self, file: Path, leader: str, follower: str, plant: Plant | None = None) -> None:
+        """`plant`: a fault for a test. Raises RequestError where neither is the emulated CPU; else as Machine.restore
+        does."""
         if leader != "emu":
             leader, follower = follower, leader
         if leader != "emu":
-            raise BackendError("lockstep needs the emulated CPU on one side: only its instructions can be counted")
-        self.leader = Machine.restore(file, leader)
-        try:
-            self.follower = Machine.restore(file, follower, allow=("tsc-rate",))
-        except BaseException:
-            self.leader.close()
-            raise
+            raise RequestError("lockstep needs the emulated CPU on one side: only its instructions can be counted")
         self.count = 0
         self.stopped: Stop | None = None
         self._plant = plant
         self._io: deque[str] = deque(maxlen=16)
-        self._kinds: dict[int, str] = {}
-        self._lead = _Leading(self.leader.cpu, self.leader)
-        self.leader.cpu = self._lead  # type: ignore[assignment]
+        self._troubles: dict[int, str] = {}
         self._follow: _Following | None = None
-        if follower != "emu":
-            self._follow = _Following(self.follower.cpu, self.follower)  # type: ignore[arg-type]
-            self.follower.cpu = self._follow  # type: ignore[assignment]
-        self._log(self.leader.board.bus)
-        self._point = _Point(0, (self._states(self.leader), self._states(self.follower)), [])
-        self._keep_ram()
+        self.leader = Machine.restore(file, leader, bind=_NOBODY, make_cpu=self._make_leading)
+        try:
+            make = self._make_following if follower != "emu" else None
+            self.follower = Machine.restore(file, follower, allow=("tsc-rate",), bind=_NOBODY, make_cpu=make)
+            self._mark()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_leading(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> Cpu:
+        cpu = backends.factory("emu")(ram, TracedBus(bus, self._io.append), intr, clock)
+        self._lead = _Leading(cpu, clock)
+        return cast(Cpu, self._lead)
+
+    def _make_following(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> Cpu:
+        self._follow = _Following(cast(Steppable, backends.factory("kvm")(ram, bus, intr, clock)), clock)
+        return cast(Cpu, self._follow)
 
     # --- the search
 
@@ -209,10 +218,9 @@ class Lockstep:
         self._step()
         found.io = list(self._io)
         found.fields = _apart(self.leader.cpu.save(), self.follower.cpu.save())
-        ours, theirs = self.leader.parts(), self.follower.parts()
-        for part in self.leader.board.devices:
-            if ours[part] != theirs[part]:
-                found.fields[part] = (ours[part], theirs[part])
+        for name, pair in self._devices():
+            if pair[0] != pair[1]:
+                found.fields[name] = pair
         found.memory = self._memory(limit=16)
         return found
 
@@ -239,29 +247,31 @@ class Lockstep:
         if self._follow is not None:
             self._follow.calls.extend(lead.calls)
             self._follow.arrive = lead.registers()[_RIP]
-            self._follow.kind = self._kind(before[_RIP])
+            self._follow.trouble = self._trouble(before[_RIP])
             other = follower.run()
         else:
             other = follower.run(position=leader.position)
         self.count += 1
         if self._plant is not None:
             self._plant(follower, self.count)
-        if stop != Stopped("position"):
+        if stop != Stopped(StopReason.POSITION):
             self.stopped = stop
         return self._apart(before) or (stop != other and not isinstance(stop, Fault))
 
-    def _kind(self, rip: int) -> str:
-        """`shadow`: STI, MOV SS and POP SS hold traps back for an instruction, some of them on some processors (SDM
-        vol. 3, 6.8.3). `sysret`: it takes TF from R11. Decoded once an address: code that changes there is a chance
-        taken."""
-        if rip not in self._kinds:
+    def _trouble(self, rip: int) -> str:
+        """What single-stepping has to know of the instruction at an address.
+
+        `shadow`: STI, MOV SS and POP SS hold traps back for an instruction, some of them on some processors (SDM vol.
+        3, 6.8.3). `sysret`: it takes TF from R11. Decoded once an address: code that changes there is a chance taken.
+        """
+        if rip not in self._troubles:
             state = replace(self.leader.cpu.save(), rip=rip)
             code = paging.read_virtual(state, self.leader.ram.read, state.cs.base + rip, 4)
             code = code[1:] if code[:1] and 0x40 <= code[0] <= 0x4F and paging.code_bits(state) == 64 else code
             mov_ss = code[:1] == b"\x8e" and len(code) > 1 and code[1] >> 3 & 7 == 2
             shadow = mov_ss or code[:1] in (b"\xfb", b"\x17")
-            self._kinds[rip] = "shadow" if shadow else "sysret" if code[:2] == b"\x0f\x07" else ""
-        return self._kinds[rip]
+            self._troubles[rip] = "shadow" if shadow else "sysret" if code[:2] == b"\x0f\x07" else ""
+        return self._troubles[rip]
 
     def _apart(self, before: tuple[int, ...]) -> bool:
         """Whether the registers differ, once what may differ was made equal."""
@@ -283,10 +293,16 @@ class Lockstep:
         """Whether both machines are equal in all that can be compared."""
         if _apart(self.leader.cpu.save(), self.follower.cpu.save()):
             return False
-        ours, theirs = self.leader.parts(), self.follower.parts()
-        if any(ours[part] != theirs[part] for part in self.leader.board.devices):
+        if any(ours != theirs for _, (ours, theirs) in self._devices()):
             return False
         return not self._memory(limit=1)
+
+    def _devices(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
+        """The states that are held, by part: the leader's and the follower's. Clock and config are not compared: the
+        follower is given the one, and may have another rate of the TSC in the other."""
+        for part in self.leader.parts:
+            if part.holder is not None:
+                yield part.name, (part.get(self.leader), part.get(self.follower))
 
     def _memory(self, limit: int) -> list[tuple[int, bytes, bytes]]:
         """Where RAM differs, eight bytes a place; what may differ is made equal on the way."""
@@ -308,75 +324,18 @@ class Lockstep:
         return found
 
     def _mark(self) -> None:
-        self._point.count = self.count
-        self._point.saved = (self._states(self.leader), self._states(self.follower))
-        self._keep_ram()
-
-    def _keep_ram(self) -> None:
-        for i, region in enumerate(self.leader.ram.regions):
-            if len(self._point.ram) <= i:
-                self._point.ram.append(mmap.mmap(-1, region.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            kept = memoryview(self._point.ram[i])
-            for start in _chunks(region.touched()):
-                if kept[start : start + _CHUNK] != region.view[start : start + _CHUNK]:
-                    kept[start : start + _CHUNK] = region.view[start : start + _CHUNK]
-            kept.release()
+        self._point = _Point(self.count, self.leader.moment(), self.follower.moment())
 
     def _back(self) -> None:
-        for machine, saved in zip((self.leader, self.follower), self._point.saved, strict=True):
-            for region, memory in zip(machine.ram.regions, self._point.ram, strict=True):
-                kept = memoryview(memory)
-                for start in _chunks(region.touched()):
-                    if kept[start : start + _CHUNK] != region.view[start : start + _CHUNK]:
-                        region.view[start : start + _CHUNK] = kept[start : start + _CHUNK]
-                        machine.cpu.discard_code(region.base + start, region.base + start + _CHUNK)
-                kept.release()
-            machine.assign(copy.deepcopy(saved))
+        self.leader.rewind(self._point.leader)
+        self.follower.rewind(self._point.follower)
         self.count = self._point.count
         self.stopped = None
 
-    @staticmethod
-    def _states(machine: Machine) -> Saved:
-        parts = machine.parts()
-        return copy.deepcopy(
-            Saved(
-                config=parts["config"],
-                board=parts["board"],
-                clock=parts["clock"],
-                cpu=parts["cpu.0"],
-                devices={name: parts[name] for name in machine.board.devices},
-            )
-        )
-
-    # --- small things
-
-    def _log(self, bus: Any) -> None:
-        """Note each access in `_io`. The CPU looks its bus's methods up when it uses them."""
-        for name, form in (("port_in", "in {:#x}, {} bytes: {:#x}"), ("mmio_read", "read {:#x}, {} bytes: {:#x}")):
-            bus.__dict__[name] = self._logged_read(getattr(bus, name), form)
-        for name, form in (("port_out", "out {:#x}, {} bytes: {:#x}"), ("mmio_write", "write {:#x}, {} bytes: {:#x}")):
-            bus.__dict__[name] = self._logged_write(getattr(bus, name), form)
-
-    def _logged_read(self, access: Callable[[int, int], int], form: str) -> Callable[[int, int], int]:
-        def read(address: int, size: int) -> int:
-            value = access(address, size)
-            self._io.append(form.format(address, size, value))
-            return value
-
-        return read
-
-    def _logged_write(self, access: Callable[[int, int, int], None], form: str) -> Callable[[int, int, int], None]:
-        def write(address: int, size: int, value: int) -> None:
-            self._io.append(form.format(address, size, value))
-            access(address, size, value)
-
-        return write
-
     def close(self) -> None:
-        self.leader.close()
-        self.follower.close()
-        for memory in self._point.ram:
-            memory.close()
+        for machine in (getattr(self, "leader", None), getattr(self, "follower", None)):
+            if machine is not None:
+                machine.close()
 
     def __enter__(self) -> Lockstep:
         return self

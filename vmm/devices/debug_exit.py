@@ -8,11 +8,10 @@ Absent: QEMU's `iosize`: the registers are one, two and four bytes at offset 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from snapshot.schema import state
 from vmm.device import Device
 from vmm.registers import reads, writes
+from vmm.wires import ExitRequest
 
 
 @state("debug_exit", version=1)
@@ -21,11 +20,11 @@ class DebugExitState:
 
 
 class DebugExit(Device[DebugExitState]):
-    """`exit` asks the machine to stop with a status and returns at once; the host's own exit code is its low byte."""
+    """A port by which the guest ends the machine with a status; the host's own exit code is its low byte."""
 
     State = DebugExitState
 
-    def __init__(self, exit: Callable[[int], None]) -> None:
+    def __init__(self, exit: ExitRequest) -> None:
         super().__init__()
         self._exit = exit
 

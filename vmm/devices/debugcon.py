@@ -8,11 +8,10 @@ Absent: nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from snapshot.schema import state
 from vmm.device import Device
 from vmm.registers import reads, writes
+from vmm.wires import Transmit
 
 
 @state("debugcon", version=1)
@@ -21,11 +20,13 @@ class DebugconState:
 
 
 class Debugcon(Device[DebugconState]):
+    """A port that takes characters for this computer, and answers `readback`."""
+
     State = DebugconState
 
-    def __init__(self, sink: Callable[[int], None], readback: int) -> None:
+    def __init__(self, transmit: Transmit, readback: int) -> None:
         super().__init__()
-        self._sink, self._readback = sink, readback
+        self._transmit, self._readback = transmit, readback
 
     @reads(0)
     def read(self) -> int:
@@ -33,4 +34,4 @@ class Debugcon(Device[DebugconState]):
 
     @writes(0)
     def write(self, value: int) -> None:
-        self._sink(value)
+        self._transmit(value)

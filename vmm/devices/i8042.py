@@ -22,7 +22,6 @@ of port 1; the effect of D1 on any pin but A20 and reset, and of F0-FF on any bu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Annotated
 
 from snapshot.schema import state
@@ -41,7 +40,7 @@ from vmm.devices.ps2 import (
     mouse_write,
 )
 from vmm.registers import reads, writes
-from vmm.wires import Line
+from vmm.wires import Line, ResetRequest
 
 # IBM, "Status Register"
 OUTPUT_FULL, SYSTEM_FLAG, LAST_WAS_COMMAND, NOT_INHIBITED, AUX_OUTPUT_FULL = 0x01, 0x04, 0x08, 0x10, 0x20
@@ -79,7 +78,7 @@ class I8042(Device[I8042State]):
 
     State = I8042State
 
-    def __init__(self, irq1: Line, irq12: Line, a20: Line, reset: Callable[[], None]) -> None:
+    def __init__(self, irq1: Line, irq12: Line, a20: Line, reset: ResetRequest) -> None:
         super().__init__()
         self._irq1, self._irq12, self._a20, self._reset_system = irq1, irq12, a20, reset
 

@@ -46,11 +46,11 @@ class PicState:
 
 
 class Pic(Device[PicState]):
-    """One chip. `output` is its INT pin."""
+    """One interrupt controller. `output` is its INT pin; the `master` has another in its cascade input."""
 
     State = PicState
 
-    def __init__(self, output: Line, *, master: bool = True) -> None:
+    def __init__(self, output: Line, master: bool = True) -> None:
         super().__init__()
         self._output = output
         self._master = master
@@ -263,36 +263,8 @@ class Pic(Device[PicState]):
 class PicPair:
     """Master and slave as the PC wires them: the slave's INT is the master's IR2. Implements the CPU's `Intr`."""
 
-    def __init__(self, intr: Line) -> None:
-        self._intr = intr
-        self._level = False
-        self._wires: list[dict[int, bool | None]] = [{} for _ in range(16)]  # None: not driven since restoring
-        self.master = Pic(self._drive)
-        self.slave = Pic(lambda level: self.master.set_line(CASCADE, level), master=False)
-
-    def line(self, irq: int) -> Line:
-        """A wire to ISA interrupt `irq` (0..15). Devices that share it are ORed, as open collectors are."""
-        chip, pin = (self.slave, irq - 8) if irq >= 8 else (self.master, irq)
-        wires = self._wires[irq]
-        own = len(wires)
-        wires[own] = None
-
-        def drive(level: bool) -> None:
-            wires[own] = level
-            # While a wire is still unknown the line can rise but not fall: another may be holding it up.
-            if level or None not in wires.values():
-                chip.set_line(pin, any(wires.values()))
-
-        return drive
-
-    def forget_wires(self) -> None:
-        """Before restoring: every device will drive its wires again."""
-        for wires in self._wires:
-            wires.update(dict.fromkeys(wires))
-
-    def unplug(self) -> None:
-        """Another CPU, whose INTR pin is low, will be there."""
-        self._level = False
+    def __init__(self, master: Pic, slave: Pic) -> None:
+        self.master, self.slave = master, slave
 
     def pending(self) -> bool:
         return self.master.pending()
@@ -307,11 +279,4 @@ class PicPair:
             # INT falls with the second INTA even when another request keeps it up: the master sees a new edge.
             self.master.set_line(CASCADE, False)
             self.slave.restored()
-        self._drive(self.master.pending())
         return vector
-
-    def _drive(self, level: bool) -> None:
-        # Called at every change of either chip; the pin only changes when its level does.
-        if level != self._level:
-            self._level = level
-            self._intr(level)

@@ -20,8 +20,8 @@ from typing import Annotated
 from snapshot.schema import state
 from snapshot.types import OneOf, Range, Size, u4, u8, u16, u56, u64
 from vmm.device import Device
-from vmm.registers import reads, writes
-from vmm.wires import Clock, Line
+from vmm.registers import reads, span, writes
+from vmm.wires import Alarm, Clock, Line
 
 HZ = 1_193_182
 _REFRESH_NS = 15_085  # port 0x61 bit 4 follows the DRAM refresh request
@@ -263,10 +263,10 @@ class Pit(Device[PitState]):
 
     State = PitState
 
-    def __init__(self, clock: Clock, irq0: Line) -> None:
+    def __init__(self, clock: Clock, alarm: Alarm, irq0: Line) -> None:
         super().__init__()
         self._clock = clock
-        self._irq0 = irq0
+        self._alarm, self._irq0 = alarm, irq0
 
     def _edge(self) -> int:
         return self._clock.now_ns() * HZ // 10**9
@@ -274,11 +274,11 @@ class Pit(Device[PitState]):
     def _counter(self, index: int) -> Counter:
         return Counter(self.state.counters[index])
 
-    @reads(0, 1, 2)
+    @reads(span(0, 3))
     def read_counter(self, index: int) -> int:
         return self._counter(index).read(self._edge())
 
-    @writes(0, 1, 2)
+    @writes(span(0, 3))
     def write_counter(self, index: int, value: int) -> None:
         t = self._edge()
         self._drive(t)
@@ -333,6 +333,7 @@ class Pit(Device[PitState]):
 
     def restored(self) -> None:
         self._irq0(self.state.irq0)
+        self._alarm(self.deadline())
 
     def _drive(self, t: int) -> None:
         """Show the interrupt controller what counter 0 did up to now: a pulse that has gone by is still a pulse."""
@@ -351,3 +352,4 @@ class Pit(Device[PitState]):
             s.irq0 = level
             self._irq0(level)
         s.next_edge = counter.next_edge(t)
+        self._alarm(self.deadline())

@@ -8,13 +8,12 @@ Absent: the PS/2's lamps (bits 6 and 7), watchdog status (bit 4) and password lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated
 
 from snapshot.schema import state
 from vmm.device import Device
 from vmm.registers import reads, writes
-from vmm.wires import Line
+from vmm.wires import Line, ResetRequest
 
 INIT_NOW, ALT_A20_GATE = 0x01, 0x02
 
@@ -28,11 +27,11 @@ class Port92State:
 
 
 class Port92(Device[Port92State]):
-    """`reset` asks for a reset and returns at once."""
+    """One register at 0: A20 and a processor reset."""
 
     State = Port92State
 
-    def __init__(self, a20: Line, reset: Callable[[], None]) -> None:
+    def __init__(self, a20: Line, reset: ResetRequest) -> None:
         super().__init__()
         self._a20, self._reset_processor = a20, reset
 

@@ -21,7 +21,7 @@ from snapshot.schema import state
 from snapshot.types import Size, i64, u7, u64
 from vmm.device import Device, invariant
 from vmm.registers import reads, writes
-from vmm.wires import Clock, Line
+from vmm.wires import Alarm, Clock, Line
 
 SECOND = 10**9
 CRYSTAL_HZ = 32_768
@@ -148,10 +148,10 @@ class Rtc(Device[RtcState]):
 
     State = RtcState
 
-    def __init__(self, clock: Clock, irq8: Line) -> None:
+    def __init__(self, clock: Clock, alarm: Alarm, irq8: Line) -> None:
         super().__init__()
         self._clock = clock
-        self._irq8 = irq8
+        self._alarm, self._irq8 = alarm, irq8
 
     @writes(0)
     def write_index(self, value: int) -> None:
@@ -170,6 +170,7 @@ class Rtc(Device[RtcState]):
             flags = s.ram[C] & (PERIODIC | ALARMED | UPDATED) | (IRQF if self._irq() else 0)
             self._put(C, 0)
             self._irq8(False)
+            self._alarm(self.deadline())
             return flags
         return s.ram[s.index]
 
@@ -190,6 +191,7 @@ class Rtc(Device[RtcState]):
                 pass
             case _:
                 self._put(s.index, value & 0x7F if s.index == SECONDS else value)
+        self._alarm(self.deadline())
 
     def deadline(self) -> int | None:
         """When the next enabled flag is set; the pin stays up, and nothing is due, until register C is read."""
@@ -224,6 +226,7 @@ class Rtc(Device[RtcState]):
 
     def restored(self) -> None:
         self._irq8(self._irq())
+        self._alarm(self.deadline())
 
     # --- the divider chain
 
@@ -231,8 +234,12 @@ class Rtc(Device[RtcState]):
         """Bring flags, calendar and the IRQ pin up to `now`."""
         s = self.state
         since, s.settled_ns = s.settled_ns, now
-        if self._stopped():
-            return
+        if not self._stopped():
+            self._count(since, now)
+        self._alarm(self.deadline())
+
+    def _count(self, since: int, now: int) -> None:
+        s = self.state
         flags = s.ram[C]
         period = self._period()
         if period and self._ticks(now) // period > self._ticks(since) // period:

@@ -16,14 +16,13 @@ Absent
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated
 
 from snapshot.schema import state
 from snapshot.types import MaxSize, u2, u4, u5, u8, u16
 from vmm.device import Device, invariant, outside
 from vmm.registers import reads, writes
-from vmm.wires import Line
+from vmm.wires import Line, Posting, Transmit
 
 FIFO = 16
 TRIGGER = (1, 4, 8, 14)
@@ -53,12 +52,14 @@ class UartState:
 
 
 class Uart(Device[UartState]):
-    """Eight registers at 0..7. `transmit` takes each byte sent; `receive` is the other direction. `posting` is on while
+    """A serial port: eight registers at 0..7.
+
+    `transmit` takes each byte sent; `receive` is the other direction. `posting` is on while
     a write of register 0 does nothing but send: such a write may come late, if before any other access."""
 
     State = UartState
 
-    def __init__(self, irq: Line, transmit: Callable[[int], None], posting: Line = lambda level: None) -> None:
+    def __init__(self, irq: Line, transmit: Transmit, posting: Posting = lambda level: None) -> None:
         super().__init__()
         self._irq = irq
         self._transmit = transmit

@@ -1,4 +1,4 @@
-"""The host's end of the serial line: what the guest wrote, who listens, and what to stop at."""
+"""This computer's end of a serial line: what the guest wrote, who listens, what to stop at; and what was typed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _BACK = 4096  # bytes of a line that are searched: one without an end must not t
 
 
 class Console:
-    """Collects the guest's output. `watch(regex)` asks for `found` to be set once a line of it matches."""
+    """Collects the guest's output, and what the guest has not taken yet of what was typed. `watch(regex)` asks for
+    `found` to be set once a line of output matches."""
 
     def __init__(self) -> None:
         self.output = bytearray()  # the last MiB, or up to two
@@ -19,9 +20,20 @@ class Console:
         self._lock = threading.Lock()  # over these two, for other threads' `read`
         self.found = False
         self.on_match: Callable[[], None] = lambda: None
+        self.on_input: Callable[[], None] = lambda: None  # called from any thread
+        self.typed = bytearray()
         self._listeners: list[Callable[[int], None]] = []
         self._pattern: re.Pattern[str] | None = None
         self._from = 0  # as `total` counts
+
+    def send(self, data: bytes) -> None:
+        """From any thread: type `data`, from the next boundary on."""
+        self.typed.extend(data)
+        self.on_input()
+
+    def take(self, receive: Callable[[bytes], int]) -> None:
+        """Give what was typed to the guest's port, which says how much it took."""
+        del self.typed[: receive(bytes(self.typed))]
 
     def listen(self, listener: Callable[[int], None]) -> None:
         self._listeners.append(listener)

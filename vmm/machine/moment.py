@@ -1,109 +1,188 @@
-"""A machine at one moment, to come back to again and again in one process.
+"""A machine at one moment: a value, to come back to as often as one likes. Many may be kept of one machine.
 
-    mark = Mark(machine)
+    moment = machine.moment()
     while ...:
         machine.run(...)
-        mark.reset()
+        machine.rewind(moment)
 
 RAM: what it held becomes a file in memory that every region maps privately, at the address it had; then the kernel
 knows which pages were written since (PAGEMAP_SCAN; before Linux 6.7 by reading all of /proc/self/pagemap), and giving
-those up shows the old contents again. CPU: by the backend's fast way. Devices: those whose state changed. What the host
-holds (console output, what was typed and not taken) is not the machine's, and stays.
+those up shows the old contents again. A later moment at which little more had been written is kept as the pages that
+differ. CPUs: by the backend's fast way. All other parts: those whose state changed. What this computer holds (console
+output, what was typed and not taken) is not the machine's, and stays.
 """
 
 from __future__ import annotations
 
 import copy
-import ctypes
 import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from snapshot.schema import StructType, schema_of
 from snapshot.types import ListType, OptionalType, Type
-from vmm.board.board import SLOTS
+from vmm.cpu.protocol import CpuState
 from vmm.dirty_pages import Scanner
 from vmm.errors import BackendError
+from vmm.ram import Ram, RamCopy
+from vmm.saving.parts import Part, Whole
 
-if TYPE_CHECKING:
-    from vmm.machine.machine import Machine
+_MOST_DELTA = 64 << 10  # bytes written since another moment, up to which a moment is kept as what differs from that
+
+Delta = tuple[tuple[int, bytes], ...]  # (offset in the region, bytes)
 
 
-class Mark:
-    """Raises SnapshotError when the RAM the machine was woken with is damaged, BackendError when the host has not the
-    memory."""
+class Subject(Whole, Protocol):
+    """What a moment is of."""
 
-    def __init__(self, machine: Machine) -> None:
-        machine.await_checked()
+    ram: Ram
+
+    @property
+    def parts(self) -> list[Part]: ...
+
+
+@dataclass
+class Baseline:
+    """What a machine's regions show where nothing was written since, and what tells where something was."""
+
+    copies: tuple[RamCopy, ...]
+    scanners: tuple[Scanner, ...]
+
+    @classmethod
+    def make(cls, ram: Ram, copies: tuple[RamCopy, ...]) -> Baseline:
+        """Make the RAM show the copies. Raises OSError."""
+        ram.regions = tuple(region.showing(kept) for region, kept in zip(ram.regions, copies, strict=True))
+        return cls(copies, tuple(Scanner(region.address, region.size) for region in ram.regions))
+
+
+class Moments:
+    """The moments of one machine: makes them and goes back to them."""
+
+    def __init__(self, machine: Subject) -> None:
         self._machine = machine
-        self._contents: list[mmap.mmap] = []
+        self._baseline: Baseline | None = None
+        self._ram: Ram | None = None  # which the baseline is of
+
+    def make(self) -> Moment:
+        """Raises BackendError when the host has not the memory."""
+        machine, baseline = self._machine, self._baseline
         try:
-            fixed = [region.fixed() for region in machine.ram.regions]
+            if baseline is None or self._ram is not machine.ram or self._written(baseline) > _MOST_DELTA:
+                kept = tuple(region.kept() for region in machine.ram.regions)
+                baseline = self._baseline = Baseline.make(machine.ram, kept)
+                self._ram = machine.ram
         except OSError as error:
             raise BackendError(f"cannot keep the guest's RAM: {error.strerror}") from None
-        machine.ram.regions = tuple(region for region, _ in fixed)
-        self._contents = [contents for _, contents in fixed]
-        self._scanners = [Scanner(region.address, region.size) for region in machine.ram.regions]
-        self._cpu = machine.cpu.mark()
-        self._words = bytes(machine.clock.words)
-        self._prepaid = machine.clock.prepaid
-        self._board = copy.copy(machine.board.state)
-        self._devices = []
-        for device in machine.board.devices.values():
-            state = copy.deepcopy(device.state)
-            if names := [field.name for field in schema_of(type(state)).fields]:
-                fields = attrgetter(*names)
-                self._devices.append((device, state, fields, fields(state)))
-        self._parts = copy.deepcopy(machine.parts())
+        deltas = tuple(
+            tuple((start, bytes(region.view[start:end])) for start, end in scanner.extents())
+            for region, scanner in zip(machine.ram.regions, baseline.scanners, strict=True)
+        )
+        return Moment(machine, baseline.copies, deltas)
 
-    def reset(self) -> int:
-        """Everything as it was. Returns how many bytes of RAM had been written."""
-        machine, written = self._machine, 0
-        discard_code = machine.cpu.discard_code
-        for region, scanner in zip(machine.ram.regions, self._scanners, strict=True):
+    def back_to(self, moment: Moment) -> int:
+        """How many bytes of RAM had been written since the moment, or since another that it is kept beside. Raises
+        BackendError when the host has not the memory."""
+        machine, baseline = self._machine, self._baseline
+        discard_code = machine.cpus[0].discard_code
+        written = 0
+        if baseline is None or self._ram is not machine.ram or baseline.copies is not moment.copies:
+            written += sum(end - start for region in machine.ram.regions for start, end in region.touched())
+            try:
+                baseline = self._baseline = Baseline.make(machine.ram, moment.copies)
+            except OSError as error:
+                raise BackendError(f"cannot show the guest's RAM as it was: {error.strerror}") from None
+            self._ram = machine.ram
+            for region in machine.ram.regions:
+                discard_code(region.base, region.base + region.size)
+        for region, scanner, delta in zip(machine.ram.regions, baseline.scanners, moment.deltas, strict=True):
             give_up = region.memory.madvise
             for start, end in scanner.extents():
                 give_up(mmap.MADV_DONTNEED, start, end - start)
                 discard_code(region.base + start, region.base + end)
                 written += end - start
-        clock = machine.clock
-        ctypes.memmove(clock.words, self._words, len(self._words))
-        clock.prepaid = self._prepaid
-        machine.board.state.request = self._board.request
-        machine.board.state.exit_status = self._board.exit_status
-        changed = False
-        for device, state, fields, values in self._devices:
-            if fields(device.state) != values:  # a third of what == of the states takes
-                device.state = _copy(state)
-                changed = True
-        machine.cpu.reset(self._cpu)
-        if changed:
-            machine.board.restored()
+            for start, data in delta:
+                region.view[start : start + len(data)] = data
+                discard_code(region.base + start, region.base + start + len(data))
+        moment.put_states(machine)
         return written
 
-    def differences(self) -> list[str]:
-        """What is not as it was, by part or page: for a check that `reset` forgets nothing."""
-        machine = self._machine
-        found = [name for name, state in machine.parts().items() if state != self._parts[name]]
-        for region, contents in zip(machine.ram.regions, self._contents, strict=True):
-            if region.view != memoryview(contents):
+    @staticmethod
+    def _written(baseline: Baseline) -> int:
+        return sum(end - start for scanner in baseline.scanners for start, end in scanner.extents())
+
+
+class Moment:
+    """What a machine was. Made by `Machine.moment`."""
+
+    def __init__(self, machine: Subject, copies: tuple[RamCopy, ...], deltas: tuple[Delta, ...]) -> None:
+        self.copies, self.deltas = copies, deltas
+        self.states = {part.name: copy.deepcopy(part.get(machine)) for part in machine.parts}
+        self._cpus = [(cpu, cpu.mark()) for cpu in machine.cpus]  # in the backend's own shape, for these very CPUs
+        self._made: list[tuple[Part, Any]] = []  # parts whose state is made when asked for, but CPUs
+        self._held: list[tuple[Any, ...]] = []  # name, state, its fields, their values, what copies it
+        for part in machine.parts:
+            state = self.states[part.name]
+            names = [field.name for field in schema_of(part.State).fields]
+            if part.holder is None and part.State is not CpuState:
+                self._made.append((part, state))
+            elif part.holder is not None and names:
+                fields = attrgetter(*names)
+                self._held.append((part.name, state, fields, fields(state), _copier(part.State)))
+        self._holders: tuple[Any, list[Any]] = (None, [])
+
+    def put_states(self, machine: Subject) -> None:
+        """Make all but RAM as it was."""
+        changed = False
+        for part, state in self._made:
+            part.put(machine, state)
+        for holder, state, fields, values, copied in self._of(machine):
+            if fields(holder.state) != values:  # a third of what == of the states takes
+                holder.state = copied(state)
+                changed = True
+        for cpu, (made_by, mark), part in zip(machine.cpus, self._cpus, _cpus(machine.parts), strict=True):
+            if cpu is made_by:
+                cpu.reset(mark)
+            else:
+                cpu.load(copy.deepcopy(self.states[part.name]))
+                changed = True
+        if changed:
+            machine.board.restored()
+
+    def _of(self, machine: Subject) -> list[Any]:
+        """What holds each state, found once."""
+        if self._holders[0] is not machine:
+            holders = {part.name: part.holder(machine) for part in machine.parts if part.holder is not None}
+            self._holders = machine, [(holders[name], *rest) for name, *rest in self._held]
+        return self._holders[1]
+
+    def differences(self, machine: Subject) -> list[str]:
+        """What of a machine is not as it was, by part or page."""
+        found = [part.name for part in machine.parts if part.get(machine) != self.states[part.name]]
+        for region, kept, delta in zip(machine.ram.regions, self.copies, self.deltas, strict=True):
+            wanted: Any = memoryview(kept.contents)
+            if delta:
+                wanted = bytearray(wanted)
+                for start, data in delta:
+                    wanted[start : start + len(data)] = data
+            if region.view != wanted:
+                pages = range(0, region.size, mmap.PAGESIZE)
                 found += [
                     f"{region.name}+{at:#x}"
-                    for at in range(0, region.size, mmap.PAGESIZE)
-                    if region.view[at : at + mmap.PAGESIZE] != contents[at : at + mmap.PAGESIZE]
+                    for at in pages
+                    if region.view[at : at + mmap.PAGESIZE] != wanted[at : at + mmap.PAGESIZE]
                 ]
         return found
 
-    def close(self) -> None:
-        for scanner in self._scanners:
-            scanner.close()
-        for contents in self._contents:
-            contents.close()
+
+def _cpus(parts: list[Part]) -> list[Part]:
+    return [part for part in parts if part.State is CpuState]
 
 
-def _copy(state: Any) -> Any:
-    """Deeply only where it holds other states."""
-    return (copy.deepcopy if type(state) in _NESTED else copy.copy)(state)
+def _copier(State: type) -> Callable[[Any], Any]:
+    """Copies a state: deeply only where it holds other states."""
+    return copy.deepcopy if any(_nests(field.type) for field in schema_of(State).fields) else copy.copy
 
 
 def _nests(kind: Type) -> bool:
@@ -113,6 +192,3 @@ def _nests(kind: Type) -> bool:
         case ListType(item) | OptionalType(item):
             return _nests(item)
     return False
-
-
-_NESTED = {slot.device.State for slot in SLOTS if any(_nests(f.type) for f in schema_of(slot.device.State).fields)}

@@ -21,8 +21,7 @@ from vmm.board.board import Board
 from vmm.board.config import MachineConfig
 from vmm.clock import GuestClock
 from vmm.cpu.model import TSC_KHZ
-from vmm.devices import rtc
-from vmm.errors import GuestError
+from vmm.errors import RequestError
 
 _SIZES = {"b": 1, "w": 2, "l": 4, "q": 8}
 _WORDS = re.compile(r"(in|out|read|write)([bwlq])|(clock_step|clock_set)")
@@ -47,7 +46,7 @@ class Command:
 
 
 def parse(text: str) -> Iterator[tuple[int, Command]]:
-    """Line numbers and commands. Raises GuestError, naming the line."""
+    """Line numbers and commands. Raises RequestError, naming the line."""
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
@@ -55,7 +54,7 @@ def parse(text: str) -> Iterator[tuple[int, Command]]:
         try:
             yield number, _command(words)
         except ValueError:
-            raise GuestError(f"line {number}: not a qtest command known here: {line.strip()[:60]!r}") from None
+            raise RequestError(f"line {number}: not a qtest command known here: {line.strip()[:60]!r}") from None
 
 
 def _command(words: list[str]) -> Command:
@@ -90,11 +89,9 @@ class OurBoard:
     tick_ns = 1
 
     def __init__(self, config: MachineConfig | None = None) -> None:
-        config = config or MachineConfig()
         self.clock = GuestClock(TSC_KHZ)
-        self.board = Board(self.clock, self)
-        self.board.devices["rtc"].state = rtc.power_on(config.epoch_ns, config.memory_bytes, 0)
-        self.board.restored()
+        self.board = Board(config or MachineConfig(), self.clock)
+        self.board.power_on()
 
     def play(self, command: Command) -> int | None:
         bus, value = self.board.bus, command.value or 0
@@ -108,12 +105,12 @@ class OurBoard:
             case "write":
                 bus.mmio_write(command.address, command.size, value)
             case "clock_step":
-                deadline = self.board.next_deadline()
+                deadline = self.board.alarms.next_ns
                 now = self.clock.now_ns()
                 self._run_to(now + command.value if command.value is not None else deadline or now)
             case "clock_set":
                 self._run_to(value)
-        self.board.expire_due()
+        self.board.alarms.expire_due(self.clock.now_ns())
         return None
 
     def at_a_time(self, command: Command, tick_ns: int) -> Command:
@@ -122,7 +119,7 @@ class OurBoard:
             return command
         now, ns = self.clock.now_ns(), command.value
         if ns is None:
-            ns = (self.board.next_deadline() or now) - now
+            ns = (self.board.alarms.next_ns or now) - now
         elif command.op == "clock_set":
             ns = max(0, ns - now)
         return Command("clock_step", value=-(-ns // tick_ns) * tick_ns)
@@ -130,26 +127,12 @@ class OurBoard:
     def _run_to(self, when_ns: int) -> None:
         """Every event on the way happens at its own time."""
         for _ in range(_MAX_EVENTS):
-            deadline = self.board.next_deadline()
+            deadline = self.board.alarms.next_ns
             if deadline is None or deadline > when_ns:
                 break
             self.clock.skip_to(deadline)
-            self.board.expire_due()
+            self.board.alarms.expire_due(self.clock.now_ns())
         self.clock.skip_to(min(when_ns, _LAST_NS))
-
-    # --- the board's host
-
-    def intr(self, level: bool) -> None:
-        pass
-
-    def set_a20(self, enabled: bool) -> None:
-        pass
-
-    def post_writes(self, port: int, on: bool) -> None:
-        pass
-
-    def attention(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)

@@ -9,54 +9,50 @@ from typing import Any
 
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
-from snapshot.reader import Part, decode_part
-from vmm.board.board import SLOTS, BoardState
+from snapshot.reader import Part as FilePart
+from snapshot.reader import decode_part
 from vmm.board.config import MAX_MEMORY, MachineConfig
-from vmm.clock import ClockState
 from vmm.cpu import backends
 from vmm.cpu.protocol import CpuState
-from vmm.errors import BackendError, GuestError
+from vmm.errors import BackendError, GuestError, RequestError
 from vmm.ram import Region, layout
+from vmm.saving.parts import parts_of
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A snapshot's states, all decoded and found to fit together."""
+    """A snapshot's states, by part, all decoded and found to fit together."""
 
     config: MachineConfig
-    board: BoardState
-    clock: ClockState
-    cpu: CpuState
-    devices: dict[str, Any]
+    states: dict[str, Any]
 
     @classmethod
     def decode(cls, chain: Chain) -> Saved:
-        """Raises SnapshotError, naming the part or field that cannot be used here."""
-        parts: dict[str, Part] = dict(chain.parts)
+        """Raises SnapshotError, naming the part or field that cannot be used here; BackendError for a kind of device
+        that is not here."""
+        found: dict[str, FilePart] = dict(chain.parts)
 
         def take(name: str, want: type) -> Any:
-            if name not in parts:
+            if name not in found:
                 raise SnapshotError(f"the snapshot has no part {name}")
-            return decode_part(parts.pop(name), want)
+            return decode_part(found.pop(name), want)
 
-        config = take("config", MachineConfig)
-        saved = cls(
-            config=config,
-            board=take("board", BoardState),
-            clock=take("clock", ClockState),
-            cpu=take("cpu.0", CpuState),
-            devices={slot.name: take(slot.name, slot.device.State) for slot in SLOTS},
-        )
-        if parts:
-            raise SnapshotError(f"the snapshot has a part this machine does not know: {next(iter(parts))}")
-        found = [(image.base, image.size) for image in chain.rams]
+        config: MachineConfig = take("config", MachineConfig)
         try:
-            wanted = layout(config.memory_bytes)
-        except GuestError as error:
+            wanted = parts_of(config)
+            regions = layout(config.memory_bytes)
+        except (GuestError, RequestError) as error:
             raise SnapshotError(f"config: {error}") from None
-        if found != wanted:
+        states = {"config": config, **{part.name: take(part.name, part.State) for part in wanted[1:]}}
+        if found:
+            raise SnapshotError(f"the snapshot has a part this machine does not know: {next(iter(found))}")
+        if [(image.base, image.size) for image in chain.rams] != regions:
             raise SnapshotError("the RAM in the snapshot is not laid out as its config says")
-        return saved
+        return cls(config, states)
+
+    @property
+    def cpus(self) -> list[CpuState]:
+        return [state for state in self.states.values() if isinstance(state, CpuState)]
 
 
 ALLOWABLE = ("tsc-rate",)  # what a host may give otherwise than it was saved, if the user says so
@@ -64,10 +60,11 @@ ALLOWABLE = ("tsc-rate",)  # what a host may give otherwise than it was saved, i
 
 def admit(saved: Saved, backend: str, allow: Collection[str] = ()) -> Saved:
     """What can be woken here: the same, or with what is allowed to differ as this host gives it. Raises BackendError
-    when the backend is not here or cannot take the CPU's state."""
+    when the backend is not here or cannot take a CPU's state."""
     cpu = backends.factory(backend)
-    if (why := cpu.refusal(saved.cpu)) is not None:
-        raise BackendError(why)
+    for state in saved.cpus:
+        if (why := cpu.refusal(state)) is not None:
+            raise BackendError(why)
     try:
         cpu.tsc_khz(saved.config.tsc_khz)
     except BackendError as error:
@@ -78,6 +75,7 @@ def admit(saved: Saved, backend: str, allow: Collection[str] = ()) -> Saved:
 
 
 def map_ram(chain: Chain) -> list[Region]:
+    """The RAM of a snapshot, mapped privately. Raises BackendError when the host has not the memory."""
     regions = []
     for i, image in enumerate(chain.rams):
         try:

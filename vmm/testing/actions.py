@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from vmm.errors import GuestError
+from vmm.errors import RequestError
 from vmm.qtest import board as qtest
 from vmm.qtest.board import Command
 
@@ -40,7 +40,7 @@ Action = Command | Call | Wake
 
 
 def parse(line: str) -> Action:
-    """Raises GuestError."""
+    """Raises RequestError."""
     word, _, rest = line.strip().partition(" ")
     if word == "wake":
         return Wake()
@@ -51,4 +51,4 @@ def parse(line: str) -> Action:
     try:
         return Call(method, tuple(json.loads(arguments).items()))
     except (ValueError, AttributeError, RecursionError):
-        raise GuestError(f"not an action: {line.strip()[:60]!r}") from None
+        raise RequestError(f"not an action: {line.strip()[:60]!r}") from None

@@ -8,8 +8,8 @@ from pathlib import Path
 from snapshot.errors import SnapshotError
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import REGISTERS, CpuState
-from vmm.errors import BackendError
-from vmm.machine.machine import Machine, Stopped
+from vmm.errors import BackendError, RequestError
+from vmm.machine.machine import Machine, Stopped, StopReason
 
 _STEPS = 64
 
@@ -31,7 +31,7 @@ def leave(machine: Machine, folder: Path, name: str) -> Iterator[str]:
         trace = folder / f"{name}.trace"
         trace.write_text("".join(f"{line}\n" for line in _trace(machine, snapshot)))
         yield f"{name}: its registers and the next {_STEPS} instructions are in {trace}"
-    except (OSError, SnapshotError, BackendError) as error:
+    except (OSError, SnapshotError, BackendError, RequestError) as error:
         yield f"{name}: {error}"
 
 
@@ -40,8 +40,10 @@ def _trace(machine: Machine, snapshot: Path) -> Iterator[str]:
     yield f"position {machine.position}, guest time {machine.clock.now_ns() / 1e9:.9f} s, backend {machine.backend}"
     yield from (f"{name:7} {getattr(state, name):#018x}" for name in REGISTERS)
     yield ""
-    with Machine.restore(snapshot) as woken:  # on the emulated CPU, whichever it was: that one goes step by step
+    nobody = dict.fromkeys(machine.config.bound, "null")
+    # On the emulated CPU, whichever it was: that one goes step by step.
+    with Machine.restore(snapshot, bind=nobody) as woken:
         for _ in range(_STEPS):
             yield from (f"{woken.position:>12}  {line}" for line in ahead(woken.cpu.save(), woken.ram.read, 1))
-            if woken.run(position=woken.position + 1) != Stopped("position"):
+            if woken.run(position=woken.position + 1) != Stopped(StopReason.POSITION):
                 return

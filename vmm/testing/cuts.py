@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from snapshot.schema import encode
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine
+from vmm.machine.moment import Moment
+from vmm.machine.stop import StopReason
 
 _CUTS = 20  # of one stretch of the run
 _STRETCH = 200_000  # bytes of code
@@ -49,7 +51,7 @@ def test_the_cut_leaves_no_trace(tmp_path):
 '''
 
 Outcome = dict[str, Any]  # why it stopped, digests by part's name, and what was written to the console
-_REACHED = str(Stopped("position"))
+_REACHED = str(StopReason.POSITION)
 
 
 class Trace(AssertionError):
@@ -76,13 +78,14 @@ def cut_anywhere(
     with boot() as machine:
         for stretch, start in enumerate(sorted(draw.randrange(end) for _ in range(-(-points // _CUTS)))):
             _run_to(machine, start)
-            machine.mark()
+            begin = machine.moment()
             first = machine.position
             stop = max(first + 1, min(first + _STRETCH, end))
-            right = _Cut(machine, folder, first).never_saved(stop)
+            right = _Cut(machine, begin, folder, first).never_saved(stop)
             for n in range(stretch * _CUTS + 1, min(stretch * _CUTS + _CUTS, points) + 1):
-                _Cut(machine, folder, draw.randrange(first, stop)).check(stop, right, in_new_process=n % fresh == 0)
-            machine.reset()
+                cut = _Cut(machine, begin, folder, draw.randrange(first, stop))
+                cut.check(stop, right, in_new_process=n % fresh == 0)
+            machine.rewind(begin)
     return Report(points, time.monotonic() - began)
 
 
@@ -109,12 +112,13 @@ def save_and_run_on(start: Path, cut: int, at: int, file: Path) -> Outcome:
 
 @dataclass
 class _Cut:
-    """One, of a machine that is marked: what it is at later positions, in each of the ways that must be equal."""
+    """One, of a machine and a moment of it: what it is at later positions, in each of the ways that must be equal."""
 
     machine: Machine
+    moment: Moment
     folder: Path
     cut: int
-    written: str = ""  # to the console, from the mark to the cut
+    written: str = ""  # to the console, from the moment to the cut
 
     @property
     def file(self) -> Path:
@@ -135,7 +139,7 @@ class _Cut:
             raise self.trace(what, first, fields, expected, again, self.file)
         if on != right:
             what, start = "the machine that was saved", self.folder / "start.snapshot"
-            self.machine.reset()
+            self.machine.rewind(self.moment)
             self.machine.save(start)
             first, wrong, expected = self.bisect(self.saved, stop)
             with Machine.restore(start) as never:
@@ -146,14 +150,14 @@ class _Cut:
             raise self.trace(what, first, fields, expected, again, start)
 
     def never_saved(self, at: int) -> Outcome:
-        self.machine.reset()
+        self.machine.rewind(self.moment)
         found = _outcome(self.machine, at, self.machine.board.console.total)
         assert found["stop"] == _REACHED, f"the guest ends before {at}: {found['stop']}"
         return found
 
     def saved(self, at: int) -> Outcome:
         """It runs on after it was saved to the file."""
-        self.machine.reset()
+        self.machine.rewind(self.moment)
         since = self.machine.board.console.total
         _run_to(self.machine, self.cut)
         self.written = _written(self.machine, since)
@@ -168,7 +172,7 @@ class _Cut:
 
     def bisect(self, way: Callable[[int], Outcome], stop: int) -> tuple[int, Outcome, Outcome]:
         """The first position at which it is not what the one never saved is, by halving; and what both are there. The
-        marked machine is then the one never saved."""
+        machine is then the one never saved."""
         low, high = self.cut - 1, stop
         while high - low > 1:
             middle = (low + high) // 2
@@ -210,8 +214,8 @@ def _written(machine: Machine, since: int) -> str:
 def _apart(ours: Machine, theirs: Machine) -> dict[str, tuple[Any, Any]]:
     """What differs between two machines: fields by name, and the first bytes of RAM."""
     found: dict[str, tuple[Any, Any]] = {}
-    others = theirs.parts()
-    for part, state in ours.parts().items():
+    others = theirs.states()
+    for part, state in ours.states().items():
         if state != others[part]:
             mine, other = encode(state), encode(others[part])
             found |= {f"{part}.{name}": (mine[name], other[name]) for name in mine if mine[name] != other[name]}

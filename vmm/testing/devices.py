@@ -24,13 +24,13 @@ from hypothesis.stateful import (
 )
 
 from snapshot import schema
+from vmm.board.slot import At
 from vmm.device import Device
 from vmm.qtest.board import Command
-from vmm.registers import Register
 from vmm.testing.actions import Action, Call, Wake
 from vmm.testing.case import Case, smallest
 from vmm.testing.rig import Build
-from vmm.testing.strategies import WAITS, calls, registers, states
+from vmm.testing.strategies import WAITS, accesses, calls, states
 from vmm.testing.subject import BANK, Subject
 from vmm.testing.twins import Twins
 
@@ -74,23 +74,26 @@ def device_machine(
     subject = device if isinstance(device, Subject) else Subject.of(device)
     cls = subject.device
     rules: dict[str, Any] = {}
-    ports = [port for port, _ in subject.ports]
-    anywhere = st.builds(lambda port, offset: max(0, port + offset), st.sampled_from(ports), st.integers(-4, BANK))
-    size = st.sampled_from(subject.sizes)
-    anything = st.integers(0, (1 << 8 * subject.sizes[-1]) - 1)
+    anywhere = st.tuples(st.sampled_from(subject.at), st.integers(-4, BANK), st.integers(0, 3))
+    anything = st.integers(0, (1 << 64) - 1)
+
+    def near(place: tuple[At, int, int]) -> tuple[At, int, int]:
+        """A place, an address near it, and a size."""
+        at, offset, size = place
+        return at, max(0, at.base + offset), subject.sizes(at)[size % len(subject.sizes(at))]
 
     if any(register.kind == "read" for register in cls.registers):
 
-        @rule(register=registers(cls, "read"))
-        def read(self: Any, register: Register) -> None:
-            self.do(subject.read(subject.port(register), register.size))
+        @rule(access=accesses(subject, "read"))
+        def read(self: Any, access: tuple[At, int, int]) -> None:
+            self.do(subject.read(*access))
 
         rules["read"] = read
     if any(register.kind == "write" for register in cls.registers):
 
-        @rule(register=registers(cls, "write"), value=st.integers(0, 0xFF) | anything)
-        def write(self: Any, register: Register, value: int) -> None:
-            self.do(subject.write(subject.port(register), register.size, value))
+        @rule(access=accesses(subject, "write"), value=st.integers(0, 0xFF) | anything)
+        def write(self: Any, access: tuple[At, int, int], value: int) -> None:
+            self.do(subject.write(*access, value))
 
         rules["write"] = write
     for method in subject.calls:
@@ -119,15 +122,15 @@ def device_machine(
             type(self).played = Case(subject.name, golden, now, changed, ())
             self.twins = Twins(subject, state, now, spoil=spoil, same_state=same_state)
 
-        if ports:
+        if subject.at:
 
-            @rule(address=anywhere, size=size)
-            def read_anywhere(self, address: int, size: int) -> None:
-                self.do(subject.read(address, size))
+            @rule(place=anywhere)
+            def read_anywhere(self, place: tuple[At, int, int]) -> None:
+                self.do(subject.read(*near(place)))
 
-            @rule(address=anywhere, size=size, value=anything)
-            def write_anywhere(self, address: int, size: int, value: int) -> None:
-                self.do(subject.write(address, size, value))
+            @rule(place=anywhere, value=anything)
+            def write_anywhere(self, place: tuple[At, int, int], value: int) -> None:
+                self.do(subject.write(*near(place), value))
 
         @rule(ns=WAITS)
         def wait(self, ns: int) -> None:

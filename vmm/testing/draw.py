@@ -58,21 +58,24 @@ def _action(subject: Subject, c: Choices) -> Action:
     kind = c.below(16)
     if kind < 11 and subject.device.registers:
         register = c.one_of(subject.device.registers)
-        port, size = subject.port(register), register.size
-        return (
-            subject.read(port, size)
-            if register.kind == "read"
-            else subject.write(port, size, _written(subject, c, size))
-        )
+        at, address = subject.place(register)
+        size = register.size or c.one_of(subject.sizes(at))
+        if register.span is not None:
+            address += register.span.step * c.below(register.span.count)
+        if register.kind == "read":
+            return subject.read(at, address, size)
+        return subject.write(at, address, size, _written(subject, c, size))
     if kind == 12 and subject.calls:
         method, wanted = c.one_of(list(subject.calls.items()))
         return Call(method, tuple((name, value(c, kind)) for name, kind in wanted.items()))
     if kind == 13:
         return Wake()
-    if kind == 14 and subject.ports:
-        base, size = c.one_of(subject.ports)[0], c.one_of(subject.sizes)
-        port = max(0, base + c.below(16) - 4)
-        return subject.read(port, size) if c.below(2) else subject.write(port, size, c.below(1 << 8 * size))
+    if kind == 14 and subject.at:
+        at = c.one_of(subject.at)
+        size, address = c.one_of(subject.sizes(at)), max(0, at.base + c.below(16) - 4)
+        if c.below(2):
+            return subject.read(at, address, size)
+        return subject.write(at, address, size, c.below(1 << 8 * size))
     most = c.one_of((0, *_WAITS))
     return Command("clock_step", value=c.below(most + 1) if most else None)
 

@@ -18,6 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from vmm.guest.image import Image
     from vmm.machine.machine import Machine
+    from vmm.machine.moment import Moment
     from vmm.testing.expect import Expect
 
 BACKENDS = ("emu", "kvm")
@@ -126,13 +127,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     every_ms = item.config.getoption("--vm-roundtrip")
     if every_ms is None or item.get_closest_marker("no_roundtrip"):
         return (yield)
-    from vmm.machine.machine import Machine
+    from vmm.testing.roundtrip import round_trips
 
-    Machine.roundtrip_ns = int(every_ms * 1_000_000)
-    try:
+    with round_trips(int(every_ms * 1_000_000)):
         return (yield)
-    finally:
-        Machine.roundtrip_ns = None
 
 
 def _demand_kvm(config: pytest.Config) -> None:
@@ -244,21 +242,20 @@ def vm_snapshot(
 
 @dataclass
 class _Booted:
-    """The guest when it is up, to come back to; booted again after a test that closed the machine or marked it."""
+    """The guest when it is up, to come back to; booted again after a test that closed the machine."""
 
     boot: Callable[[], Machine]
     machine: Machine | None = None
-    mark: object = None
+    moment: Moment | None = None
 
     def again(self) -> Machine:
         machine = self.machine
-        if machine is None or machine.closed or machine.marked is not self.mark:
-            self.close()
+        if machine is None or machine.closed or self.moment is None:
             machine = self.machine = self.boot()
-            machine.mark()
-            self.mark = machine.marked
-        machine.reset()
-        machine.drop_typed()
+            self.moment = machine.moment()
+        machine.rewind(self.moment)
+        for console in machine.board.consoles.values():
+            console.typed.clear()
         return machine
 
     def close(self) -> None:

@@ -1,26 +1,31 @@
-"""A device's surroundings in a test: a clock, lines, sinks; and how to wire a class to them by its constructor."""
+"""A device's surroundings in a test: a clock, an alarm, lines, sinks, RAM; a source of wires for `vmm.wires.wire`."""
 
 from __future__ import annotations
 
-import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from operator import methodcaller
+from functools import partial
 from typing import Any
 
+from vmm.board.slot import Fixed, Lead, Slot
 from vmm.device import Device
-from vmm.wires import Clock, Line
+from vmm.wires import UNWIRED, Alarm, Clock, Dma, Line, Msi, Posting, wire
+
+RAM_BYTES = 1 << 20
 
 
 @dataclass
 class Rig:
-    """A clock that stands still until moved, lines and sinks that remember."""
+    """A clock that stands still until moved, an alarm, lines and sinks that remember, and a MiB of RAM at 0."""
 
     now: int = 0
     lines: dict[str, bool] = field(default_factory=dict)
     edges: list[tuple[str, bool]] = field(default_factory=list)
     events: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    alarm_ns: int | None = None  # what the device told its alarm last,
+    alarmed: bool = False  # if it has one
+    ram: bytearray = field(default_factory=lambda: bytearray(RAM_BYTES))
 
     @property
     def clock(self) -> Rig:
@@ -28,6 +33,10 @@ class Rig:
 
     def now_ns(self) -> int:
         return self.now
+
+    def alarm(self, when_ns: int | None) -> None:
+        """The device's alarm."""
+        self.alarm_ns = when_ns
 
     def line(self, name: str) -> Callable[[bool], None]:
         """An output line, low until driven; its last level is kept in `lines`, every change of it in `edges`."""
@@ -47,25 +56,60 @@ class Rig:
 
         return take
 
+    # --- DMA
+
+    def view(self, address: int, size: int) -> memoryview | None:
+        fits = 0 <= address <= address + size <= len(self.ram)
+        return memoryview(self.ram)[address : address + size].toreadonly() if fits else None
+
+    def write(self, address: int, data: bytes) -> bool:
+        if self.view(address, len(data)) is None:
+            return False
+        self.ram[address : address + len(data)] = data
+        self.events.append(("dma", (address, data)))
+        return True
+
+    # --- wiring
+
+    def wire(self, leads: Mapping[str, Lead], name: str, annotation: Any) -> Any:
+        """What a constructor's argument is given: a value that the slot fixes, else a wire that ends here."""
+        if isinstance(lead := leads.get(name), Fixed):
+            return lead.value
+        if annotation is Clock:
+            return self.clock
+        if annotation is Alarm:
+            self.alarmed = True
+            return self.alarm
+        if annotation is Dma:
+            return self
+        if annotation is Line or annotation is Posting:
+            return self.line(name)
+        if annotation is Msi or _is_sink(annotation):
+            return self.sink(name)
+        return UNWIRED
+
 
 Build = Callable[[Rig], Device[Any]]
 
 
-def wiring(cls: type[Device[Any]]) -> Build:
-    """How to build a device from its class: what its constructor calls a Clock, a Line or a callable is given one of
-    the rig's. Raises TypeError for an argument that is something else and has no default."""
-    hints = typing.get_type_hints(cls.__init__)
-    wires: dict[str, Callable[[Rig], Any]] = {}
-    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
-        hint = hints.get(name)
-        if parameter.default is not parameter.empty:
-            continue
-        if hint is Clock:
-            wires[name] = lambda rig: rig.clock
-        elif hint is Line:
-            wires[name] = methodcaller("line", name)
-        elif typing.get_origin(hint) is typing.get_origin(Callable[..., Any]):
-            wires[name] = methodcaller("sink", name)
-        else:
-            raise TypeError(f"{cls.__name__}: what is {name!r}? Give a function that builds the device from a Rig")
-    return lambda rig: cls(**{name: wire(rig) for name, wire in wires.items()})
+def _is_sink(annotation: Any) -> bool:
+    """A callable, or a Protocol of one, that takes what the device says and answers nothing."""
+    if isinstance(annotation, type):
+        return getattr(annotation, "_is_protocol", False) and "__call__" in vars(annotation)
+    return typing.get_origin(annotation) is typing.get_origin(Callable[..., Any])
+
+
+def wiring(cls: type[Device[Any]], leads: Mapping[str, Lead] | None = None) -> Build:
+    """How to build a device from its class, each argument of its constructor wired to a rig by its annotation
+    (vmm.wires). Raises TypeError for one that is something else and has no default."""
+
+    def build(rig: Rig) -> Device[Any]:
+        return wire(cls, partial(rig.wire, leads or {}))
+
+    build(Rig())
+    return build
+
+
+def on_a_board(slot: Slot) -> Build:
+    """The same, of the device in a slot of a board."""
+    return wiring(slot.device, slot.wires)

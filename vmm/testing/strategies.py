@@ -7,8 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from snapshot import schema, types
-from vmm.device import Device
-from vmm.registers import Register
+from vmm.board.slot import At
 from vmm.testing.actions import Call
 from vmm.testing.subject import Subject
 
@@ -45,9 +44,16 @@ def states(cls: type) -> st.SearchStrategy[Any]:
     return some | st.fixed_dictionaries(fields).map(lambda given: cls(**given))
 
 
-def registers(cls: type[Device[Any]], kind: str) -> st.SearchStrategy[Register]:
-    """A declared register that can be read, or written."""
-    return st.sampled_from([register for register in cls.registers if register.kind == kind])
+@st.composite
+def accesses(draw: st.DrawFn, subject: Subject, kind: str) -> tuple[At, int, int]:
+    """A declared register that can be read, or written: the place of its bank, its address and size."""
+    register = draw(st.sampled_from([register for register in subject.device.registers if register.kind == kind]))
+    at, address = subject.place(register)
+    size = register.size or draw(st.sampled_from(subject.sizes(at)))
+    if register.span is not None:
+        last = register.span.count - 1
+        address += register.span.step * draw(st.integers(0, last) | st.sampled_from((0, last)))
+    return at, address, size
 
 
 def calls(subject: Subject, method: str) -> st.SearchStrategy[Call]:

@@ -1,4 +1,4 @@
-"""What is tested: a device, how it is built on a rig, and at which ports its registers lie."""
+"""What is tested: a device, how it is built on a rig, and where its registers lie."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from types import CodeType, ModuleType, SimpleNamespace
+from types import CodeType, ModuleType
 from typing import Any
 
 from snapshot import schema, types
 from snapshot.errors import SnapshotError
-from vmm.board.board import SLOTS, Slot
+from vmm.board import kinds
+from vmm.board.config import DeviceConfig
+from vmm.board.isapc import CHIPS
+from vmm.board.slot import At
 from vmm.bus import Bus
 from vmm.device import Device
-from vmm.devices.pic import Pic
-from vmm.errors import GuestError
+from vmm.errors import RequestError
 from vmm.qtest.board import Command
 from vmm.registers import Register
 from vmm.testing.actions import Call
-from vmm.testing.rig import Build, Rig, wiring
+from vmm.testing.rig import Build, Rig, on_a_board, wiring
 
 BANK = 0x100  # banks of a device that is on no board are put this far apart, or twice, three times ...
 MEMORY = 0xF000_0000  # and from here on in memory
@@ -31,69 +32,80 @@ MEMORY = 0xF000_0000  # and from here on in memory
 
 @dataclass(frozen=True)
 class Subject:
-    """`ports`: (port, bank) of each bank; physical addresses for a device that is meant for memory."""
+    """`at` says where each bank lies."""
 
     name: str
     device: type[Device[Any]]
     build: Build
-    ports: tuple[tuple[int, str], ...]
+    at: tuple[At, ...]
 
     @classmethod
-    def of(cls, device: type[Device[Any]] | Build) -> Subject:
-        """A class whose constructor says what its wires are, or a function that builds a device from a Rig."""
+    def of(cls, device: type[Device[Any]] | Build, at: tuple[At, ...] | None = None) -> Subject:
+        """A class whose constructor says what its wires are, or a function that builds a device from a Rig. Where `at`
+        does not say it, the banks lie among the ports, or, if they are too large for that or have registers of eight
+        bytes, in memory."""
         build = wiring(device) if isinstance(device, type) else device
         made = type(build(Rig()))
-        banks = sorted({register.bank for register in made.registers})
-        name = f"{made.__module__}:{made.__qualname__}"
-        first = MEMORY if made.mmio else 0
-        largest = max((register.offset + register.size for register in made.registers), default=1)
-        apart = -(-largest // BANK) * BANK
-        return cls(name, made, build, tuple((first + i * apart, bank) for i, bank in enumerate(banks)))
+        return cls(f"{made.__module__}:{made.__qualname__}", made, build, _places(made) if at is None else at)
 
     @classmethod
     @functools.cache
     def named(cls, name: str) -> Subject:
-        """A part of the board ("com1"), or somebody's class ("package.module:Class"). Raises GuestError."""
-        if (slot := next((slot for slot in SLOTS if slot.name == name), None)) is not None:
-            return cls(name, slot.device, partial(_build, slot), slot.ports)
+        """A part of the board ("com1"), a kind of device ("uart"), or somebody's class ("package.module:Class"). Raises
+        RequestError, BackendError."""
+        for slot in CHIPS:
+            if slot.id == name:
+                return cls(name, slot.device, on_a_board(slot), slot.at)
         module, _, attribute = name.partition(":")
         if not attribute:
-            raise GuestError(f"no device {name!r}: the board has {', '.join(s.name for s in SLOTS)}; or MODULE:CLASS")
+            if name in kinds.names():
+                return cls._of_kind(kinds.kind(name))
+            known = ", ".join([*(slot.id for slot in CHIPS), *kinds.names()])
+            raise RequestError(f"no device {name!r}: there are {known}; or MODULE:CLASS")
         try:
             found = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # it is somebody's code
-            raise GuestError(f"{name}: {type(error).__name__}: {error}") from None
+            raise RequestError(f"{name}: {type(error).__name__}: {error}") from None
         if not (isinstance(found, type) and issubclass(found, Device) and hasattr(found, "State")):
-            raise GuestError(f"{name}: not a Device class with a State")
+            raise RequestError(f"{name}: not a Device class with a State")
         try:
             return cls.of(found)
         except TypeError as error:
-            raise GuestError(str(error)) from None
+            raise RequestError(str(error)) from None
         except Exception as error:
-            raise GuestError(f"{name}: {type(error).__name__}: {error}") from None
+            raise RequestError(f"{name}: {type(error).__name__}: {error}") from None
 
-    def port(self, register: Register) -> int:
-        """Where this register is."""
-        return next(port for port, bank in self.ports if bank == register.bank) + register.offset
+    @classmethod
+    def _of_kind(cls, kind: kinds.Kind) -> Subject:
+        place = kind.place or ("port=0x100" if kind.space == "port" else f"memory={MEMORY:#x}")
+        slot = kind.slot(DeviceConfig(id=kind.name, kind=kind.name, place=place))
+        return cls(kind.name, slot.device, on_a_board(slot), slot.at)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
+    def place(self, register: Register) -> tuple[At, int]:
+        """Where this register is: its bank's place, and its address."""
+        at = next(at for at in self.at if at.bank == register.bank)
+        return at, at.base + register.offset
+
+    def sizes(self, at: At) -> tuple[int, ...]:
         """Of accesses there are, in bytes."""
-        return (1, 2, 4, 8) if self.device.mmio else (1, 2, 4)
+        return (1, 2, 4, 8) if at.space == "memory" else (1, 2, 4)
 
-    def read(self, address: int, size: int) -> Command:
-        return Command("read", size, address) if self.device.mmio else Command("in", size, address & 0xFFFF)
+    @staticmethod
+    def read(at: At, address: int, size: int) -> Command:
+        return Command("read", size, address) if at.space == "memory" else Command("in", size, address & 0xFFFF)
 
-    def write(self, address: int, size: int, value: int) -> Command:
+    @staticmethod
+    def write(at: At, address: int, size: int, value: int) -> Command:
         value &= (1 << 8 * size) - 1
-        if self.device.mmio:
+        if at.space == "memory":
             return Command("write", size, address, value)
         return Command("out", size, address & 0xFFFF, value)
 
-    def claim(self, bus: Bus, device: Device[Any]) -> None:
+    def put(self, bus: Bus, device: Device[Any]) -> None:
         """Put its banks where they lie."""
-        for port, bank in self.ports:
-            (bus.claim_mmio if self.device.mmio else bus.claim_ports)(device, port, bank)
+        for at in self.at:
+            space = bus.memory if at.space == "memory" else bus.ports
+            space.window(device, at.bank, width=at.width).map(at.base)
 
     @functools.cached_property
     def calls(self) -> dict[str, dict[str, types.Type]]:
@@ -130,17 +142,17 @@ class Subject:
         return tuple(sorted(found))
 
     def arguments(self, call: Call) -> dict[str, Any]:
-        """Of a call of an @outside method, decoded. Raises GuestError when the device has no such method, or it takes
+        """Of a call of an @outside method, decoded. Raises RequestError when the device has no such method, or it takes
         others."""
         wanted, given = self.calls.get(call.method), dict(call.arguments)
         if wanted is None:
-            raise GuestError(f"{self.name} has no method {call.method!r} marked @outside")
+            raise RequestError(f"{self.name} has no method {call.method!r} marked @outside")
         if wanted.keys() != given.keys():
-            raise GuestError(f"{self.name}: {call.method} takes {', '.join(wanted) or 'nothing'}")
+            raise RequestError(f"{self.name}: {call.method} takes {', '.join(wanted) or 'nothing'}")
         try:
             return {name: kind.decode(given[name], name) for name, kind in wanted.items()}
         except SnapshotError as error:
-            raise GuestError(f"{self.name}: {call.method}: {error}") from None
+            raise RequestError(f"{self.name}: {call.method}: {error}") from None
 
 
 def _constants(code: CodeType) -> Iterator[int]:
@@ -151,25 +163,12 @@ def _constants(code: CodeType) -> Iterator[int]:
             yield constant
 
 
-def _build(slot: Slot, rig: Rig) -> Device[Any]:
-    """As on the board, with its wires ending in a rig."""
-
-    def console(name: str) -> Any:
-        return SimpleNamespace(transmit=rig.sink(name))
-
-    def line(name: str) -> Callable[..., Any]:
-        return lambda which: rig.line(f"{name}{which}")
-
-    board: Any = SimpleNamespace(
-        clock=rig.clock,
-        pics=SimpleNamespace(
-            line=line("irq"), master=Pic(rig.line("intr")), slave=Pic(rig.line("intr"), master=False)
-        ),
-        serial=console,
-        debug=console("debug"),
-        posting=line("posting "),
-        a20=line("a20 "),
-        request_reset=rig.sink("reset"),
-        request_exit=rig.sink("exit"),
-    )  # fmt: skip
-    return slot.build(board)
+def _places(device: type[Device[Any]]) -> tuple[At, ...]:
+    """Its banks, one after the other."""
+    largest = max((bank.size for bank in device.banks.values()), default=1)
+    apart = -(-largest // BANK) * BANK
+    wide = any(register.size == 8 for register in device.registers) or apart * len(device.banks) > 0xF000
+    banks = enumerate(sorted(device.banks))
+    if wide:
+        return tuple(At(MEMORY + i * apart, bank, "memory", 8) for i, bank in banks)
+    return tuple(At(i * apart, bank) for i, bank in banks)

@@ -3,7 +3,8 @@
 * nothing raises, an answer fits its width, and an access does a bounded amount of work;
 * the twin cannot be told from the original: same answers, same edges, same acts on the outside, same state;
 * saving changes nothing; `restored()` changes no state, acts on nothing, and drives each line once to where it was;
-* the state stays within its schema, and a deadline that has been served does not lie in the past;
+* the state stays within its schema, a deadline that has been served does not lie in the past, and the alarm was told
+  the deadline there is;
 * what the device declares as @invariant goes on holding, once it has held.
 """
 
@@ -106,11 +107,13 @@ class Twins:
 class _Twin:
     """One device on a bus of its own, woken in `state`."""
 
-    def __init__(self, subject: Subject, now: int, state: Any, limit: Limit) -> None:
+    def __init__(self, subject: Subject, now: int, state: Any, limit: Limit, ram: bytearray | None = None) -> None:
         self.subject, self.rig, self._limit = subject, Rig(now=now), limit
+        if ram is not None:
+            self.rig.ram[:] = ram
         self.device = subject.build(self.rig)
         self.bus = Bus()
-        subject.claim(self.bus, self.device)
+        subject.put(self.bus, self.device)
         self.device.state = state
         with limit():
             self.device.restored()
@@ -125,7 +128,7 @@ class _Twin:
         assert schema.encode(state) == saved, "saving changed the state"
         woken = spoil(versions.decode(declared.name, declared.version, saved, type(state)))
         before = schema.encode(woken)
-        made = _Twin(self.subject, self.rig.now, woken, self._limit)
+        made = _Twin(self.subject, self.rig.now, woken, self._limit, self.rig.ram)
         assert schema.encode(made.device.state) == before, "restored() changed the state"
         assert not made.acted, "restored() acted on the outside"
         for line in self.rig.lines.keys() | made.rig.lines.keys():  # one that was never driven is low
@@ -170,9 +173,18 @@ class _Twin:
         for _ in range(_MAX_EXPIRIES):
             deadline = self.device.deadline()
             if deadline is None or deadline > self.rig.now:
+                self._told()
                 return
             self.device.expire()
         raise AssertionError("the deadline stays in the past")
+
+    def _told(self) -> None:
+        deadline = self.device.deadline()
+        if self.rig.alarmed:
+            told = self.rig.alarm_ns
+            assert told == deadline, f"the deadline is {deadline}, and the alarm was told {told}"
+        else:
+            assert deadline is None, "it has a deadline, and no Alarm to tell it to"
 
     def holds(self, invariant: str) -> bool:
         with self._limit():

@@ -55,7 +55,7 @@ def command(vm: Supervisor, what: str, folder: Path, saved: list[Path]) -> None:
             case "resume":
                 vm.resume().result()
             case "read":
-                vm.at_safe_point(vm.machine.encoded_parts).result()
+                vm.at_safe_point(vm.machine.encoded_states).result()
             case "nowhere":
                 with pytest.raises(BackendError, match="cannot save to"):
                     vm.save(Path("/proc/nowhere")).result()
@@ -103,9 +103,9 @@ def test_what_is_aimed_at_survives_every_stop_on_the_way():
     """A command comes with each byte of output: the text waited for is half written at most of them."""
     with boot() as machine:
         machine.board.console.listen(lambda _: machine.post(lambda _: Stopped("command")))
-        machine.aim(until="round 0002 sum")
+        machine.loop.aim(None, "round 0002 sum", None, None)
         stops = 0
-        while (stop := machine.go_on()) == Stopped("command"):
+        while (stop := machine.loop.go_on()) == Stopped("command"):
             stops += 1
         assert stop == Stopped("pattern") and stops > 50
         assert b"round 0003" not in machine.board.console.output

@@ -123,9 +123,9 @@ def test_reset(box, boot_own):
 
 
 def as_after_power_on(machine, boot_own):
-    found, fresh = machine.parts(), boot_own()
+    found, fresh = machine.states(), boot_own()
     # MR leaves a serial port's scratch register and divisor alone.
-    assert {name for name, state in fresh.parts().items() if state != found[name]} <= {"com1"}
+    assert {name for name, state in fresh.states().items() if state != found[name]} <= {"com1"}
     assert machine.digests()["ram"] == fresh.digests()["ram"]
     fresh.close()
 
@@ -204,7 +204,7 @@ def test_preflight(box, tmp_path):
 def test_devices(box):
     box.call("pause")
     found = box.call("devices")
-    assert [each["name"] for each in found] == list(box.machine.parts())
+    assert [each["name"] for each in found] == list(box.machine.states())
     (uart,) = box.call("devices", name="com1")
     assert uart["schema"] == "uart.16550a" and uart["state"]["mcr"] == box.machine.board.devices["com1"].state.mcr
     with pytest.raises(Failed, match="there is no part 'com9'; there are config") as failed:

@@ -10,7 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from snapshot.schema import state
 from snapshot.types import Size, u8, u64
-from vmm.board.board import SLOTS
+from vmm.board.isapc import CHIPS
 from vmm.device import Device, invariant, outside
 from vmm.devices.debugcon import Debugcon
 from vmm.qtest.board import Command
@@ -18,9 +18,9 @@ from vmm.registers import reads, writes
 from vmm.testing import Subject, check_device, device_machine
 from vmm.testing.case import Case
 from vmm.testing.draw import case
-from vmm.wires import Clock, Line
+from vmm.wires import Alarm, Clock, Line
 
-PARTS = [slot.name for slot in SLOTS if slot.name not in ("com2", "com3", "com4")]  # as com1
+PARTS = [slot.id for slot in CHIPS if slot.id not in ("com2", "com3", "com4")]  # as com1
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -39,9 +39,9 @@ class Counter(Device[CounterState]):
 
     State = CounterState
 
-    def __init__(self, clock: Clock, line: Line, sink: Callable[[int], None]) -> None:
+    def __init__(self, clock: Clock, alarm: Alarm, line: Line, sink: Callable[[int], None]) -> None:
         super().__init__()
-        self.clock, self.line, self.sink = clock, line, sink
+        self.clock, self.alarm, self.line, self.sink = clock, alarm, line, sink
         self.hidden = 0
 
     @reads(0)
@@ -65,9 +65,11 @@ class Counter(Device[CounterState]):
 
     def expire(self) -> None:
         self.state.at_ns = 0
+        self.alarm(None)
 
     def restored(self) -> None:
         self.line(bool(self.state.count & 1))
+        self.alarm(self.deadline())
 
 
 def test_a_device_that_is_right():
@@ -91,6 +93,7 @@ class Wide(Counter):
 
 class Clicks(Counter):
     def restored(self):
+        super().restored()
         self.state.count = self.state.count + 1 & 0xFF
 
 
@@ -122,6 +125,17 @@ class SlowerByTheYear(Counter):
 class Hangs(Counter):
     def restored(self):
         self.line(False)
+        self.alarm(self.deadline())
+
+
+class Oversleeps(Counter):
+    def restored(self):
+        self.line(bool(self.state.count & 1))
+
+
+class TellsNothing(Counter):
+    def __init__(self, clock: Clock, line: Line, sink: Callable[[int], None]) -> None:
+        super().__init__(clock, lambda when_ns: None, line, sink)
 
 
 class Knocks(Counter):
@@ -178,6 +192,8 @@ BUGS = {
     Endless: "does not come to an end",
     SlowerByTheYear: "does not come to an end",
     Hangs: "line line differs",
+    Oversleeps: "the alarm was told None",
+    TellsNothing: "no Alarm to tell it to",
     Knocks: "moved a line to and fro",
     KnocksLater: "line line of the twin differs",
     Loses: "never_five holds no more",
@@ -229,19 +245,19 @@ def test_only_what_the_device_does_is_bounded():
     check_device(Large, examples=3)
 
 
-@state("test.generic.alarm", version=1)
-class AlarmState:
+@state("test.generic.timer", version=1)
+class TimerState:
     at_ns: u64 = 1000
 
 
-class Alarm(Device[AlarmState]):
+class Timer(Device[TimerState]):
     """No register, only time."""
 
-    State = AlarmState
+    State = TimerState
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, alarm: Alarm, line: Line) -> None:
         super().__init__()
-        self.line = line
+        self.alarm, self.line = alarm, line
 
     def deadline(self) -> int | None:
         return self.state.at_ns or None
@@ -249,22 +265,25 @@ class Alarm(Device[AlarmState]):
     def expire(self) -> None:
         self.state.at_ns = 0
         self.line(True)
+        self.alarm(None)
 
     def restored(self) -> None:
         self.line(not self.state.at_ns)
+        self.alarm(self.deadline())
 
 
-class ForgottenAlarm(Alarm):
+class ForgottenTimer(Timer):
     def restored(self) -> None:
         self.line(False)
+        self.alarm(self.deadline())
 
 
 def test_a_device_without_registers():
-    check_device(Alarm)
+    check_device(Timer)
     with pytest.raises(AssertionError, match="line line differs"):
-        check_device(ForgottenAlarm)
+        check_device(ForgottenTimer)
     for n in range(50):
-        assert case(Subject.of(Alarm), {"at_ns": 0}, 0, random.Random(n).randbytes(200)).actions
+        assert case(Subject.of(Timer), {"at_ns": 0}, 0, random.Random(n).randbytes(200)).actions
 
 
 class FarApart(Counter):
@@ -282,7 +301,7 @@ def test_banks_do_not_overlap():
 
 
 def test_a_constructor_that_does_not_say_what_it_needs():
-    with pytest.raises(TypeError, match="Debugcon: what is 'readback'"):
+    with pytest.raises(TypeError, match="Debugcon: nothing is wired to 'readback'"):
         check_device(Debugcon)
 
 
@@ -295,7 +314,7 @@ class MailboxState:
 class Mailbox(Device[MailboxState]):
     """In memory, with a register of eight bytes."""
 
-    State, mmio = MailboxState, True
+    State = MailboxState
 
     @reads(0, size=8)
     def read_word(self) -> int:

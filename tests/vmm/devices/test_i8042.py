@@ -29,8 +29,8 @@ class Rig:
         self.resets = 0
         self.device = I8042(self._line("irq1"), self._line("irq12"), self._line("a20"), self._reset)
         self.bus = Bus()
-        self.bus.claim_ports(self.device, 0x60)
-        self.bus.claim_ports(self.device, 0x64, "command")
+        self.bus.ports.window(self.device).map(0x60)
+        self.bus.ports.window(self.device, "command").map(0x64)
 
     def _line(self, name: str) -> Line:
         def drive(level: bool) -> None:

@@ -30,10 +30,10 @@ class Rig:
         self.debug_exit = DebugExit(lambda status: self.out.append(("exit", status)))
         self.bus = Bus()
         for port, device in self.parts().items():
-            self.bus.claim_ports(device, port)
+            self.bus.ports.window(device).map(port)
 
     def parts(self) -> dict[int, Device[Any]]:
-        return {0x92: self.port92, 0xCF9: self.cf9, 0xE9: self.debugcon, 0x501: self.debug_exit}
+        return {0x92: self.port92, 0xCF8: self.cf9, 0xE9: self.debugcon, 0x501: self.debug_exit}
 
     def run(self, port: int, program: list[int | None]) -> list[int]:
         seen = []

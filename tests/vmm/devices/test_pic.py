@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.bus import Bus
-from vmm.devices.pic import PicPair
+from vmm.devices.pic import CASCADE, Pic, PicPair
+from vmm.wires import Junction
 
 MASTER, SLAVE = 0x20, 0xA0
 EOI = 0x20
@@ -18,18 +21,26 @@ class Pair:
 
     def __init__(self, icw4: int = 0x01, initialize: bool = True) -> None:
         self.edges: list[bool] = []
-        self.pics = PicPair(self.edges.append)
+        self._level = False
+        master = Pic(self._intr)
+        self.pics = PicPair(master, Pic(partial(master.set_line, CASCADE), master=False))
         self.bus = Bus()
-        for chip, port in ((self.pics.master, MASTER), (self.pics.slave, SLAVE)):
-            self.bus.claim_ports(chip, port)
-        self.bus.claim_ports(self.pics.master, 0x4D0, "elcr")
-        self.bus.claim_ports(self.pics.slave, 0x4D1, "elcr")
-        self.lines = [self.pics.line(irq) for irq in range(16)]
+        for chip, port, elcr in ((self.pics.master, MASTER, 0x4D0), (self.pics.slave, SLAVE, 0x4D1)):
+            self.bus.ports.window(chip).map(port)
+            self.bus.ports.window(chip, "elcr").map(elcr)
+        chips = (self.pics.master, self.pics.slave)
+        self.wires = [Junction(partial(chips[irq // 8].set_line, irq % 8)) for irq in range(16)]
+        self.lines = [wire.driver() for wire in self.wires]
         if initialize:
             for port, vector, cascade in ((MASTER, 0x30, 4), (SLAVE, 0x38, 2)):
                 self.out(port, 0x11)
                 for word in (vector, cascade, icw4):
                     self.out(port + 1, word)
+
+    def _intr(self, level: bool) -> None:
+        if level != self._level:
+            self._level = level
+            self.edges.append(level)
 
     def out(self, port: int, value: int) -> None:
         self.bus.port_out(port, 1, value)
@@ -270,7 +281,7 @@ def test_the_pin_is_driven_once_per_change(pair):
 
 
 def test_devices_on_one_line_are_ored(pair):
-    other = pair.pics.line(4)
+    other = pair.wires[4].driver()
     pair.lines[4](False)
     other(False)
     pair.lines[4](True)
@@ -281,11 +292,11 @@ def test_devices_on_one_line_are_ored(pair):
 
 
 def test_restoring_shared_lines_raises_no_edge(pair):
-    other = pair.pics.line(4)
+    other = pair.wires[4].driver()
     pair.lines[4](False)
     other(True)
     assert pair.drain() == [4]
-    pair.pics.forget_wires()
+    pair.wires[4].forget()
     pair.lines[4](False)  # the first to speak is low; the other still holds the line
     other(True)
     assert not pair.pics.pending()

@@ -110,10 +110,10 @@ class Chip:
     def __init__(self) -> None:
         self.rig = Rig()
         self.levels: list[bool] = []
-        self.device = Pit(self.rig.clock, self.levels.append)
+        self.device = Pit(self.rig.clock, self.rig.alarm, self.levels.append)
         self.bus = Bus()
-        self.bus.claim_ports(self.device, 0x40)
-        self.bus.claim_ports(self.device, 0x61, "portb")
+        self.bus.ports.window(self.device).map(0x40)
+        self.bus.ports.window(self.device, "portb").map(0x61)
         self.edge = 0
 
     def to(self, edge: int) -> None:

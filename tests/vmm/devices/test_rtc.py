@@ -20,10 +20,10 @@ PIE, AIE, UIE = 0x40, 0x20, 0x10
 class Chip:
     def __init__(self, epoch_ns: int = 0, below: int = 256 << 20, above: int = 0) -> None:
         self.rig = Rig()
-        self.device = Rtc(self.rig.clock, self.rig.line("irq8"))
+        self.device = Rtc(self.rig.clock, self.rig.alarm, self.rig.line("irq8"))
         self.device.state = rtc.power_on(epoch_ns, below, above)
         self.bus = Bus()
-        self.bus.claim_ports(self.device, 0x70)
+        self.bus.ports.window(self.device).map(0x70)
 
     def __getitem__(self, index: int) -> int:
         self.bus.port_out(0x70, 1, index)

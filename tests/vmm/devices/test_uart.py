@@ -21,7 +21,7 @@ class Port:
         self.sent = bytearray()
         self.device = Uart(self.rig.line("irq"), self.sent.append)
         self.bus = Bus()
-        self.bus.claim_ports(self.device, 0x3F8)
+        self.bus.ports.window(self.device).map(0x3F8)
 
     def __getitem__(self, register: int) -> int:
         return self.bus.port_in(0x3F8 + register, 1)

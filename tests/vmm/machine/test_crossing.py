@@ -25,7 +25,7 @@ def cross(machine, file, backend):
     machine.save(file)
     woken = Machine.restore(file, backend, allow=("tsc-rate",))
     assert not differences(machine.cpu.save(), woken.cpu.save())
-    ours, theirs = machine.parts(), woken.parts()
+    ours, theirs = machine.states(), woken.states()
     for part in ours.keys() - {"cpu.0", "config", "clock"}:
         assert ours[part] == theirs[part], part
     for mine, other in zip(machine.ram.regions, woken.ram.regions, strict=True):

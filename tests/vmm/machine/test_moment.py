@@ -1,4 +1,4 @@
-"""mark and reset: whatever happened in between, everything is as it was, as often as one likes."""
+"""Moments and rewinding: whatever happened in between, everything is as it was, as often as one likes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def run_some(machine, draw):
 
 
 def test_run_roll_back_and_roll_back_again():
-    """From marks at random places: each run from one ends the same, whatever other runs there were from it."""
+    """From moments at random places: each run from one ends the same, whatever other runs there were from it."""
     draw = random.Random("mark")
     with boot() as machine:
         for _ in range(25):
             run_some(machine, draw)
             before = machine.digests()
-            machine.mark()
-            assert machine.digests() == before, "a mark changes nothing"
+            moment = machine.moment()
+            assert machine.digests() == before, "a moment changes nothing"
             goal = machine.position + draw.randrange(1, 200_000)
             ends = []
             for _ in range(3):
@@ -47,7 +47,7 @@ def test_run_roll_back_and_roll_back_again():
                 run_some(machine, draw)
                 machine.send(b"xyz")
                 run_some(machine, draw)
-                machine.reset(verify=True)
+                machine.rewind(moment, verify=True)
                 assert machine.digests() == before
             assert ends[0] == ends[1] == ends[2]
 
@@ -58,10 +58,10 @@ def test_on_kvm(crossing):
     with boot(crossing) as machine:
         for _ in range(5):
             run_some(machine, draw)
-            machine.mark()
+            moment = machine.moment()
             for _ in range(5):
                 run_some(machine, draw)
-                written += machine.reset(verify=True)
+                written += machine.rewind(moment, verify=True)
     assert written > 0
 
 
@@ -72,35 +72,35 @@ SELF_MODIFYING = bytes.fromhex("b0 07 fe 05 f9ffffff 66ba0105 ee f4".replace(" "
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_code_that_changed_itself_is_the_old_code_again(backend):
     with boot(backend, SELF_MODIFYING) as machine:
-        machine.mark()
+        moment = machine.moment()
         for _ in range(3):
             assert machine.run() == Stopped("exit", 7 << 1 | 1)
-            assert machine.reset(verify=True) > 0
+            assert machine.rewind(moment, verify=True) > 0
 
 
 @pytest.mark.parametrize("scans", [True, False])
 def test_ram_beyond_the_hole_and_without_the_fast_scan(scans):
     with boot(mib=3074) as machine:  # two regions
         machine.run(position=500_000)
-        machine.mark()
-        for scanner in machine._mark._scanners:
+        moment = machine.moment()
+        for scanner in machine._moments._baseline.scanners:
             scanner._scans = scans
         high = machine.ram.regions[1]
         high.view[5000] = 7
         machine.run(position=600_000)
-        assert machine.reset() >= 8192
+        assert machine.rewind(moment) >= 8192
         assert high.view[5000] == 0
-        machine.reset(verify=False)
+        machine.rewind(moment, verify=False)
 
 
-def test_a_woken_machine_and_a_save_after_the_mark(tmp_path):
+def test_a_woken_machine_and_a_save_after_the_moment(tmp_path):
     with boot() as machine:
         machine.run(position=1_000_000)
         machine.save(tmp_path / "before")
     with Machine.restore(tmp_path / "before") as machine:
-        machine.mark()
+        moment = machine.moment()
         machine.run(position=1_200_000)
-        machine.reset(verify=True)
+        machine.rewind(moment, verify=True)
         machine.save(tmp_path / "stop")
         checkpoint = machine.checkpoint(tmp_path / "live")
         machine.run(position=1_200_000)
@@ -110,73 +110,94 @@ def test_a_woken_machine_and_a_save_after_the_mark(tmp_path):
         assert (tmp_path / file).read_bytes() == (tmp_path / "before").read_bytes()
 
 
-def test_a_new_mark_replaces_the_old():
+def test_many_moments_of_one_machine():
+    """Kept as little differs or as much, gone back to in any order, once and again."""
+    draw = random.Random("many")
     with boot() as machine:
-        machine.run(position=100_000)
-        machine.mark()
-        machine.run(position=300_000)
-        machine.mark()
-        there = machine.digests()
-        machine.run(position=500_000)
-        machine.reset(verify=True)
-        assert machine.digests() == there
+        kept = []
+        for position in (100_000, 100_400, 300_000, 1_500_000, 1_500_100, 3_000_000):
+            machine.run(position=position)
+            kept.append((machine.moment(), machine.digests()))
+        machine.run(position=4_000_000)
+        for _ in range(30):
+            moment, then = draw.choice(kept)
+            machine.rewind(moment, verify=True)
+            assert machine.digests() == then
+            run_some(machine, draw)
+        assert len({id(moment.copies) for moment, _ in kept}) < len(kept), "none is kept as what differs from another"
+
+
+def test_a_moment_outlives_the_cpu_and_the_ram_it_was_made_of(tmp_path):
+    with boot() as machine:
+        machine.run(position=1_000_000)
+        moment, then = machine.moment(), machine.digests()
+        machine.run(position=1_300_000)
+        goal = machine.digests()
+        machine.save(tmp_path / "later")
+        machine.go_on_from(tmp_path / "later")
+        for _ in range(2):
+            machine.run(position=1_400_000)
+            machine.rewind(moment, verify=True)
+            assert machine.digests() == then
+            machine.run(position=1_300_000)
+            assert machine.digests() == goal
 
 
 def test_breakpoints_armed_since_are_gone():
     with boot() as machine:
         machine.run(position=200_000)
-        machine.mark()
+        moment = machine.moment()
         for armed in (0x401, 0x455):
             machine.cpu.load(dataclasses.replace(machine.cpu.save(), dr0=0x1234, dr7=armed))
             machine.run(position=300_000)
-            machine.reset(verify=True)
+            machine.rewind(moment, verify=True)
 
 
 # --- what would be forgotten is found
 
 
-def plant(machine, what):
+def plant(machine, moment, what):
     match what:
         case "ram":
-            machine._mark._scanners[0].extents = lambda: []
+            machine._moments._baseline.scanners[0].extents = lambda: []
         case "page":
-            extents = machine._mark._scanners[0].extents
-            machine._mark._scanners[0].extents = lambda: extents()[1:]
+            extents = machine._moments._baseline.scanners[0].extents
+            machine._moments._baseline.scanners[0].extents = lambda: extents()[1:]
         case "cpu":
             machine.cpu.reset = lambda mark: None
         case "time":
-            machine._mark._words = bytes(machine.clock.words)
+            moment._made = []
         case "device":
-            machine._mark._devices = [each for each in machine._mark._devices if type(each[0]).__name__ != "Pit"]
+            moment._held = [each for each in moment._held if each[0] != "pit"]
 
 
 @pytest.mark.parametrize("what", ["ram", "page", "cpu", "time", "device"])
-def test_verify_names_what_a_reset_forgot(what):
+def test_verify_names_what_a_rewind_forgot(what):
     with boot() as machine:
         machine.run(position=20_000)
-        machine.mark()
+        moment = machine.moment()
         machine.run(position=2_000_000)
-        plant(machine, what)
+        plant(machine, moment, what)
         names = {"ram": "ram.0", "page": "ram.0", "cpu": "cpu.0", "time": "clock", "device": "pit"}
-        with pytest.raises(AssertionError, match=rf"after the reset differ: .*{names[what]}"):
-            machine.reset(verify=True)
+        with pytest.raises(AssertionError, match=rf"after the rewind differ: .*{names[what]}"):
+            machine.rewind(moment, verify=True)
 
 
 # --- for ever
 
 
 def grows_by(count):
-    """KiB that the process grew by over so many resets, the first tenth not counted."""
+    """KiB that the process grew by over so many rewinds, the first tenth not counted."""
     with boot() as machine:
         machine.run(position=300_000)
-        machine.mark()
+        moment = machine.moment()
         for n in range(count):
             if n == count // 10:
                 before = resident()
             machine.run(position=300_000 + 200 + n % 7)
-            machine.reset()
+            machine.rewind(moment)
         grown = resident() - before
-        machine.reset(verify=True)
+        machine.rewind(moment, verify=True)
         return grown
 
 
@@ -190,7 +211,7 @@ def test_memory_stays_flat():
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_a_million_resets():
+def test_memory_stays_flat_over_a_million_rewinds():
     assert grows_by(1_000_000) < 2048
 
 
@@ -199,7 +220,7 @@ def test_ten_thousand_verified():
     draw = random.Random("verified")
     with boot(mib=2) as machine:
         machine.run(position=1_000_000)
-        machine.mark()
+        moment = machine.moment()
         for _ in range(10_000):
             machine.run(position=machine.position + draw.randrange(1, 20_000))
-            machine.reset(verify=True)
+            machine.rewind(moment, verify=True)

@@ -418,7 +418,8 @@ PLANTED = {  # device: (port, size) of a read, and what is wrong with its answer
 def test_a_difference_is_found(qemu, device):
     port, wrong = PLANTED[device]
     ours = OurBoard()
-    readers = ours.board.bus._readers
+    ours.board.bus.port_in(port, 1)  # it is known from now on who answers
+    readers = ours.board.bus.ports.readers
     right = readers[port << 4 | 1]
     readers[port << 4 | 1] = lambda: right() ^ wrong
     with pytest.raises(AssertionError, match=f"inb {port:#x}"):

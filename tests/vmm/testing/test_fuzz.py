@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from snapshot import schema, versions
 from snapshot.errors import SnapshotError
 from tests.vmm.cli.test_main import MAIN, anyhyve, refusal
-from vmm.board.board import SLOTS
+from vmm.board.isapc import CHIPS
 from vmm.errors import BackendError, GuestError
 from vmm.machine.machine import Machine
 from vmm.qtest.board import Command, parse
@@ -28,7 +28,7 @@ from vmm.testing.actions import Wake
 from vmm.testing.case import shrink
 from vmm.testing.draw import case as drawn
 
-PARTS = [slot.name for slot in SLOTS]
+PARTS = [slot.id for slot in CHIPS]
 BROKEN = '''
 from vmm.registers import reads
 from vmm.devices.rtc import Rtc

@@ -76,7 +76,8 @@ def test_fixtures(project):
 
 
 def test_round_trips_under_any_test(project):
-    said = outcome(project(FIXTURES + "    assert third._trips.every_ns == 500_000\n", "--vm-roundtrip=0.5"), passed=7)
+    source = FIXTURES + "    assert third.loop.hooks[0].every_ns == 500_000\n"
+    said = outcome(project(source, "--vm-roundtrip=0.5"), passed=7)
     assert "a round trip every 0.5 guest ms" in said
 
 
@@ -86,7 +87,7 @@ from vmm.machine.machine import Machine, MachineConfig
 def test_it(vm_image):
     with Machine.boot(MachineConfig(memory_bytes=16 << 20), vm_image) as machine:
         machine.run(position=8_000_000)
-        print("made", 0 if machine._trips is None else machine._trips.made, machine.digests())
+        print("made", sum(hook.made for hook in machine.loop.hooks), machine.digests())
 """
 
 
@@ -122,7 +123,7 @@ def test_it(vm_factory, vm_image, monkeypatch):
 
 
 def test_no_roundtrip_is_heard(project):
-    source = "import pytest\n@pytest.mark.no_roundtrip('why')\ndef test_it(vm):\n    assert vm._trips is None\n"
+    source = "import pytest\n@pytest.mark.no_roundtrip('why')\ndef test_it(vm):\n    assert not vm.loop.hooks\n"
     outcome(project(source, "--vm-roundtrip=1"), passed=1)
 
 
@@ -212,7 +213,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def as_booted(vm_booted):
-    assert vm_booted.typed == 0 and not vm_booted.closed
+    assert not vm_booted.board.console.typed and not vm_booted.closed
     if not hasattr(pytest, "first"):
         pytest.first = vm_booted.position
     assert vm_booted.position == pytest.first
@@ -220,9 +221,9 @@ def as_booted(vm_booted):
 def test_types(vm_booted):
     vm_booted.send(b"left over")
 
-def test_marks(vm_booted):
+def test_remembers(vm_booted):
     vm_booted.run(position=vm_booted.position + 100_000)
-    vm_booted.mark()
+    vm_booted.moment()
 
 def test_closes(vm_booted):
     vm_booted.close()

@@ -11,6 +11,7 @@ from vmm.errors import BackendError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped
 from vmm.testing.expect import Expect
+from vmm.testing.roundtrip import round_trips
 
 pytestmark = pytest.mark.no_roundtrip("it makes its own")
 
@@ -35,11 +36,8 @@ def test_going_on_from_a_file_leaves_no_trace(boot_own, tmp_path):
 def test_an_interrupt_that_is_up_is_up_at_the_new_cpu(boot_own, tmp_path):
     """Trips fall on the timer's ticks, when the guest has halted and time has just skipped to one."""
     with boot_own() as machine, boot_own() as undisturbed:
-        Machine.roundtrip_ns = 1_000_000
-        try:
+        with round_trips(1_000_000):
             tripping = boot_own()
-        finally:
-            Machine.roundtrip_ns = None
         with tripping:
             for each in (tripping, undisturbed):
                 each.run(position=15_000_000)
@@ -71,11 +69,10 @@ def test_what_is_typed_and_what_is_awaited_goes_on(backend, tmp_path, request):
         talk.expect(r"\[y\]")
 
 
-def test_trips_are_made_as_it_runs(boot_own, monkeypatch):
-    monkeypatch.setattr(Machine, "roundtrip_ns", 100_000)
-    with boot_own() as machine:
+def test_trips_are_made_as_it_runs(boot_own):
+    with round_trips(100_000) as trips, boot_own() as machine:
         machine.run(until_ns=1_000_000)
-        assert machine._trips is not None and machine._trips.made > 2
+    assert trips[0].machine is machine and trips[0].made > 2
 
 
 def test_a_file_that_is_none_changes_nothing(boot_own, tmp_path):
@@ -90,21 +87,22 @@ def test_a_file_that_is_none_changes_nothing(boot_own, tmp_path):
         assert machine.run(position=2_000_000) == Stopped("position")
 
 
-def test_a_marked_machine_makes_none(boot_own, monkeypatch):
-    """The mark is of what it is now; it runs on all the same."""
-    monkeypatch.setattr(Machine, "roundtrip_ns", 100_000)
-    with boot_own() as machine:
+def test_a_moment_is_gone_back_to_between_trips(boot_own):
+    with round_trips(100_000) as trips, boot_own() as machine, boot_own() as undisturbed:
         machine.run(position=1_000_000)
-        machine.mark()
-        cpu = machine.cpu
-        for _ in range(2):
-            assert machine.run(position=4_000_000) == Stopped("position") and machine.cpu is cpu
-            machine.reset(verify=True)
+        moment = machine.moment()
+        for _ in range(3):
+            assert machine.run(position=2_500_000) == Stopped("position")
+            end = machine.digests()
+            machine.rewind(moment, verify=True)
+        assert trips[0].made > 3
+        undisturbed.loop.hooks.clear()
+        undisturbed.run(position=2_500_000)
+        assert undisturbed.digests() == end
 
 
 def test_a_trip_the_host_refuses_is_its_fault(boot_own, tmp_path, monkeypatch):
-    monkeypatch.setattr(Machine, "roundtrip_ns", 100_000)
-    with boot_own() as machine:
+    with round_trips(100_000), boot_own() as machine:
         monkeypatch.setattr("vmm.testing.roundtrip.tempfile.tempdir", str(tmp_path / "nowhere"))
         with pytest.raises(BackendError, match="no place for a round trip: No such file"):
             machine.run(position=8_000_000)
@@ -121,6 +119,6 @@ def test_a_run_ends_at_a_time(boot_own):
 def test_time_comes_to_a_guest_that_sleeps(tmp_path):
     """hlt with interrupts on and no timer: only the end of the run wakes the host."""
     with Machine.boot(MachineConfig(memory_bytes=2 << 20), Image(b"\xfb\xf4\xeb\xfd", flat=True)) as machine:
-        machine.awaits_input = True
+        machine.loop.awaits_input = True
         assert machine.run(until_ns=5_000_000_000) == Stopped("time")
         assert machine.clock.now_ns() == 5_000_000_000

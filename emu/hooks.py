@@ -1,0 +1,195 @@
+"""What the engine calls while it runs: ports and memory-mapped I/O, interrupts, exceptions, MSRs, CPUID, system calls.
+
+No exception may cross the engine's frames: each hook runs guarded, and what it raises is kept, the engine stopped, and
+raised again from `run()`. Where machine code can do a hook's work it does (emu.thunks, emu.callbacks).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from unicorn import x86_const as x86
+
+from emu import callbacks, delivery, msr, system_calls, thunks
+from emu.engine import (
+    EXIT_MSR,
+    EXIT_SHUTDOWN,
+    HOOK_BLOCK,
+    HOOK_INSN,
+    HOOK_INSN_INVALID,
+    HOOK_INTR,
+    Engine,
+)
+from vmm.clock import BYTES_PER_NS, GuestClock, Word
+from vmm.cpu import model as cpu_model
+from vmm.cpu.protocol import IoBus
+
+_TIME, _SKIPPED_NS, _EXCEPTIONS = Word.TIME.value, Word.SKIPPED_NS.value, Word.EXCEPTIONS.value
+_GP = 13
+
+# What an access of a device costs the guest, as on an ISA bus. Without it a guest that times a chip by polling it (the
+# PIT, to calibrate the TSC) polls a hundred thousand times.
+_ACCESS_NS = 1000
+_ACCESS_TIME = _ACCESS_NS * BYTES_PER_NS
+
+_IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
+_OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p)
+_PLAIN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+_OTHER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
+_NUMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
+_BLOCK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
+
+
+class Hooks:
+    """The hooks of one engine. `acknowledge()` is the INTA cycle: the vector. `counts` is how often each was called, by
+    reason; `shutdown` is set by a triple fault."""
+
+    def __init__(
+        self, engine: Engine, clock: GuestClock, bus: IoBus, msrs: msr.Msrs, tsc: Callable[[], int],
+        acknowledge: Callable[[], int],
+    ) -> None:  # fmt: skip
+        self._engine, self._clock, self._words, self._bus, self._msrs = engine, clock, clock.words, bus, msrs
+        self._tsc = tsc
+        self.shutdown = False
+        self._failure: BaseException | None = None
+        self.counts = {"port_in": 0, "port_out": 0, "mmio": 0, "msr": 0, "interrupt": 0, "syscall": 0}
+        self.mmio_read: Callable[[int, int], int] = self._guarded(self._mmio_read)
+        self.mmio_write: Callable[[int, int, int], None] = self._guarded(self._mmio_write)
+        self.acknowledge: Callable[[], int] = self._guarded(acknowledge)
+
+    def failure(self) -> BaseException | None:
+        """What a hook raised since this was last asked."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def install(self, native: bool) -> None:
+        """Hand the hooks to the engine; with `native` in machine code where there is some."""
+        if native:
+            self._install_native()
+        else:
+            self._install_portable()
+        for kind, hook, instruction in (
+            (_IN, self._on_in, x86.UC_X86_INS_IN),
+            (_OUT, self._on_out, x86.UC_X86_INS_OUT),
+            (_PLAIN, self._on_cpuid, x86.UC_X86_INS_CPUID),
+            (_PLAIN, self._on_syscall, x86.UC_X86_INS_SYSCALL),
+            (_PLAIN, self._on_sysenter, x86.UC_X86_INS_SYSENTER),
+        ):
+            self._engine.hook(HOOK_INSN, self._address(kind, hook), 0, instruction)
+
+    def _install_native(self) -> None:
+        engine, words = self._engine, ctypes.addressof(self._clock.memory)
+        code, exceptions = engine.executable, words + 8 * _EXCEPTIONS
+        do_interrupt = engine.symbol("x86_cpu_do_interrupt_x86_64")
+        is_int, eflags = engine.address("exception_is_int"), engine.address("eflags")
+        other = self._address(_OTHER, self._on_intercept)
+        places = engine.address("regs"), engine.address("cr") + 32, engine.address("hflags")
+        rdtscp = thunks.rdtsc(*places, tsc_aux=engine.address("tsc_aux"))
+        engine.hook(HOOK_INTR, code(thunks.interrupt(exceptions, do_interrupt, is_int, eflags, other)), engine.cpu)
+        engine.hook(HOOK_INSN_INVALID, code(thunks.invalid_opcode(exceptions, do_interrupt, eflags)), engine.cpu)
+        engine.hook(HOOK_BLOCK, code(thunks.block(engine.symbol("uc_emu_stop"))), words)
+        engine.hook(HOOK_INSN, code(thunks.rdtsc(*places)), words, x86.UC_X86_INS_RDTSC)
+        engine.hook(HOOK_INSN, code(rdtscp), words, x86.UC_X86_INS_RDTSCP)
+        engine.filter_stores(thunks.store_filter)
+
+    def _install_portable(self) -> None:
+        calls = callbacks.Callbacks(self._engine, self._words, self._guarded(self._on_intercept), self._tsc)
+        for kind, prototype, function, instruction in (
+            (HOOK_INTR, _NUMBER, calls.interrupt, None),
+            (HOOK_INSN_INVALID, _PLAIN, calls.invalid_opcode, None),
+            (HOOK_BLOCK, _BLOCK, calls.block, None),
+            (HOOK_INSN, _PLAIN, calls.rdtsc, x86.UC_X86_INS_RDTSC),
+            (HOOK_INSN, _PLAIN, calls.rdtscp, x86.UC_X86_INS_RDTSCP),
+        ):
+            self._engine.hook(kind, self._address(prototype, function), 0, instruction)
+
+    def _address(self, prototype: Any, function: Callable[..., Any]) -> int:
+        callback = self._engine.keep(prototype(self._guarded(function)))
+        address = ctypes.cast(callback, ctypes.c_void_p).value
+        assert address is not None
+        return address
+
+    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except BaseException as failure:
+                self._failure = self._failure or failure
+                self._engine.uc.emu_stop()
+                return 0
+
+        return guarded
+
+    # --- accesses
+
+    def _on_in(self, _uc: Any, port: int, size: int, _data: Any) -> int:
+        self.counts["port_in"] += 1
+        words = self._words
+        words[_TIME] += _ACCESS_TIME
+        words[_SKIPPED_NS] += _ACCESS_NS
+        return self._bus.port_in(port, size)
+
+    def _on_out(self, _uc: Any, port: int, size: int, value: int, _data: Any) -> None:
+        self.counts["port_out"] += 1
+        words = self._words
+        words[_TIME] += _ACCESS_TIME
+        words[_SKIPPED_NS] += _ACCESS_NS
+        self._bus.port_out(port, size, value)
+
+    def _mmio_read(self, address: int, size: int) -> int:
+        self.counts["mmio"] += 1
+        self._clock.skip(_ACCESS_NS)
+        return self._bus.mmio_read(address, size)
+
+    def _mmio_write(self, address: int, size: int, value: int) -> None:
+        self.counts["mmio"] += 1
+        self._clock.skip(_ACCESS_NS)
+        self._bus.mmio_write(address, size, value)
+
+    # --- exceptions and intercepts
+
+    def _on_intercept(self, _uc: Any, number: int, _data: Any) -> int:
+        """Nonzero: the exception that is set up is to be delivered."""
+        if number == EXIT_MSR:
+            self.counts["msr"] += 1
+            return self._on_msr()
+        if number < 0x100 and delivery.settle(self._engine):
+            return 1
+        if number < 0x100 or number == EXIT_SHUTDOWN:
+            self.shutdown = True
+            self._engine.uc.emu_stop()
+            return 0
+        raise AssertionError(f"the engine reports an intercept {number:#x} nobody asked for")
+
+    def _on_msr(self) -> int:
+        engine = self._engine
+        regs, number = engine.regs, engine.regs[1] & 0xFFFFFFFF
+        if engine.error_code.value:
+            done = self._msrs.write(number, (regs[2] & 0xFFFFFFFF) << 32 | regs[0] & 0xFFFFFFFF)
+        elif (value := self._msrs.read(number)) is not None:
+            regs[0], regs[2] = value & 0xFFFFFFFF, value >> 32
+            done = True
+        else:
+            done = False
+        if done:
+            engine.eip.value += 2
+            return 0
+        engine.raise_exception(_GP, 0)
+        return 1
+
+    def _on_cpuid(self, _uc: Any, _data: Any) -> int:
+        regs = self._engine.regs
+        regs[0], regs[3], regs[1], regs[2] = cpu_model.cpuid(regs[0] & 0xFFFFFFFF, regs[1] & 0xFFFFFFFF)
+        return 1
+
+    def _on_syscall(self, _uc: Any, _data: Any) -> int:
+        self.counts["syscall"] += 1
+        system_calls.syscall(self._engine)
+        return 1
+
+    def _on_sysenter(self, _uc: Any, _data: Any) -> int:
+        self.counts["syscall"] += 1
+        system_calls.sysenter(self._engine)
+        return 1

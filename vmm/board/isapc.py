@@ -1,0 +1,79 @@
+"""Board "isapc": the PC/AT's chips as released in 0.1.0, and what the config adds to them. Nothing else knows an
+address."""
+
+from __future__ import annotations
+
+from vmm.board.config import ID, MachineConfig
+from vmm.board.kinds import kind
+from vmm.board.slot import A20, At, Cascade, Fixed, Intr, Irq, Serial, Slot, ports
+from vmm.devices import rtc
+from vmm.devices.debug_exit import DebugExit
+from vmm.devices.debugcon import Debugcon
+from vmm.devices.i8042 import I8042
+from vmm.devices.pic import Pic
+from vmm.devices.pit import Pit
+from vmm.devices.port92 import Port92
+from vmm.devices.reset_control import ResetControl
+from vmm.devices.rtc import Rtc
+from vmm.devices.uart import Uart
+from vmm.errors import BackendError, RequestError
+from vmm.ram import layout
+
+
+def _rtc(config: MachineConfig) -> rtc.RtcState:
+    sizes = dict(layout(config.memory_bytes))
+    return rtc.power_on(config.epoch_ns, sizes.pop(0), sum(sizes.values()))
+
+
+CHIPS: tuple[Slot, ...] = (
+    Slot("pic0", Pic, {"output": Intr(), "master": Fixed(True)}, (ports(0x20), ports(0x4D0, "elcr"))),
+    Slot("pic1", Pic, {"output": Cascade("pic0"), "master": Fixed(False)}, (ports(0xA0), ports(0x4D1, "elcr"))),
+    Slot("pit", Pit, {"irq0": Irq(0)}, (ports(0x40), ports(0x61, "portb"))),
+    Slot("rtc", Rtc, {"irq8": Irq(8)}, (ports(0x70),), power_on=_rtc),
+    Slot("i8042", I8042, {"irq1": Irq(1), "irq12": Irq(12), "a20": A20()}, (ports(0x60), ports(0x64, "command"))),
+    Slot("com1", Uart, {"irq": Irq(4)}, (ports(0x3F8),)),
+    Slot("com2", Uart, {"irq": Irq(3)}, (ports(0x2F8),)),
+    Slot("com3", Uart, {"irq": Irq(4)}, (ports(0x3E8),)),
+    Slot("com4", Uart, {"irq": Irq(3)}, (ports(0x2E8),)),
+    Slot("port92", Port92, {"a20": A20()}, (ports(0x92),)),
+    Slot("reset", ResetControl, {}, (ports(0xCF8),)),
+    Slot("debugcon", Debugcon, {"transmit": Serial("debug"), "readback": Fixed(0xE9)}, (ports(0xE9),)),
+    Slot("biosdebug", Debugcon, {"transmit": Serial("debug"), "readback": Fixed(0xE9)}, (ports(0x402),)),
+    Slot("debugexit", DebugExit, {}, (ports(0x501),)),
+)
+CASCADE_IRQ = 2
+
+
+def slots(config: MachineConfig) -> list[Slot]:
+    """Every chip of the machine, in the order of restoring. Raises RequestError for a device that cannot be put there,
+    BackendError for one of a kind that is not here."""
+    found = list(CHIPS)
+    for device in config.devices:
+        name = device.id or device.kind
+        if not ID.fullmatch(device.id) or device.id in {"config", "board", "clock", *(slot.id for slot in found)}:
+            raise RequestError(f"device {name}: its id is taken, or is no name: {device.id!r}")
+        try:
+            slot = kind(device.kind).slot(device)
+            _check(slot, found)
+        except RequestError as error:
+            raise RequestError(f"device {name}: {error}") from None
+        except BackendError as error:
+            raise BackendError(f"device {name}: {error}") from None
+        found.append(slot)
+    return found
+
+
+def _check(slot: Slot, others: list[Slot]) -> None:
+    for lead in slot.wires.values():
+        if lead == Irq(CASCADE_IRQ):
+            raise RequestError("interrupt 2 is where the second controller is connected")
+    for at in slot.at:
+        for other in others:
+            for taken in other.at:
+                if at.space == taken.space and _overlap(at, slot, taken, other):
+                    raise RequestError(f"{other.id} lies at {at.space}={at.base:#x}")
+
+
+def _overlap(at: At, slot: Slot, taken: At, other: Slot) -> bool:
+    end, taken_end = (a.base + s.device.banks[a.bank].size for a, s in ((at, slot), (taken, other)))
+    return at.base < taken_end and taken.base < end

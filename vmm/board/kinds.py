@@ -1,0 +1,129 @@
+"""Kinds of devices that a machine can be given: ours, and those of other packages.
+
+A package adds a kind by an entry point of the group `anyhyve.devices`, whose object is a Kind:
+
+    [project.entry-points."anyhyve.devices"]
+    thermometer = "acme.thermometer:KIND"
+
+How a constructor's argument is wired for a device that is put on a board by its config: one that an option is named
+after takes it, a Line as the interrupt of that number, anything else as it is; all others go by their annotations
+(vmm.wires).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Literal
+
+from snapshot.types import Range, u8
+from vmm.board import options
+from vmm.board.config import PLACES, DeviceConfig
+from vmm.board.slot import At, Fixed, Irq, Lead, Slot
+from vmm.device import Device
+from vmm.devices.debug_exit import DebugExit
+from vmm.devices.debugcon import Debugcon
+from vmm.devices.uart import Uart
+from vmm.errors import BackendError, RequestError
+from vmm.wires import Line
+
+GROUP = "anyhyve.devices"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a `--device` of this name makes. `banks` says how far each bank lies from the place that is given (`place`
+    by default, such as "port=0x501"), in windows of `width` among the ports or in memory."""
+
+    name: str
+    device: type[Device[Any]]
+    options: type = options.NoOptions
+    space: Literal["port", "memory"] = "port"
+    banks: Mapping[str, int] = field(default_factory=lambda: {"": 0})
+    width: int = 1
+    place: str = ""
+
+    @property
+    def doc(self) -> str:
+        """The first line of what the device's class says."""
+        return (inspect.getdoc(self.device) or inspect.getdoc(self.device.State) or "").partition("\n")[0]
+
+    def slot(self, config: DeviceConfig) -> Slot:
+        """Raises RequestError for options or a place it cannot have."""
+        chosen = options.read(self.options, [(option.name, option.value) for option in config.options])
+        base = self._base(config.place or self.place)
+        at = tuple(At(base + offset, bank, self.space, self.width) for bank, offset in self.banks.items())
+        return Slot(config.id, self.device, self._wires(chosen), at)
+
+    def _wires(self, chosen: Any) -> dict[str, Lead]:
+        hints = typing.get_type_hints(self.device.__init__)
+        named = {name: getattr(chosen, name) for name in options.options_of(self.options) if name in hints}
+        return {name: Irq(value) if hints[name] is Line else Fixed(value) for name, value in named.items()}
+
+    def _base(self, place: str) -> int:
+        word, _, at = place.partition("=")
+        if word != self.space:
+            found = f", not {word}=" if word in PLACES else ""
+            raise RequestError(f"it is put at {self.space}=ADDRESS{found}")
+        try:
+            base = int(at, 0)
+        except ValueError:
+            raise RequestError(f"{place}: not an address") from None
+        most = 0xFFFF if self.space == "port" else (1 << 40) - 1
+        if not 0 <= base <= most:
+            raise RequestError(f"{place}: not within 0..{most:#x}")
+        return base
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsaOptions:
+    """A device with an interrupt."""
+
+    irq: Annotated[int, Range(0, 15), "ISA interrupt"] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugconOptions:
+    """A debug console."""
+
+    readback: Annotated[u8, "what a read answers"] = 0xE9
+
+
+OURS = (
+    Kind("uart", Uart, IsaOptions),
+    Kind("debugcon", Debugcon, DebugconOptions, place="port=0xe9"),
+    Kind("debug-exit", DebugExit, place="port=0x501"),
+)
+
+
+@functools.cache
+def _theirs() -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def names() -> list[str]:
+    """Of all kinds there are here."""
+    ours = [kind.name for kind in OURS]
+    return [*ours, *sorted(_theirs().keys() - set(ours))]
+
+
+@functools.cache
+def kind(name: str) -> Kind:
+    """Raises BackendError where no package here has the kind, or its package cannot be used."""
+    for ours in OURS:
+        if ours.name == name:
+            return ours
+    point = _theirs().get(name)
+    if point is None:
+        raise BackendError(f"there is no kind of device {name!r} here; there are {', '.join(names())}")
+    try:
+        found = point.load()
+    except Exception as error:  # it is somebody's code
+        raise BackendError(f"device {name}: {point.value}: {type(error).__name__}: {error}") from None
+    if not isinstance(found, Kind):
+        raise BackendError(f"device {name}: {point.value} is no Kind")
+    return found

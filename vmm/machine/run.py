@@ -1,0 +1,190 @@
+"""The run loop: the CPU runs to the next deadline, the board does what is due, and between two instructions whatever
+was asked for is done.
+
+One place is the safe point, where the machine may be saved, changed or left: see `_safe_point`.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from typing import Protocol, assert_never
+
+from vmm.board.board import Board
+from vmm.clock import BYTES_PER_NS, GuestClock
+from vmm.cpu.protocol import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown
+from vmm.machine.stop import Fault, Stop, Stopped, StopReason
+
+_SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
+
+Command = Callable[[], Stop | None]  # what it returns ends the run
+
+
+class Hook(Protocol):
+    """What is done at safe points of a run."""
+
+    def due_ns(self) -> int:
+        """The guest time at which it wants one, if none comes before."""
+        ...
+
+    def __call__(self) -> None: ...
+
+
+class RunLoop:
+    """Not thread-safe, but for `post`. `check` is called at each safe point, and raises for what must end the run."""
+
+    def __init__(self, board: Board, clock: GuestClock, cpu: Cpu, check: Callable[[], None]) -> None:
+        self.cpu = cpu
+        self.pace_real = False  # guest time is held back to the clock on the wall
+        self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
+        self.hooks: list[Hook] = []
+        self._board, self._clock, self._check = board, clock, check
+        self._position: int | None = None  # what the run is for
+        self._until_ns: int | None = None
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._next: Command | None = None  # taken from the queue, not done yet
+        self._real_zero: float | None = None  # what the clock on the wall showed at guest time zero
+        board.console.on_match = self.attention
+        for console in board.consoles.values():
+            console.on_input = self._look_around
+
+    def aim(self, position: int | None, until: str | None, until_ns: int | None, since: int | None) -> None:
+        """What `go_on` runs for, however often a command stops it on the way."""
+        self._position, self._until_ns = position, until_ns
+        self.cpu.stop_at(position)
+        self._board.console.watch(until, since)
+
+    def replace(self, cpu: Cpu) -> None:
+        """Go on with another CPU."""
+        self.cpu = cpu
+        cpu.stop_at(self._position)
+        self.attention()  # a kick may have gone to the one before
+
+    def go_on(self) -> Stop:
+        """Run towards what was aimed at."""
+        board, clock = self._board, self._clock
+        while (stop := self._safe_point()) is None:
+            deadline = board.alarms.next_ns
+            if self._until_ns is not None and (deadline is None or self._until_ns < deadline):
+                deadline = self._until_ns
+            limit_ns = clock.now_ns() + _SLICE_NS
+            if deadline is not None and deadline < limit_ns:
+                limit_ns = deadline
+            for hook in self.hooks:
+                limit_ns = min(limit_ns, hook.due_ns())
+            match self.cpu.run(limit_ns * BYTES_PER_NS):
+                case Expired() | Kicked():
+                    pass
+                case Reached():
+                    return Stopped(StopReason.POSITION)
+                case Halted(interruptible):
+                    if (stop := self._idle(interruptible, deadline)) is not None:
+                        return stop
+                case Shutdown():
+                    return Stopped(StopReason.TRIPLE_FAULT)
+                case Crashed(rip, why):
+                    return Fault(rip, why)
+                case unreachable:
+                    assert_never(unreachable)
+            board.alarms.expire_due(clock.now_ns())
+            if self.pace_real:
+                self._hold_back()
+        return stop
+
+    def stand_still(self) -> Stop:
+        """Run nothing; do what is posted, until that ends it."""
+        while (stop := self._obey()) is None:
+            self._await_command(None)
+        self._real_zero = None  # the time that passed was not the guest's
+        return stop
+
+    def post(self, command: Command) -> None:
+        """From any thread, or a signal handler: run `command` at the next boundary; a Stop it returns ends the run."""
+        self._commands.put(command)
+        self.attention()
+
+    def attention(self) -> None:
+        """From any thread: come to a safe point soon."""
+        self.cpu.kick()
+
+    def _look_around(self) -> None:
+        self.post(lambda: None)
+
+    def _safe_point(self) -> Stop | None:
+        """The only place where a running machine may be changed from outside. Inside a block nothing may be: the block
+        is finished first."""
+        self._check()
+        if self._clock.prepaid:
+            return None
+        if (stop := self._obey()) is not None:
+            return stop
+        board = self._board
+        for console, receive in board.receivers:
+            if console.typed:
+                console.take(receive)
+        if board.state.request != "none":
+            request, board.state.request = board.state.request, "none"
+            return Stopped(StopReason(request), board.state.exit_status)
+        if board.console.found:
+            board.console.found = False
+            return Stopped(StopReason.PATTERN)
+        if self._until_ns is not None and self._clock.now_ns() >= self._until_ns:
+            return Stopped(StopReason.TIME)
+        for hook in self.hooks:
+            hook()
+        return None
+
+    def _obey(self) -> Stop | None:
+        """Do what was posted up to now."""
+        for _ in range(self._commands.qsize() + (self._next is not None)):
+            command, self._next = self._next or self._commands.get(), None
+            if (stop := command()) is not None:
+                return stop
+        return None
+
+    def _await_command(self, timeout_s: float | None) -> bool:
+        """Sleep; True when a command came."""
+        if self._next is None:
+            try:
+                self._next = self._commands.get(timeout=timeout_s)
+            except queue.Empty:
+                return False
+        return True
+
+    def _idle(self, interruptible: bool, deadline: int | None) -> Stop | None:
+        """The CPU halted: time skips to the next event."""
+        if not interruptible:
+            return Stopped(StopReason.HALTED)
+        if deadline is None:
+            if not self.awaits_input:
+                return Stopped(StopReason.HALTED) if self._commands.empty() else None
+            self._await_command(0.05)
+            return None
+        if self.pace_real and self._wait_real(deadline):
+            return None
+        self._clock.skip_to(deadline)
+        return None
+
+    # --- the clock on the wall
+
+    def _wait_real(self, deadline: int) -> bool:
+        """Sleep until `deadline` in wall time; True when a command came first."""
+        ahead = (deadline - self._real_now_ns()) / 1e9
+        if ahead <= 0:
+            return False
+        if not self._await_command(min(ahead, 1.0)):
+            return ahead > 1.0
+        self._clock.skip_to(min(deadline, self._real_now_ns()))
+        return True
+
+    def _hold_back(self) -> None:
+        ahead = (self._clock.now_ns() - self._real_now_ns()) / 1e9
+        if ahead > 0:
+            time.sleep(min(ahead, 0.05))
+
+    def _real_now_ns(self) -> int:
+        now = time.monotonic()
+        if self._real_zero is None:
+            self._real_zero = now - self._clock.now_ns() / 1e9
+        return int((now - self._real_zero) * 1e9)
