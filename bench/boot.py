@@ -53,7 +53,7 @@ def main() -> None:
     for kernel in ("vmlinuz", "vmlinux"):
         common = ["-kernel", str(guest / kernel), "-initrd", str(guest / "initrd.img"), "-append", arguments.append]
         theirs = [qemu, "-accel", "tcg", "-m", "256", "-smp", "1", "-nographic", "-nic", "none", "-no-reboot", *common]
-        ours = [sys.executable, "-m", "vmm", "run", "--memory", "256M", "--until", GOAL.decode(),
+        ours = [sys.executable, "-m", "anyhyve", "run", "--memory", "256M", "--until", GOAL.decode(),
                 *(a.replace("-kernel", "--kernel").replace("-initrd", "--initrd").replace("-append", "--append")
                   if a.startswith("-") else a for a in common)]  # fmt: skip
         rows = []

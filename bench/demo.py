@@ -20,7 +20,7 @@ CMDLINE = "console=ttyS0 mitigations=off"
 
 def anyhyve(*arguments: str | Path | int) -> dict[str, Any]:
     """One process of ours; its --json answer."""
-    command = [sys.executable, "-m", "vmm", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "anyhyve", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         sys.exit(f"demo: {' '.join(map(str, arguments[:1]))} failed: {done.stderr.strip()}")
@@ -69,7 +69,7 @@ def _word(equal: bool) -> str:
 def command(file: Path, goal: str) -> str:
     """Wake the snapshot once more as a user would, type a command when the shell is there, and read the answer."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "vmm", "restore", str(file), "--pace", "max", "--until", "answer=[0-9]+ .*amd64"],
+        [sys.executable, "-m", "anyhyve", "restore", str(file), "--pace", "max", "--until", "answer=[0-9]+ .*amd64"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdin and process.stdout

@@ -24,7 +24,7 @@ from vmm.clock import BYTES_PER_NS, GuestClock, Word
 from vmm.cpu import backends, paging
 from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
 from vmm.dirty_pages import PAGE
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 from vmm.ram import Ram
 
 _TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value
@@ -102,7 +102,7 @@ class KvmCpu(Cpu):
 
     def stop_at(self, position: int | None) -> None:
         if position is not None:
-            raise BackendError("kvm does not count the code it runs: a position can be reached with --backend emu only")
+            raise RequestError("kvm does not count the code it runs: a position can be reached with --backend emu only")
 
     def post_writes(self, port: int, on: bool) -> None:
         if self._ring32 is not None:

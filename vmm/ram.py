@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from snapshot.pages import NORESERVE
 from vmm.dirty_pages import PAGE, dirty_extents
-from vmm.errors import BackendError, GuestError
+from vmm.errors import BackendError, GuestError, RequestError
 
 _COPY = 8 << 20
 _MAP_FIXED = 0x10  # mmap(2), linux/mman.h
@@ -84,7 +84,7 @@ def _map_private(address: int, size: int, fd: int) -> None:
 def layout(size: int) -> list[tuple[int, int]]:
     """(base, size) of the regions of a machine with `size` bytes of RAM."""
     if size % PAGE or size <= 0:
-        raise GuestError(f"memory must be a positive multiple of {PAGE} bytes, not {size}")
+        raise RequestError(f"memory must be a positive multiple of {PAGE} bytes, not {size}")
     low = min(size, HOLE_START)
     return [(0, low)] + ([(HOLE_END, size - low)] if size > low else [])
 

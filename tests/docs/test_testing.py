@@ -16,7 +16,7 @@ TEXT = (ROOT / "docs" / "testing.md").read_text()
 FILES = dict(re.findall(r"^```\w+\n# (\S+\.\w+)\n(.*?)^```$", TEXT, re.M | re.S))
 MENDS = re.findall(r"^```python\n# mend thermostat.py\n(.*?)^```$", TEXT, re.M | re.S)[0].split("    ...\n")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-ANYHYVE = [sys.executable, "-m", "vmm"]
+ANYHYVE = [sys.executable, "-m", "anyhyve"]
 
 
 def run(folder, command, timeout=120):

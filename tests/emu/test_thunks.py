@@ -19,7 +19,7 @@ def test_block_charges_or_refuses():
         "mov eax, edx",
         "add rax, qword ptr [rcx]",
         "cmp rax, qword ptr [rcx + 8]",
-        "ja 0xf",
+        "ja 0x11",
         "mov qword ptr [rcx], rax",
         "ret",
         "mov dword ptr [rcx + 0x18], edx",

@@ -23,7 +23,7 @@ from vmm.guest.newc import Archive
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("as", "ld", "nm", "objcopy")
-_PROJECT = ("snapshot", "vmm", "emu", "kvmbackend", "tests", "fixtures", "bench", "pyproject.toml")
+_PROJECT = ("anyhyve", "snapshot", "vmm", "emu", "kvmbackend", "tests", "fixtures", "bench", "pyproject.toml")
 _LIBRARY_SKIPS = {"test", "tests", "idlelib", "tkinter", "lib2to3", "ensurepip", "site-packages", "dist-packages",
                   "turtledemo", "__pycache__"}  # fmt: skip
 

@@ -13,7 +13,7 @@ from snapshot import unpack
 from snapshot.chain import Chain
 from snapshot.reader import Reader
 from tests.conftest import ROOT
-from vmm.errors import BackendError
+from vmm.errors import RequestError
 from vmm.machine.machine import Machine, Stopped
 from vmm.saving import releases
 
@@ -76,7 +76,7 @@ def test_an_unversioned_change_is_found():
 
 
 def test_a_release_there_is_not():
-    with pytest.raises(BackendError, match="there is no release"):
+    with pytest.raises(RequestError, match="there is no release"):
         releases.versions("9.9.9")
 
 

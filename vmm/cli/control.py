@@ -21,7 +21,7 @@ from vmm.control import place, protocol
 from vmm.control.client import Client, Failed
 from vmm.control.dispatch import Method
 from vmm.control.methods import METHODS
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 
 _LIST_TIMEOUT_S = 2.0
 
@@ -168,7 +168,7 @@ def _follow(client: Client, params: dict[str, Any]) -> None:
             message = client.read()
             if message.get("method") == "event":
                 click.echo(json.dumps(message["params"]))
-    except (BackendError, KeyboardInterrupt):
+    except (BackendError, RequestError, KeyboardInterrupt):
         sys.exit(0)
 
 
@@ -194,7 +194,7 @@ def list_machines(rundir: Path | None, as_json: bool) -> None:
         try:
             with Client(folder, name, timeout_s=_LIST_TIMEOUT_S) as client:
                 found.append(client.call("status"))
-        except (BackendError, Failed) as error:
+        except (BackendError, RequestError, Failed) as error:
             found.append({"name": name, "state": f"does not answer: {error}"})
     if as_json:
         click.echo(json.dumps(found))

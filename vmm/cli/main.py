@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from snapshot.errors import SnapshotError
-from vmm.errors import BackendError, GuestError
+from vmm.errors import BackendError, GuestError, RequestError
 
 _COMMANDS = {  # command: module, attribute; imported when asked for: nobody waits for what he does not use
     "attach": ("vmm.cli.control", "attach"),
@@ -49,7 +49,7 @@ class _Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (SnapshotError, GuestError, BackendError) as error:
+        except (SnapshotError, GuestError, BackendError, RequestError) as error:
             click.echo(f"anyhyve: {error}", err=True)
             sys.exit(1)
         except BrokenPipeError:

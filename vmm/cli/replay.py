@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from vmm.cli.fuzz import FOLDER
-from vmm.errors import BackendError, GuestError
+from vmm.errors import BackendError, RequestError
 from vmm.qtest import board as qtest
 from vmm.qtest.qemu import Qemu
 
@@ -34,7 +34,7 @@ def replay(id: str | None, folder: Path, file: Path | None, against: str | None,
     try:
         commands = [command for _, command in qtest.parse(file.read_text())]
     except UnicodeDecodeError:
-        raise GuestError(f"{file}: not text") from None
+        raise RequestError(f"{file}: not text") from None
     if against is None:
         _here(commands, as_json)
     else:
@@ -47,7 +47,7 @@ def _find(folder: Path, id: str, as_json: bool) -> None:
     except ImportError as error:
         raise BackendError(f"{error.name} is not installed: pip install 'anyhyve[test]'") from None
     if (path := fuzz.find(folder, id)) is None:
-        raise GuestError(f"no find {id} in {folder}")
+        raise RequestError(f"no find {id} in {folder}")
     sys.path.insert(0, "")  # for MODULE:CLASS
     case = fuzz.load(path)
     why = case.failure()

@@ -19,7 +19,7 @@ from vmm.cli.options import Epoch, Memory, Pattern
 from vmm.control.supervisor import Supervisor
 from vmm.control.terminal import Terminal
 from vmm.cpu import backends
-from vmm.errors import GuestError
+from vmm.errors import RequestError
 from vmm.guest.image import Image
 from vmm.machine.machine import Fault, Machine, Stop, Stopped
 from vmm.saving import releases
@@ -130,7 +130,7 @@ def _agree(config: MachineConfig, **asked: int | None) -> None:
     """bhyve -r wants the arguments of the first start. Here the file says it all; what is said besides must agree."""
     for field, value in asked.items():
         if value is not None and value != getattr(config, field):
-            raise GuestError(f"{field}: the snapshot has {getattr(config, field)}, not {value}")
+            raise RequestError(f"{field}: the snapshot has {getattr(config, field)}, not {value}")
 
 
 @click.command()
@@ -177,7 +177,7 @@ def _config(**values: Any) -> MachineConfig:
     try:
         encode(config)
     except SnapshotError as error:
-        raise GuestError(f"not a machine we can build: {error}") from None
+        raise RequestError(f"not a machine we can build: {error}") from None
     return config
 
 

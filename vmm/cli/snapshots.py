@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from vmm.cli.control import json_option, rundir_option
 from vmm.control import catalog, place
 from vmm.control.client import Client, Failed
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 
 
 @click.group(invoke_without_command=True)
@@ -44,7 +44,7 @@ def _file(ctx: click.Context, param: click.Parameter, value: str) -> Path:
     if not path.exists() and inside.exists() and inside.parent.parent == catalog.root():
         return inside
     if not path.exists():
-        raise BackendError(f"{value}: no such snapshot")
+        raise RequestError(f"{value}: no such snapshot")
     return path
 
 
@@ -86,7 +86,7 @@ def suspend_all(rundir: Path | None, as_json: bool) -> None:
             with Client(folder, name) as client:
                 path = catalog.folder(name) / catalog.SUSPENDED
                 outcome[name] = client.call("suspend", path=str(path))["path"]
-        except (BackendError, Failed) as error:
+        except (BackendError, RequestError, Failed) as error:
             outcome[name] = None
             click.echo(f"anyhyve: {name}: {error}", err=True)
     if as_json:

@@ -19,7 +19,7 @@ from typing import Any
 from snapshot.errors import SnapshotError
 from snapshot.reader import Reader
 from vmm.control.lifecycle import check_name
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 
 SUFFIX = ".snapshot"
 AUTOSAVED = f"autosave{SUFFIX}"
@@ -34,7 +34,7 @@ def root() -> Path:
 
 
 def folder(name: str) -> Path:
-    """Of one machine; made when it is not there. Raises BackendError."""
+    """Of one machine; made when it is not there. Raises RequestError, BackendError."""
     path = root() / check_name(name)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ class Entry:
 
 
 def entries(name: str | None = None) -> list[Entry]:
-    """All, or one machine's, oldest first. Raises BackendError for what cannot name a machine."""
+    """All, or one machine's, oldest first. Raises RequestError for what cannot name a machine."""
     pattern = check_name(name) if name is not None else "*"
     return sorted((entry(path) for path in root().glob(f"{pattern}/*{SUFFIX}")), key=lambda e: (e.time_s, e.path))
 
@@ -88,10 +88,10 @@ def entry(path: Path) -> Entry:
 
 
 def newest(name: str) -> Path:
-    """The snapshot to go on from. Raises BackendError when there is none."""
+    """The snapshot to go on from. Raises RequestError when there is none."""
     found = [each for each in entries(name) if each.problem is None]
     if not found:
-        raise BackendError(f"there is no snapshot of {name} in {root()}")
+        raise RequestError(f"there is no snapshot of {name} in {root()}")
     return found[-1].path
 
 
@@ -103,13 +103,13 @@ def keep(path: Path, on: bool = True) -> None:
 
 
 def delete(path: Path) -> None:
-    """Raises BackendError for one that is kept, or that another is a difference to."""
+    """Raises RequestError for one that is kept, or that another is a difference to."""
     found = entry(path)
     if found.kept:
-        raise BackendError(f"{path}: it is kept")
+        raise RequestError(f"{path}: it is kept")
     for other in sorted(path.parent.glob(f"*{SUFFIX}")):
         if entry(other).parent == path.name:
-            raise BackendError(f"{path}: {other.name} is a difference to it")
+            raise RequestError(f"{path}: {other.name} is a difference to it")
     path.unlink()
 
 

@@ -1,6 +1,6 @@
 """What a machine under command can be called, be, and become. One table; the documentation's picture is drawn from it.
 
-python -m vmm.lifecycle     # as a Mermaid diagram
+python -m anyhyve.lifecycle     # as a Mermaid diagram
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import threading
 from collections.abc import Callable
 from enum import StrEnum
 
-from vmm.errors import BackendError
+from vmm.errors import RequestError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_name(name: str) -> str:
-    """Raises BackendError for what cannot name a machine."""
+    """Raises RequestError for what cannot name a machine."""
     if not _NAME.fullmatch(name):
-        raise BackendError(f"{name!r} cannot name a machine: letters, digits, '.', '_' and '-', 64 at most")
+        raise RequestError(f"{name!r} cannot name a machine: letters, digits, '.', '_' and '-', 64 at most")
     return name
 
 

@@ -1,6 +1,6 @@
 """What can be asked of a running machine, a function a method (vmm.control.dispatch says how one is declared).
 
-python -m vmm.control.methods     # as the table of docs/control.md
+python -m anyhyve.control.methods     # as the table of docs/control.md
 """
 
 from __future__ import annotations

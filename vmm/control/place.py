@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vmm.control.lifecycle import check_name
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 
 _BACKLOG = 256
 
@@ -57,7 +57,7 @@ class Place:
     """A machine's place in the folder of sockets. Context manager: gives it up at the end."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Raises BackendError when a machine of this name runs, or what lies there is not ours."""
+        """Raises RequestError when a machine of this name runs, BackendError when what lies there is not ours."""
         self.name = check_name(name)
         self.path = folder / f"{name}.sock"
         self._folder = open_folder(folder, create=True)
@@ -105,7 +105,7 @@ class Place:
                 pass
             except BlockingIOError:
                 os.close(lock)
-                raise BackendError(f"a machine named {self.name} runs already") from None
+                raise RequestError(f"a machine named {self.name} runs already") from None
             except BaseException:
                 os.close(lock)
                 raise
@@ -146,11 +146,11 @@ class Place:
 
 
 def connect(folder: Path, name: str) -> socket.socket:
-    """A connection to a machine's socket. Raises BackendError when no such machine runs."""
+    """A connection to a machine's socket. Raises RequestError when no such machine runs."""
     try:
         directory = open_folder(folder, create=False)
     except BackendError as error:
-        raise BackendError(f"no machine named {check_name(name)} runs here: {error}") from None
+        raise RequestError(f"no machine named {check_name(name)} runs here: {error}") from None
     found = socket.socket(socket.AF_UNIX)
     try:
         if os.path.islink(folder / f"{name}.sock"):
@@ -159,7 +159,7 @@ def connect(folder: Path, name: str) -> socket.socket:
     except OSError as error:
         found.close()
         why = "stale" if error.errno == errno.ECONNREFUSED else error.strerror
-        raise BackendError(f"no machine named {name} runs here: {folder / name}.sock: {why}") from None
+        raise RequestError(f"no machine named {name} runs here: {folder / name}.sock: {why}") from None
     except BaseException:
         found.close()
         raise

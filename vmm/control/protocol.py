@@ -8,13 +8,13 @@ from typing import Any
 
 from snapshot.errors import SnapshotError
 from vmm.control.supervisor import WrongState
-from vmm.errors import BackendError, Cancelled, GuestError
+from vmm.errors import BackendError, Cancelled, GuestError, RequestError
 
 MAX_LINE = 1 << 20  # bytes of one message, to a machine
 MAX_ANSWER = 16 << 20  # and from it
 
 PARSE, INVALID_REQUEST, UNKNOWN_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
-SNAPSHOT, HOST, GUEST, WRONG_STATE, CANCELLED, REFUSED = 1, 2, 3, 4, 5, 6
+SNAPSHOT, HOST, GUEST, WRONG_STATE, CANCELLED, REFUSED, REQUEST = 1, 2, 3, 4, 5, 6, 7
 
 CODES = {
     PARSE: "not JSON",
@@ -24,10 +24,11 @@ CODES = {
     INTERNAL: "our own fault",
     SNAPSHOT: "SnapshotError: a snapshot is at fault",
     HOST: "BackendError: this computer is at fault",
-    GUEST: "GuestError: the guest, or what was asked of the machine, is at fault",
+    GUEST: "GuestError: the guest is at fault",
     WRONG_STATE: "the machine's state does not allow it",
     CANCELLED: "it was cancelled",
     REFUSED: "this user may not, or there are too many clients",
+    REQUEST: "RequestError: what was asked for is at fault: there is no such thing, or it cannot be done now",
 }
 
 _FAULTS: tuple[tuple[type[Exception], int], ...] = (
@@ -35,6 +36,7 @@ _FAULTS: tuple[tuple[type[Exception], int], ...] = (
     (SnapshotError, SNAPSHOT),
     (BackendError, HOST),
     (GuestError, GUEST),
+    (RequestError, REQUEST),
     (Cancelled, CANCELLED),
 )
 

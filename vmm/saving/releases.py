@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from snapshot import promises as lock
-from vmm.errors import BackendError
+from vmm.errors import RequestError
 
 SCHEMAS = Path(__file__).parent / "schemas"
 
@@ -16,7 +16,7 @@ def names() -> list[str]:
 
 
 def versions(release: str) -> dict[str, int]:
-    """The version of each state that `release` reads and writes. Raises BackendError for a release there is not."""
+    """The version of each state that `release` reads and writes. Raises RequestError for a release there is not."""
     if release not in names():
-        raise BackendError(f"there is no release {release!r}; there are {', '.join(names())}")
+        raise RequestError(f"there is no release {release!r}; there are {', '.join(names())}")
     return lock.versions(lock.load(SCHEMAS / f"{release}.json"))

@@ -1,15 +1,44 @@
-"""For tests of devices and machines, yours as well as ours. Needs the `test` extra (Hypothesis).
+"""Tests of devices and machines: each name is imported when it is first asked for, for only some need Hypothesis, and
+pytest loads the plugin in here wherever anyhyve is installed."""
 
-from vmm.testing import check_device
+from __future__ import annotations
 
-def test_thermometer():
-    check_device(Thermometer)
-"""
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from vmm.testing.case import Case
-from vmm.testing.devices import check_device, device_machine
-from vmm.testing.rig import Rig, wiring
-from vmm.testing.strategies import states, values
-from vmm.testing.subject import Subject
+if TYPE_CHECKING:
+    from vmm.testing.case import Case as Case
+    from vmm.testing.cuts import cut_anywhere as cut_anywhere
+    from vmm.testing.devices import check_device as check_device
+    from vmm.testing.devices import device_machine as device_machine
+    from vmm.testing.expect import Expect as Expect
+    from vmm.testing.rig import Rig as Rig
+    from vmm.testing.rig import wiring as wiring
+    from vmm.testing.roundtrip import RoundTrips as RoundTrips
+    from vmm.testing.roundtrip import round_trips as round_trips
+    from vmm.testing.strategies import states as states
+    from vmm.testing.strategies import values as values
+    from vmm.testing.subject import Subject as Subject
 
-__all__ = ["Case", "Rig", "Subject", "check_device", "device_machine", "states", "values", "wiring"]
+_WHERE = {
+    "Case": "case",
+    "Expect": "expect",
+    "Rig": "rig",
+    "RoundTrips": "roundtrip",
+    "Subject": "subject",
+    "check_device": "devices",
+    "cut_anywhere": "cuts",
+    "device_machine": "devices",
+    "round_trips": "roundtrip",
+    "states": "strategies",
+    "values": "strategies",
+    "wiring": "rig",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

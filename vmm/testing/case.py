@@ -17,7 +17,7 @@ import blake3
 from snapshot import schema, versions
 from snapshot.errors import SnapshotError
 from snapshot.types import Json
-from vmm.errors import GuestError
+from vmm.errors import RequestError
 from vmm.qtest.board import Command
 from vmm.testing import actions
 from vmm.testing.actions import Action, Wake
@@ -27,7 +27,7 @@ from vmm.testing.twins import Twins
 _STATE = re.compile(r"^[\w.]+: ")
 
 
-class Stale(GuestError):
+class Stale(RequestError):
     """A case of a device that has changed since: it says nothing of the one there is now."""
 
 
@@ -57,7 +57,7 @@ class Case:
 
     @classmethod
     def from_json(cls, text: str) -> Case:
-        """Raises GuestError."""
+        """Raises RequestError."""
         try:
             found = json.loads(text)
             listed = tuple(actions.parse(line) for line in found.pop("actions"))
@@ -66,7 +66,7 @@ class Case:
                 raise ValueError
             return replace(case, fields=dict(case.fields))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise GuestError("not a case") from None
+            raise RequestError("not a case") from None
 
     def run(self, *, subject: Subject | None = None, **how: Any) -> None:
         """Raises what the device raises, or AssertionError for what does not hold; Stale when the case is none of this
@@ -77,7 +77,7 @@ class Case:
             if isinstance(action, actions.Call):
                 try:
                     subject.arguments(action)
-                except GuestError as error:
+                except RequestError as error:
                     raise Stale(str(error)) from None
         fields = {**self.golden, **self.fields}
         try:

@@ -26,7 +26,7 @@ from typing import Any
 import blake3
 
 from snapshot.types import Json
-from vmm.errors import BackendError, GuestError
+from vmm.errors import BackendError, RequestError
 from vmm.testing import draw
 from vmm.testing.case import Case, Stale, as_pytest, as_qtest, smallest
 from vmm.testing.subject import Subject
@@ -243,7 +243,7 @@ def campaign(
     progress: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """`seconds` of work for each device, `jobs` slices at a time. KeyboardInterrupt ends it early; what was gathered is
-    in the folder in any case. Raises GuestError for a folder that holds something else, BackendError when a process of
+    in the folder in any case. Raises RequestError for a folder that holds something else, BackendError when a process of
     the executor's is lost."""
     kept = {start.device: Corpus(folder / start.device.replace(":", ".")) for start in starts}
     report, pending = Report(), dict[Future[Result], Task]()
@@ -374,8 +374,8 @@ def find(folder: Path, id: str) -> Path | None:
 
 
 def load(path: Path) -> Case:
-    """Raises GuestError when the file holds no case."""
+    """Raises RequestError when the file holds no case."""
     try:
         return Case.from_json(path.read_text())
-    except (UnicodeDecodeError, GuestError):
-        raise GuestError(f"{path}: not a finding of `anyhyve fuzz`") from None
+    except (UnicodeDecodeError, RequestError):
+        raise RequestError(f"{path}: not a finding of `anyhyve fuzz`") from None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from snapshot.errors import SnapshotError
 from tests.conftest import OWN
 from vmm.control import catalog
-from vmm.errors import BackendError
+from vmm.errors import RequestError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig
 
@@ -74,7 +74,7 @@ def test_delete(machine, parents, kept):
         for path in reversed(made):
             needed = any(path in stands_on(other) for other in made if other != path and other.exists())
             if needed or catalog.entry(path).kept:
-                with pytest.raises(BackendError, match=r"it is kept|is a difference to it"):
+                with pytest.raises(RequestError, match=r"it is kept|is a difference to it"):
                     catalog.delete(path)
             else:
                 catalog.delete(path)
@@ -87,7 +87,7 @@ def test_a_kept_snapshot_is_not_replaced(machine, tmp_path):
     before = (tmp_path / "cut.snapshot").read_bytes()
     machine.run(position=machine.position + 1000)
     for save in (machine.save, machine.checkpoint, machine.can_save):
-        with pytest.raises(BackendError, match="the file there is read-only"):
+        with pytest.raises(RequestError, match="the file there is read-only"):
             save(tmp_path / "cut.snapshot")
     assert (tmp_path / "cut.snapshot").read_bytes() == before
     catalog.keep(tmp_path / "cut.snapshot", False)
@@ -106,7 +106,7 @@ def test_a_parent_that_is_gone_is_no_loop(machine, tmp_path):
 
 def test_the_newest_that_can_be_read(machine, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with pytest.raises(BackendError, match="no snapshot of box"):
+    with pytest.raises(RequestError, match="no snapshot of box"):
         catalog.newest("box")
     (good,) = fill(machine, [5])
     (catalog.folder("box") / "later.snapshot").write_bytes(b"junk")

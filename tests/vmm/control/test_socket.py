@@ -20,7 +20,7 @@ from tests.vmm.conftest import children, eventually
 from vmm.control import place, protocol, server
 from vmm.control.client import Client, Failed
 from vmm.control.place import Place
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 from vmm.machine.machine import Machine
 
 
@@ -409,7 +409,7 @@ def test_a_socket_has_its_name_when_it_listens(tmp_path, monkeypatch):
 
 
 def test_a_place_is_taken_once(folder):
-    with Place(folder, "box"), pytest.raises(BackendError, match="a machine named box runs already"):
+    with Place(folder, "box"), pytest.raises(RequestError, match="a machine named box runs already"):
         Place(folder, "box")
     assert not os.listdir(folder)
     with Place(folder, "box"):
@@ -430,7 +430,7 @@ def test_a_stale_socket_is_replaced(folder):
     subprocess.run([sys.executable, "-c", DIE, folder], check=True)
     assert sorted(os.listdir(folder)) == ["box.lock", "box.sock"]
     assert list(place.names(folder)) == []
-    with pytest.raises(BackendError, match=r"no machine named box runs here: .*box.sock: stale"):
+    with pytest.raises(RequestError, match=r"no machine named box runs here: .*box.sock: stale"):
         Client(folder, "box")
     with Place(folder, "box"):
         assert list(place.names(folder)) == ["box"]
@@ -458,7 +458,9 @@ def test_what_is_not_ours_is_neither_followed_nor_removed(folder, tmp_path, what
     before = there.lstat()
     with pytest.raises(BackendError, match=r"box.sock: in the way, and not a socket of ours"):
         Place(folder, "box")
-    with pytest.raises(BackendError, match=r"no machine named box runs here|a symbolic link, which we do not follow"):
+    with pytest.raises(
+        (BackendError, RequestError), match=r"no machine named box runs here|a symbolic link, which we do not follow"
+    ):
         Client(folder, "box")
     assert there.lstat() == before and os.listdir(folder) == ["box.sock"]
     assert not target.is_file() or target.read_bytes() == b"precious"
@@ -492,7 +494,7 @@ def test_a_folder_open_to_others_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "x" * 65, "a\n", "ä"])
 def test_what_cannot_name_a_machine(folder, name):
-    with pytest.raises(BackendError, match="cannot name a machine"):
+    with pytest.raises(RequestError, match="cannot name a machine"):
         Place(folder, name)
     assert not os.listdir(folder)
 

@@ -119,7 +119,7 @@ def test_cut_in_mid_boot_and_at_the_shell_each_life_in_a_new_process(crossing, d
 
     def live(file, typed, until, save):
         subprocess.run(
-            [sys.executable, "-m", "vmm", "restore", file, "--backend", crossing, "--until", until, "--save", save],
+            [sys.executable, "-m", "anyhyve", "restore", file, "--backend", crossing, "--until", until, "--save", save],
             input=typed, check=True, capture_output=True,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ def run_to(machine, position):
 def wake_elsewhere(file, position):
     """Digests after waking `file` in a new process and running to `position`."""
     done = subprocess.run(
-        [sys.executable, "-m", "vmm", "restore", str(file), "--at", str(position), "--json"],
+        [sys.executable, "-m", "anyhyve", "restore", str(file), "--at", str(position), "--json"],
         check=True, capture_output=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     return json.loads(done.stdout)["digest"]

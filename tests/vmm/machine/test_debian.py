@@ -53,7 +53,7 @@ def test_saved_at_the_shell_it_answers_in_its_next_life(debian, tmp_path):
 
 @pytest.mark.parametrize("kernel", ["vmlinuz", "vmlinux"])
 def test_two_processes_boot_alike(debian, kernel):
-    command = [sys.executable, "-m", "vmm", "run", "--kernel", debian / kernel, "--initrd", debian / "initrd.img",
+    command = [sys.executable, "-m", "anyhyve", "run", "--kernel", debian / kernel, "--initrd", debian / "initrd.img",
                "--append", CMDLINE, "--until", "shell ready", "--json"]  # fmt: skip
     first, second = (
         json.loads(subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL).stdout)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.vmm.cli.test_main import anyhyve, refusal
-from vmm.errors import GuestError
+from vmm.errors import RequestError
 from vmm.qtest import board as qtest
 from vmm.qtest.board import Command
 
@@ -43,7 +43,7 @@ def test_what_is_written_is_read_and_can_be_played(commands):
 def test_any_text_is_commands_or_one_error(text):
     try:
         list(qtest.parse(text))
-    except GuestError as error:
+    except RequestError as error:
         assert str(error).startswith("line ") and "\n" not in str(error)
 
 
@@ -52,7 +52,7 @@ def test_any_text_is_commands_or_one_error(text):
     ["inb", "inq 0x70", "inb 0x10000", "outb 0x70", "inb 0x70 1", "readb -1", "clock_set", "clock_step 1 2", "dance"],
 )
 def test_a_line_that_is_none(line):
-    with pytest.raises(GuestError, match="line 2: not a qtest command known here"):
+    with pytest.raises(RequestError, match="line 2: not a qtest command known here"):
         list(qtest.parse(f"# all well\n{line}\n"))
 
 

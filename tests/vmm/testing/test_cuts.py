@@ -40,20 +40,21 @@ def forget(monkeypatch, change):
 
 
 def without_xmm3(saved):
-    xmm = list(saved.cpu.fpu.xmm)
+    (cpu,) = saved.cpus
+    xmm = list(cpu.fpu.xmm)
     xmm[3] = bytes(16)
-    return dataclasses.replace(
-        saved, cpu=dataclasses.replace(saved.cpu, fpu=dataclasses.replace(saved.cpu.fpu, xmm=tuple(xmm)))
-    )
+    cpu.fpu.xmm = tuple(xmm)
+    return saved
 
 
 def with_another_divisor(saved):
-    saved.devices["com1"].divisor = 0
+    saved.states["com1"].divisor = 0
     return saved
 
 
 def with_time_lost(saved):
-    return dataclasses.replace(saved, clock=dataclasses.replace(saved.clock, skipped_ns=saved.clock.skipped_ns + 1))
+    saved.states["clock"].skipped_ns += 1
+    return saved
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,10 @@ def test_what_is_forgotten_is_named(monkeypatch, tmp_path, change, name):
 
 def test_a_difference_that_shows_late_is_bisected(monkeypatch, tmp_path):
     """Planted: a woken machine changes a byte, not at once but when it has run on for a while."""
-    go_on = Machine.go_on
+    run = Machine.run
 
-    def late(self):
-        stop = go_on(self)
+    def late(self, **aim):
+        stop = run(self, **aim)
         if self._scrub is not None and self.position >= cut + 5000:
             self.ram.slice(0x3F_F000, 1)[0] = 1
         return stop
@@ -87,7 +88,7 @@ def test_a_difference_that_shows_late_is_bisected(monkeypatch, tmp_path):
         return machine
 
     cut = 0
-    monkeypatch.setattr(Machine, "go_on", late)
+    monkeypatch.setattr(Machine, "run", late)
     monkeypatch.setattr(Machine, "restore", classmethod(woken))
     with pytest.raises(Trace, match=r"ram.0.0x3ff000: '00.* became '01") as found:
         cut_anywhere(boot, end=END, points=20, folder=tmp_path, fresh=10**9)

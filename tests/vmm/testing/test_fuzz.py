@@ -19,7 +19,7 @@ from snapshot import schema, versions
 from snapshot.errors import SnapshotError
 from tests.vmm.cli.test_main import MAIN, anyhyve, refusal
 from vmm.board.isapc import CHIPS
-from vmm.errors import BackendError, GuestError
+from vmm.errors import BackendError, RequestError
 from vmm.machine.machine import Machine
 from vmm.qtest.board import Command, parse
 from vmm.testing import Case, Subject
@@ -211,7 +211,7 @@ def test_every_find_has_an_id():
 
 def test_a_file_that_nests_too_deep():
     for text in ("[" * 100_000, json.dumps({"actions": ["call reset " + "[" * 100_000]})):
-        with pytest.raises(GuestError):
+        with pytest.raises(RequestError):
             Case.from_json(text)
 
 
@@ -351,14 +351,14 @@ def test_one_line_for_a_users_mistake(tmp_path):
      '{"device": "rtc", "golden": {}, "now": 0, "fields": {}, "actions": ["call x []"]}'],
 )  # fmt: skip
 def test_what_is_no_case(text):
-    with pytest.raises(GuestError):
+    with pytest.raises(RequestError):
         Case.from_json(text)
 
 
 def test_a_call_that_the_device_does_not_know():
     for line in ("call dance {}", "call receive {}", 'call receive {"data": 5}'):
         text = {"device": "com1", "golden": golden("com1"), "now": 0, "fields": {}, "actions": [line]}
-        with pytest.raises(GuestError, match="com1"):
+        with pytest.raises(RequestError, match="com1"):
             Case.from_json(json.dumps(text)).failure()
 
 

@@ -1,5 +1,0 @@
-"""`python -m vmm`: the command line."""
-
-from vmm.cli.main import main
-
-main()
