@@ -3,7 +3,7 @@ address."""
 
 from __future__ import annotations
 
-from vmm.board.config import ID, MachineConfig
+from vmm.board.config import ID, RESERVED, MachineConfig
 from vmm.board.kinds import kind
 from vmm.board.slot import A20, At, Cascade, Fixed, Intr, Irq, Serial, Slot, ports
 from vmm.devices import rtc
@@ -50,7 +50,7 @@ def slots(config: MachineConfig) -> list[Slot]:
     found = list(CHIPS)
     for device in config.devices:
         name = device.id or device.kind
-        if not ID.fullmatch(device.id) or device.id in {"config", "board", "clock", *(slot.id for slot in found)}:
+        if not ID.fullmatch(device.id) or device.id in (*RESERVED, *(slot.id for slot in found)):
             raise RequestError(f"device {name}: its id is taken, or is no name: {device.id!r}")
         try:
             slot = kind(device.kind).slot(device)

@@ -18,11 +18,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from snapshot.chain import Chain
 from snapshot.reader import decode_part
-from snapshot.schema import encode, schema_of
+from snapshot.schema import encode
 from vmm.board.config import MachineConfig
 from vmm.board.isapc import CHIPS
 from vmm.clock import ClockState, GuestClock
 from vmm.errors import BackendError
+from vmm.saving.parts import with_state
 
 FOLDER = Path("anyhyve-fuzz")
 
@@ -97,15 +98,13 @@ def _starts(names: list[str], snapshot: Path | None) -> list[Any]:
     if snapshot is not None:
         with Chain(snapshot) as chain:
             parts = dict(chain.parts)
-            clock = GuestClock(decode_part(parts["config"], MachineConfig).tsc_khz)
-            clock.load(decode_part(parts["clock"], ClockState))
+            clock = GuestClock(MachineConfig().tsc_khz)
+            clock.load(decode_part(next(with_state(parts, ClockState)), ClockState))
             now = clock.now_ns()
     starts = []
     for subject in subjects:
         wanted = subject.device.State
-        part = parts.get(subject.name) or next(
-            (part for part in parts.values() if part.schema["name"] == schema_of(wanted).name), None
-        )
+        part = parts.get(subject.name) or next(with_state(parts, wanted), None)
         state = wanted() if part is None else decode_part(part, wanted)
         starts.append(Start(subject.name, encode(state), now))
     return starts

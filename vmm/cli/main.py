@@ -18,6 +18,7 @@ from vmm.errors import BackendError, GuestError, RequestError
 _COMMANDS = {  # command: module, attribute; imported when asked for: nobody waits for what he does not use
     "attach": ("vmm.cli.control", "attach"),
     "ctl": ("vmm.cli.control", "ctl"),
+    "devices": ("vmm.cli.devices", "devices"),
     "doctor": ("vmm.cli.doctor", "doctor"),
     "fuzz": ("vmm.cli.fuzz", "fuzz"),
     "guest": ("vmm.cli.guest", "guest"),

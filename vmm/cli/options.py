@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from vmm.board.config import DeviceConfig
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -46,3 +48,24 @@ class Pattern(click.ParamType[str]):
         except re.error as error:
             self.fail(f"not a regular expression: {error}", param, ctx)
         return str(value)
+
+
+class Device(click.ParamType[DeviceConfig]):
+    """A device: KIND,option=value or a JSON object with "kind"."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> DeviceConfig:
+        return value if isinstance(value, DeviceConfig) else DeviceConfig.parse(str(value))
+
+
+class Binding(click.ParamType[tuple[str, str]]):
+    """A part and what is at its far end."""
+
+    name = "binding"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        part, equals, end = str(value).partition("=")
+        if not (part and equals and end):
+            self.fail(f"{value!r} is not PART=END, such as com2=socket:PATH", param, ctx)
+        return part, end

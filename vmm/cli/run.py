@@ -14,24 +14,21 @@ from typing import Any
 import click
 
 from snapshot.errors import SnapshotError
-from vmm.board.config import DEFAULT_EPOCH_NS, MachineConfig
-from vmm.cli.options import Epoch, Memory, Pattern
+from vmm.board.config import DEFAULT_EPOCH_NS, DeviceConfig, MachineConfig, named
+from vmm.cli.options import Binding, Device, Epoch, Memory, Pattern
 from vmm.control.supervisor import Supervisor
 from vmm.control.terminal import Terminal
 from vmm.cpu import backends
 from vmm.errors import RequestError
 from vmm.guest.image import Image
-from vmm.machine.machine import Fault, Machine, Stop, Stopped
+from vmm.machine.machine import Fault, Machine, Stop, Stopped, StopReason
 from vmm.saving import releases
 from vmm.saving.saved import ALLOWABLE
 
 DEFAULT_MEMORY = 256 << 20
-
-
-_NOT_SAVED = ("quit", "stopped", "suspended", "SIGTERM", "SIGHUP")  # what ends a run without --save being done
-
-
-_SIGNALS = {"SIGTERM": 15, "SIGHUP": 1}
+_SIGNALS = {StopReason.SIGTERM: 15, StopReason.SIGHUP: 1}
+# What ends a run without --save being done.
+_NOT_SAVED = (StopReason.QUIT, StopReason.STOPPED, StopReason.SUSPENDED, *_SIGNALS)
 
 
 @dataclass
@@ -76,6 +73,8 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
                          help="With --name: save into the catalog this often, over the one before."),
             click.option("--suspend-on-term", is_flag=True,
                          help="With --name: SIGTERM suspends into the catalog (`anyhyve resume NAME`)."),
+            click.option("--bind", type=Binding(), multiple=True, metavar="PART=END",
+                         help="What is at the far end of a serial port: console, null, file:PATH, pty, socket:PATH."),
             click.option("--backend", default="emu", show_default=True, metavar="emu|kvm|auto",
                          help="Which CPU; auto is kvm where the host has it, and says which it took."),
         )
@@ -102,11 +101,20 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--epoch", type=Epoch(), help="Guest wall clock at start: Unix seconds, or `now`.  [default: 2020-01-01]")
 @click.option("-r", "waking", type=click.Path(path_type=Path), metavar="FILE",
               help="As bhyve's: wake FILE; the other options are as they were at first.")  # fmt: skip
+@click.option(
+    "--device",
+    "devices",
+    type=Device(),
+    multiple=True,
+    metavar="KIND,OPTION=VALUE",
+    help="One more device, such as uart,port=0x2a8,irq=5; `anyhyve devices` lists the kinds.",
+)
 @click.option("--tsc-khz", type=int, help="Rate of the guest's TSC.  [default: 4000000 on emu, the host's own on kvm]")
 @_goal
 def run(
     kernel: Path | None, initrd: Path | None, append: str, memory: int | None, flat: bool, epoch: int | None,
-    tsc_khz: int | None, waking: Path | None, backend: str, **goal: Any
+    tsc_khz: int | None, waking: Path | None, devices: tuple[DeviceConfig, ...], bind: tuple[tuple[str, str], ...],
+    backend: str, **goal: Any
 ) -> None:  # fmt: skip
     """Boot a guest with its serial console on this terminal."""
     if waking is None and kernel is None:
@@ -114,19 +122,29 @@ def run(
     image = None if kernel is None else Image.from_files(kernel, initrd, append, flat)
     backend = _backend(backend)
     if waking is not None:
-        with Machine.restore(waking, backend) as machine:
-            _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz)
+        with Machine.restore(waking, backend, bind=_bind(bind)) as machine:
+            _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz,
+                   devices=named(devices) or None)  # fmt: skip
             machine.image = image
             sys.exit(_drive(machine, Goal(**goal)))
     assert image is not None
     rate = tsc_khz or backends.factory(backend).tsc_khz()
     start_ns = DEFAULT_EPOCH_NS if epoch is None else epoch * 10**9
-    config = _config(memory_bytes=DEFAULT_MEMORY if memory is None else memory, epoch_ns=start_ns, tsc_khz=rate)
-    with Machine.boot(config, image, backend) as machine:
+    config = _config(
+        memory_bytes=DEFAULT_MEMORY if memory is None else memory, epoch_ns=start_ns, tsc_khz=rate, devices=devices
+    )
+    with Machine.boot(config, image, backend, bind=_bind(bind)) as machine:
         sys.exit(_drive(machine, Goal(**goal)))
 
 
-def _agree(config: MachineConfig, **asked: int | None) -> None:
+def _bind(given: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    bound = dict(given)
+    if len(bound) < len(given):
+        raise RequestError("--bind: a part is given twice")
+    return bound
+
+
+def _agree(config: MachineConfig, **asked: Any) -> None:
     """bhyve -r wants the arguments of the first start. Here the file says it all; what is said besides must agree."""
     for field, value in asked.items():
         if value is not None and value != getattr(config, field):
@@ -156,8 +174,11 @@ def resume(vm: str, **options: Any) -> None:
     _wake(file, False, **{**options, "name": vm})
 
 
-def _wake(file: Path, verify: bool, allow: tuple[str, ...], clock: str, backend: str, **goal: Any) -> None:
-    with Machine.restore(file, _backend(backend), verify=verify, allow=allow) as machine:
+def _wake(
+    file: Path, verify: bool, allow: tuple[str, ...], clock: str, bind: tuple[tuple[str, str], ...], backend: str,
+    **goal: Any,
+) -> None:  # fmt: skip
+    with Machine.restore(file, _backend(backend), verify=verify, allow=allow, bind=_bind(bind)) as machine:
         if clock == "catch-up":
             machine.catch_up()
         sys.exit(_drive(machine, Goal(**goal)))
@@ -187,6 +208,8 @@ def _drive(machine: Machine, goal: Goal) -> int:
     if goal.save is not None:
         machine.can_save(goal.save, goal.parent)  # said now, not after an hour's run
     vm = Supervisor(machine)
+    for part, place in machine.far_ends.items():
+        click.echo(f"anyhyve: {part} is at {place}", err=True)
     with ExitStack() as stack:
         if goal.name is not None:
             _name(vm, goal, stack)
@@ -205,7 +228,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
     if goal.as_json:
         click.echo(json.dumps(report(machine, stop, wall)))
     else:
-        click.echo(f"\nanyhyve: {describe(stop)} at position {machine.position}", err=True)
+        click.echo(f"\nanyhyve: {stop} at position {machine.position}", err=True)
     return status(stop, goal)
 
 
@@ -238,30 +261,22 @@ def report(machine: Machine, stop: Stop, wall_s: float) -> dict[str, Any]:
         "guest_ns": machine.clock.now_ns(),
         "wall_s": round(wall_s, 6),
         "exits": machine.exits(),
-        "stopped": describe(stop),
+        "stopped": str(stop),
         "digest": machine.digests(),
     }
-
-
-def describe(stop: Stop) -> str:
-    match stop:
-        case Fault(rip, why):
-            return f"the CPU cannot go on at {rip:#x}: {why}"
-        case Stopped("exit", code):
-            return f"exit {code}"
-        case Stopped(reason, _):
-            return reason
 
 
 def status(stop: Stop, goal: Goal) -> int:
     match stop:
         case Fault():
             return 1
-        case Stopped("exit", code):
+        case Stopped(StopReason.EXIT, code):
             return code & 0xFF
-        case Stopped("triple fault", _):
+        case Stopped(StopReason.TRIPLE_FAULT, _):
             return 1
-        case Stopped("position" | "pattern" | "quit" | "suspended" | "stopped", _):
+        case Stopped(
+            StopReason.POSITION | StopReason.PATTERN | StopReason.QUIT | StopReason.SUSPENDED | StopReason.STOPPED, _
+        ):
             return 0
         case Stopped(reason, _) if reason in _SIGNALS:
             return 128 + _SIGNALS[reason]

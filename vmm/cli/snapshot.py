@@ -26,6 +26,7 @@ from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
 from vmm.guest.symbols import Symbols
 from vmm.machine.machine import Machine
+from vmm.saving.parts import with_state
 from vmm.saving.saved import ALLOWABLE
 
 _FILE = click.Path(path_type=Path)
@@ -93,10 +94,10 @@ def _value(value: Json) -> str:
 
 
 def _code(chain: Chain, count: int = 6) -> list[str]:
-    """The next instructions of CPU 0; none where it is not the CPU we know, or its code is not in RAM."""
+    """The next instructions of the first CPU; none where it is not the CPU we know, or its code is not in RAM."""
     try:
-        state: CpuState = decode_part(chain.parts["cpu.0"], CpuState)
-    except (KeyError, SnapshotError):
+        state: CpuState = decode_part(next(with_state(chain.parts, CpuState)), CpuState)
+    except (StopIteration, SnapshotError):
         return []
 
     def read(address: int, size: int) -> bytes:

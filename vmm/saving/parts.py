@@ -6,11 +6,13 @@ RAM is not a part: its bytes are chunks of their own (docs/snapshot-format.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from snapshot.reader import Part as FilePart
+from snapshot.schema import schema_of
 from vmm.board.board import Board, BoardState, slots
 from vmm.board.config import MachineConfig
 from vmm.clock import ClockState, GuestClock
@@ -78,3 +80,9 @@ def _load_cpu(number: int, machine: Whole, state: CpuState) -> None:
 
 def _device(id: str, machine: Whole) -> Holder:
     return machine.board.devices[id]
+
+
+def with_state(parts: Mapping[str, FilePart], State: type) -> Iterator[FilePart]:
+    """The parts of a file whose states are of this class, whatever their version."""
+    wanted = schema_of(State).name
+    return (part for part in parts.values() if part.schema["name"] == wanted)

@@ -243,8 +243,8 @@ def campaign(
     progress: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """`seconds` of work for each device, `jobs` slices at a time. KeyboardInterrupt ends it early; what was gathered is
-    in the folder in any case. Raises RequestError for a folder that holds something else, BackendError when a process of
-    the executor's is lost."""
+    in the folder in any case. Raises RequestError for a folder that holds something else, BackendError when a process
+    of the executor's is lost."""
     kept = {start.device: Corpus(folder / start.device.replace(":", ".")) for start in starts}
     report, pending = Report(), dict[Future[Result], Task]()
     for case in findings(folder):

@@ -1,0 +1,71 @@
+"""`anyhyve devices`: the kinds of devices a machine can be given, drawn from what they declare."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from snapshot.schema import schema_of
+from vmm.board import kinds
+from vmm.board.options import options_of
+from vmm.registers import Register
+
+
+@click.command()
+@click.argument("names", metavar="[KIND]...", nargs=-1)
+@click.option("--markdown", is_flag=True, help="As a page of documentation.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def devices(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
+    """The kinds of devices `--device` makes, those of other packages among them; of a KIND its options, registers and
+    state, too."""
+    found = [kinds.kind(name) for name in names or kinds.names()]
+    if as_json:
+        click.echo(json.dumps({kind.name: describe(kind) for kind in found}))
+    elif names or markdown:
+        click.echo("\n".join(draw(kind) for kind in found), nl=False)
+    else:
+        for kind in found:
+            click.echo(f"{kind.name:16} {kind.doc}")
+
+
+def describe(kind: kinds.Kind) -> dict[str, Any]:
+    """All that a kind declares, as JSON has it."""
+    return {
+        "doc": kind.doc,
+        "space": kind.space,
+        "place": kind.place or None,
+        "options": {
+            name: {"type": option.type.describe(), "default": option.default, "doc": option.doc}
+            for name, option in options_of(kind.options).items()
+        },
+        "registers": [str(register) for register in kind.device.registers],
+        "state": schema_of(kind.device.State).describe(),
+    }
+
+
+def draw(kind: kinds.Kind) -> str:
+    """The same, as Markdown."""
+    place = f"{kind.space}=ADDRESS" + (f", by default {kind.place}" if kind.place else "")
+    lines = [f"## {kind.name}", "", kind.doc, "", f"Put at {place}.", ""]
+    if options := options_of(kind.options):
+        lines += ["| option | type | default | |", "|---|---|---|---|"]
+        for name, option in options.items():
+            default = "needed" if option.default is None else f"`{option.spell(option.default)}`"
+            lines.append(f"| `{name}` | `{json.dumps(option.type.describe())}` | {default} | {option.doc} |")
+        lines.append("")
+    lines += ["| register | bytes | | |", "|---|---|---|---|", *map(_row, kind.device.registers), ""]
+    schema = schema_of(kind.device.State)
+    lines += [f"State `{schema.name}` version {schema.version}:" if schema.fields else "It has no state.", ""]
+    if schema.fields:
+        lines += ["| field | type | meaning |", "|---|---|---|"]
+        lines += [f"| `{f.name}` | `{json.dumps(f.type.describe())}` | {f.doc} |" for f in schema.fields]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(register: Register) -> str:
+    bank = f"{register.bank} " if register.bank else ""
+    family = f", {register.span.count} of them {register.span.step} apart" if register.span else ""
+    return f"| {bank}+{register.offset:#x}{family} | {register.size or 'any'} | {register.kind} | {register.method} |"
