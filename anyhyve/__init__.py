@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snapshot.errors import SnapshotError as SnapshotError
+    from snapshot.field_types import MaxSize as MaxSize
+    from snapshot.field_types import OneOf as OneOf
+    from snapshot.field_types import Range as Range
+    from snapshot.field_types import Size as Size
+    from snapshot.field_types import i64 as i64
+    from snapshot.field_types import u2 as u2
+    from snapshot.field_types import u3 as u3
+    from snapshot.field_types import u4 as u4
+    from snapshot.field_types import u5 as u5
+    from snapshot.field_types import u7 as u7
+    from snapshot.field_types import u8 as u8
+    from snapshot.field_types import u16 as u16
+    from snapshot.field_types import u32 as u32
+    from snapshot.field_types import u56 as u56
+    from snapshot.field_types import u64 as u64
     from snapshot.schema import state as state
-    from snapshot.types import MaxSize as MaxSize
-    from snapshot.types import OneOf as OneOf
-    from snapshot.types import Range as Range
-    from snapshot.types import Size as Size
-    from snapshot.types import i64 as i64
-    from snapshot.types import u2 as u2
-    from snapshot.types import u3 as u3
-    from snapshot.types import u4 as u4
-    from snapshot.types import u5 as u5
-    from snapshot.types import u7 as u7
-    from snapshot.types import u8 as u8
-    from snapshot.types import u16 as u16
-    from snapshot.types import u32 as u32
-    from snapshot.types import u56 as u56
-    from snapshot.types import u64 as u64
     from snapshot.versions import downgrade as downgrade
     from snapshot.versions import renamed as renamed
     from snapshot.versions import upgrade as upgrade
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 _MODULES = {  # where each name is from; the imports above are the same for type checkers, and a test compares them
     "snapshot.errors": "SnapshotError",
     "snapshot.schema": "state",
-    "snapshot.types": "MaxSize OneOf Range Size i64 u2 u3 u4 u5 u7 u8 u16 u32 u56 u64",
+    "snapshot.field_types": "MaxSize OneOf Range Size i64 u2 u3 u4 u5 u7 u8 u16 u32 u56 u64",
     "snapshot.versions": "downgrade renamed upgrade",
     "vmm.board.config": "DeviceConfig MachineConfig",
     "vmm.board.kinds": "IsaOptions Kind",

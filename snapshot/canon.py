@@ -15,7 +15,7 @@ import json
 from typing import NoReturn
 
 from snapshot.errors import SnapshotError
-from snapshot.types import Json
+from snapshot.field_types import Json
 
 MAX_DEPTH = 32
 MIN_INT, MAX_INT = -(1 << 63), (1 << 64) - 1

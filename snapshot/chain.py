@@ -14,9 +14,9 @@ from typing import Any, Self
 
 from snapshot.container import BLOCK, MAX_CHAIN, Parent
 from snapshot.errors import SnapshotError
+from snapshot.field_types import Json
 from snapshot.pages import NORESERVE
 from snapshot.reader import Part, RamImage, Reader
-from snapshot.types import Json
 
 
 class Chain:

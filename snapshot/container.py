@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from snapshot.describe import record
 from snapshot.errors import SnapshotError
-from snapshot.types import Json
+from snapshot.field_types import Json
 
 MAGIC = b"\x89ANYHYVE\r\n\x1a\n"
 MAJOR, MINOR = 1, 0

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from snapshot.errors import SnapshotError
-from snapshot.types import BoolType, BytesType, IntType, Json, ListType, OptionalType, TextType, Type, WordType
+from snapshot.field_types import BoolType, BytesType, IntType, Json, ListType, OptionalType, TextType, Type, WordType
 
 _MAX_DEPTH = 32
 _MAX_BITS = 64

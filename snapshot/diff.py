@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from snapshot.chain import Chain
 from snapshot.container import BLOCK, PAGE
 from snapshot.errors import SnapshotError
-from snapshot.types import Json
+from snapshot.field_types import Json
 
 _MISSING = "(not there)"
 

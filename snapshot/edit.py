@@ -11,7 +11,7 @@ from typing import Any
 from snapshot.container import Part
 from snapshot.describe import RecordType, parse, record
 from snapshot.errors import SnapshotError
-from snapshot.types import ListType, OptionalType, Type
+from snapshot.field_types import ListType, OptionalType, Type
 
 
 def set_field(parts: Mapping[str, Part], assignment: str) -> Part:

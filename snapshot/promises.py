@@ -14,8 +14,8 @@ from typing import Any
 
 from snapshot.describe import record
 from snapshot.errors import SnapshotError
+from snapshot.field_types import Json
 from snapshot.schema import declared, schema_of, without_docs
-from snapshot.types import Json
 from snapshot.versions import downgrades, renames, upgrades
 
 Dump = dict[str, Any]

@@ -57,9 +57,9 @@ from snapshot.container import (
     Part,
 )
 from snapshot.errors import SnapshotError
+from snapshot.field_types import Json
 from snapshot.pages import NORESERVE, present_extents
 from snapshot.schema import schema_of, without_docs
-from snapshot.types import Json
 from snapshot.versions import decode, find
 
 __all__ = ["Part", "RamImage", "Reader", "decode_part"]

@@ -7,8 +7,8 @@ A state is a plain value: a dataclass whose fields carry exact widths. Nothing h
         index: Annotated[u7, "CMOS address latch"] = 0
 
 Rules
-* Field types are the aliases of snapshot.types, `bool`, another @state class, `tuple[T, ...]` with Size or MaxSize,
-  `bytes` with Size or MaxSize, and `T | None`.
+* Field types are the aliases of snapshot.field_types, `bool`, another @state class, `tuple[T, ...]` with Size or
+  MaxSize, `bytes` with Size or MaxSize, and `T | None`.
 * `encode` and `decode` are inverse; unknown, missing or out-of-range fields are SnapshotError.
 * A released version is frozen. A change is a new version and an @upgrade from the old one (snapshot.versions).
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from snapshot.errors import SnapshotError
-from snapshot.types import (
+from snapshot.field_types import (
     Bits,
     BoolType,
     BytesType,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from snapshot.errors import SnapshotError
+from snapshot.field_types import Json
 from snapshot.schema import StructType, declared, schema_of
-from snapshot.types import Json
 
 _UPGRADES: dict[type, Callable[[Any], Any]] = {}
 _RENAMED: dict[str, str] = {}

@@ -72,9 +72,9 @@ from snapshot.container import (
     good_name,
 )
 from snapshot.errors import SnapshotError
+from snapshot.field_types import Json
 from snapshot.pages import present_extents
 from snapshot.schema import encode, schema_of
-from snapshot.types import Json
 
 _ZEROS = bytes(BLOCK)
 _PACK = zstandard.ZstdCompressor(level=3)

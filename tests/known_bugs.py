@@ -130,26 +130,27 @@ def woken(change: Callable[[Saved], Saved]) -> Iterator[None]:
 def field(part: str, **fresh: Any) -> Callable[[], Any]:
     def change(saved: Saved) -> Saved:
         for name, value in fresh.items():
-            setattr(saved.devices[part], name, value)
+            setattr(saved.states[part], name, value)
         return saved
 
     return lambda: woken(change)
 
 
 def cpu(**fresh: Any) -> Callable[[], Any]:
-    return lambda: woken(lambda saved: dataclasses.replace(saved, cpu=dataclasses.replace(saved.cpu, **fresh)))
+    return field("cpu.0", **fresh)
 
 
 def time(skip_ns: int) -> Callable[[], Any]:
     def change(saved: Saved) -> Saved:
-        clock = saved.clock
-        return dataclasses.replace(saved, clock=dataclasses.replace(clock, skipped_ns=clock.skipped_ns + skip_ns))
+        saved.states["clock"].skipped_ns += skip_ns
+        return saved
 
     return lambda: woken(change)
 
 
 def unfinished_block(saved: Saved) -> Saved:
-    return dataclasses.replace(saved, clock=dataclasses.replace(saved.clock, prepaid=0))
+    saved.states["clock"].prepaid = 0
+    return saved
 
 
 def method(cls: type, name: str, wrong: Callable[..., Any]) -> Callable[[], Any]:
@@ -170,9 +171,10 @@ def image_again(right: Any, self: Machine, saved: Saved) -> None:
 
 def tsc_first(right: Any, self: Machine, saved: Saved) -> None:
     right(self, saved)
-    self.clock.load(dataclasses.replace(saved.clock, position=0, skipped_ns=0))
-    self.cpu.load(saved.cpu)
-    self.clock.load(saved.clock)
+    clock, (cpu,) = saved.states["clock"], saved.cpus
+    self.clock.load(dataclasses.replace(clock, position=0, skipped_ns=0))
+    self.cpu.load(cpu)
+    self.clock.load(clock)
 
 
 def only_what_was_written(right: Any, self: Region) -> Any:

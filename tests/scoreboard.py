@@ -20,7 +20,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from snapshot import schema, types
+from snapshot import field_types as types
+from snapshot import schema
 from tests.vmm.cpu.program import Program
 from tests.vmm.cpu.test_state import STATES
 from vmm.board.isapc import CHIPS

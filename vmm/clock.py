@@ -15,8 +15,8 @@ import ctypes
 from enum import IntEnum
 from typing import Annotated
 
+from snapshot.field_types import u16, u56
 from snapshot.schema import state
-from snapshot.types import u16, u56
 
 BYTES_PER_NS = 4  # a nominal 1 GHz guest: x86 code averages four bytes an instruction
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from snapshot import canon
 from snapshot.errors import SnapshotError
-from snapshot.types import Json
+from snapshot.field_types import Json
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(canon.MIN_INT, canon.MAX_INT) | st.text(),

@@ -15,9 +15,9 @@ from snapshot import rewrite, unpack
 from snapshot.chain import Chain
 from snapshot.container import BLOCK, MAX_CHAIN, Extra, Parent
 from snapshot.errors import SnapshotError
+from snapshot.field_types import u8
 from snapshot.reader import Reader
 from snapshot.schema import state
-from snapshot.types import u8
 from snapshot.writer import Writer
 
 PAGE = 4096

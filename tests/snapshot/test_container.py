@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from snapshot import canon
 from snapshot.container import Extra
 from snapshot.errors import SnapshotError
+from snapshot.field_types import Json, MaxSize, u7, u16
 from snapshot.reader import Part, Reader, decode_part
 from snapshot.schema import encode, schema_of, state
-from snapshot.types import Json, MaxSize, u7, u16
 from snapshot.versions import upgrade
 from snapshot.writer import Writer
 

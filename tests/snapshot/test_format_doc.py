@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 from snapshot import container
+from snapshot.field_types import OneOf, u8
 from snapshot.reader import Reader
 from snapshot.schema import state
-from snapshot.types import OneOf, u8
 from snapshot.writer import Writer
 from tests.conftest import ROOT
 

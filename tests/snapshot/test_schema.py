@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from snapshot import canon
 from snapshot.errors import SnapshotError
+from snapshot.field_types import MaxSize, OneOf, Range, Size, i64, u2, u7, u64
 from snapshot.schema import declared, encode, schema_of, state
-from snapshot.types import MaxSize, OneOf, Range, Size, i64, u2, u7, u64
 from snapshot.versions import decode, upgrade
 
 

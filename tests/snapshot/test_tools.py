@@ -16,8 +16,8 @@ from snapshot.chain import Chain
 from snapshot.container import BLOCK, Part
 from snapshot.describe import described, parse, record
 from snapshot.errors import SnapshotError
+from snapshot.field_types import MaxSize, OneOf, Range, Size, i64, u2, u7, u8, u64
 from snapshot.schema import encode, schema_of, state, without_docs
-from snapshot.types import MaxSize, OneOf, Range, Size, i64, u2, u7, u8, u64
 from snapshot.versions import decode, downgrade, lower, renamed, upgrade
 from snapshot.writer import Writer
 from vmm.testing import states

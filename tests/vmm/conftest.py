@@ -20,6 +20,7 @@ from vmm.control.place import Place
 from vmm.control.server import Server
 from vmm.control.supervisor import Supervisor
 from vmm.machine.machine import Machine
+from vmm.saving.save import Contents
 
 
 def children() -> set[int]:
@@ -114,21 +115,16 @@ def box(boxes):
 def gate(monkeypatch, tmp_path_factory):
     """Saves stand still until the function is called: the copy that writes waits for a file."""
     file = tmp_path_factory.mktemp("gate") / "open"
-    filling = Machine._filling
+    fill = Contents.fill
 
-    def gated(self, *arguments):
-        fill = filling(self, *arguments)
+    def wait_and_fill(self, writer):
+        writer.progress(1)
+        limit = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < limit:
+            time.sleep(0.002)
+        fill(self, writer)
 
-        def wait_and_fill(writer):
-            writer.progress(1)
-            limit = time.monotonic() + 60
-            while not file.exists() and time.monotonic() < limit:
-                time.sleep(0.002)
-            fill(writer)
-
-        return wait_and_fill
-
-    monkeypatch.setattr(Machine, "_filling", gated)
+    monkeypatch.setattr(Contents, "fill", wait_and_fill)
     return file.touch
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, assert_never
 
+from snapshot.field_types import OneOf, u32
 from snapshot.schema import state
-from snapshot.types import OneOf, u32
 from vmm.board import isapc
 from vmm.board.alarms import Alarms
 from vmm.board.config import MachineConfig

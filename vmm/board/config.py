@@ -11,8 +11,8 @@ from itertools import count
 from typing import Annotated, Any
 
 from snapshot.errors import SnapshotError
+from snapshot.field_types import MaxSize, OneOf, Range, u64
 from snapshot.schema import state
-from snapshot.types import MaxSize, OneOf, Range, u64
 from snapshot.versions import downgrade, upgrade
 from vmm.cpu.model import MODEL_NAME, TSC_KHZ
 from vmm.errors import RequestError

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 
-from snapshot.types import Range, u8
+from snapshot.field_types import Range, u8
 from vmm.board import options
 from vmm.board.config import PLACES, DeviceConfig
 from vmm.board.slot import At, Fixed, Irq, Lead, Slot

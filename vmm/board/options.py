@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
-from snapshot import schema, types
+from snapshot import field_types as types
+from snapshot import schema
 from snapshot.errors import SnapshotError
 from vmm.errors import RequestError
 

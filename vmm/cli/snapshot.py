@@ -20,8 +20,8 @@ from snapshot import unpack as unpacking
 from snapshot.chain import Chain
 from snapshot.container import BLOCK, Part
 from snapshot.errors import SnapshotError
+from snapshot.field_types import Json
 from snapshot.reader import decode_part
-from snapshot.types import Json
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
 from vmm.guest.symbols import Symbols

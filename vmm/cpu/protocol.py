@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
+from snapshot.field_types import OneOf, Size, u2, u4, u8, u16, u32, u64
 from snapshot.schema import state
-from snapshot.types import OneOf, Size, u2, u4, u8, u16, u32, u64
 from vmm.wires import CpuPins
 
 

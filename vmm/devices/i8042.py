@@ -24,8 +24,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
+from snapshot.field_types import MaxSize, Range, Size, u5, u8
 from snapshot.schema import state
-from snapshot.types import MaxSize, Range, Size, u5, u8
 from vmm.device import Device, invariant, outside
 from vmm.devices.ps2 import (
     BREAK,

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from snapshot.field_types import OneOf, u3, u5, u8
 from snapshot.schema import state
-from snapshot.types import OneOf, u3, u5, u8
 from vmm.device import Device, invariant, outside
 from vmm.registers import reads, writes
 from vmm.wires import Line

@@ -17,8 +17,8 @@ from __future__ import annotations
 from dataclasses import field, replace
 from typing import Annotated
 
+from snapshot.field_types import OneOf, Range, Size, u4, u8, u16, u56, u64
 from snapshot.schema import state
-from snapshot.types import OneOf, Range, Size, u4, u8, u16, u56, u64
 from vmm.device import Device
 from vmm.registers import reads, span, writes
 from vmm.wires import Alarm, Clock, Line

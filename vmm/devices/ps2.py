@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from snapshot.field_types import MaxSize, Range, Size, u2, u3, u5, u7, u8
 from snapshot.schema import state
-from snapshot.types import MaxSize, Range, Size, u2, u3, u5, u7, u8
 
 ACK, RESEND, BAT_OK = 0xFA, 0xFE, 0xAA
 BREAK = 0xF0

@@ -17,8 +17,8 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated
 
+from snapshot.field_types import Size, i64, u7, u64
 from snapshot.schema import state
-from snapshot.types import Size, i64, u7, u64
 from vmm.device import Device, invariant
 from vmm.registers import reads, writes
 from vmm.wires import Alarm, Clock, Line

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from snapshot.field_types import MaxSize, u2, u4, u5, u8, u16
 from snapshot.schema import state
-from snapshot.types import MaxSize, u2, u4, u5, u8, u16
 from vmm.device import Device, invariant, outside
 from vmm.registers import reads, writes
 from vmm.wires import Line, Posting, Transmit

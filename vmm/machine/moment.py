@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
 
+from snapshot.field_types import ListType, OptionalType, Type
 from snapshot.schema import StructType, schema_of
-from snapshot.types import ListType, OptionalType, Type
 from vmm.cpu.protocol import CpuState
 from vmm.dirty_pages import Scanner
 from vmm.errors import BackendError

@@ -16,7 +16,7 @@ import blake3
 
 from snapshot import schema, versions
 from snapshot.errors import SnapshotError
-from snapshot.types import Json
+from snapshot.field_types import Json
 from vmm.errors import RequestError
 from vmm.qtest.board import Command
 from vmm.testing import actions

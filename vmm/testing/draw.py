@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from snapshot import schema, types
-from snapshot.types import Json
+from snapshot import field_types as types
+from snapshot import schema
+from snapshot.field_types import Json
 from vmm.qtest.board import Command
 from vmm.testing.actions import Action, Call, Wake
 from vmm.testing.case import Case

@@ -25,7 +25,7 @@ from typing import Any
 
 import blake3
 
-from snapshot.types import Json
+from snapshot.field_types import Json
 from vmm.errors import BackendError, RequestError
 from vmm.testing import draw
 from vmm.testing.case import Case, Stale, as_pytest, as_qtest, smallest

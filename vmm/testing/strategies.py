@@ -6,7 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from snapshot import schema, types
+from snapshot import field_types as types
+from snapshot import schema
 from vmm.board.slot import At
 from vmm.testing.actions import Call
 from vmm.testing.subject import Subject

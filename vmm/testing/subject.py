@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any
 
-from snapshot import schema, types
+from snapshot import field_types as types
+from snapshot import schema
 from snapshot.errors import SnapshotError
 from vmm.board import kinds
 from vmm.board.config import DeviceConfig

@@ -273,7 +273,7 @@ def in_state(state, boxes, tmp_path, request):
     """A box in `state`, however it gets there."""
     if state is State.FAILED:
         box = boxes(start=False)
-        box.machine.go_on = lambda: (_ for _ in ()).throw(AssertionError("planted"))
+        box.machine.loop.go_on = lambda: (_ for _ in ()).throw(AssertionError("planted"))
         box.start()
     elif state is State.SAVING:
         request.getfixturevalue("gate")

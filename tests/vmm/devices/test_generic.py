@@ -8,8 +8,8 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from snapshot.field_types import Size, u8, u64
 from snapshot.schema import state
-from snapshot.types import Size, u8, u64
 from vmm.board.isapc import CHIPS
 from vmm.device import Device, invariant, outside
 from vmm.devices.debugcon import Debugcon

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snapshot.field_types import BoolType, BytesType, IntType, OptionalType, Type
 from snapshot.schema import StructType, encode, schema_of
-from snapshot.types import BoolType, BytesType, IntType, OptionalType, Type
 from snapshot.versions import decode
 from vmm.bus import Bus
 from vmm.devices.i8042 import I8042, I8042State

@@ -171,17 +171,15 @@ def test_every_cut_lies_before_the_end(monkeypatch, tmp_path):
 
 def test_the_test_that_is_left_fails_by_itself(monkeypatch, tmp_path):
     """The planted fault is in the file: what was saved there is wrong for ever."""
-    parts = Machine.parts
+    states = Machine.states
 
     def forgetful(self):
-        found = parts(self)
-        return (
-            {**found, "cpu.0": dataclasses.replace(found["cpu.0"], r15=0)}
-            if sys._getframe(1).f_code.co_name == "_filling"
-            else found
-        )
+        found = states(self)
+        if sys._getframe(1).f_code.co_name == "_contents":
+            found["cpu.0"] = dataclasses.replace(found["cpu.0"], r15=0)
+        return found
 
-    monkeypatch.setattr(Machine, "parts", forgetful)
+    monkeypatch.setattr(Machine, "states", forgetful)
     with pytest.raises(Trace) as found:
         cut_anywhere(boot, end=END, points=20, folder=tmp_path, fresh=10**9)
     assert "cpu.0.r15" in found.value.fields

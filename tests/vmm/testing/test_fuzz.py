@@ -141,7 +141,7 @@ def test_a_find_of_a_device_with_another_state_is_not_said_to_be_mended(broken):
     other = """
 from dataclasses import dataclass
 from snapshot.schema import state
-from snapshot.types import u8
+from snapshot.field_types import u8
 from vmm.devices.rtc import RtcState
 
 @state("rtc", version=99)
