@@ -30,7 +30,7 @@ def test_a_golden_is_as_it_was_made(name):
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_golden_wakes_and_runs_on(name):
-    with Machine.restore(SNAPSHOTS / name, verify=True) as woken:
+    with Machine.restore(SNAPSHOTS / name, verify=True, bind=GOLDENS[name].get("bind")) as woken:
         if (line := GOLDENS[name]["prints"]) is not None:
             assert woken.run(until=re.escape(line)) == Stopped("pattern")
         assert woken.run(position=woken.position + 10_000) == Stopped("position")

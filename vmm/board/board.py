@@ -17,6 +17,7 @@ from vmm.bus import Bus, Window
 from vmm.clock import GuestClock
 from vmm.device import Device
 from vmm.devices.pic import CASCADE, Pic, PicPair
+from vmm.errors import RequestError
 from vmm.host.console import Console
 from vmm.ram import Ram
 from vmm.wires import (
@@ -45,7 +46,12 @@ class BoardState:
 
 
 def slots(config: MachineConfig) -> list[Slot]:
-    """The chips of a machine, a function of its config. Raises RequestError, BackendError as the board's own does."""
+    """The chips of a machine, a function of its config. Raises RequestError for a machine that cannot be built, and
+    BackendError for a kind of device that is not here."""
+    if config.board not in _BOARDS:
+        raise RequestError(f"there is no board {config.board!r} here; there are {', '.join(_BOARDS)}")
+    if config.cpus != 1:
+        raise RequestError(f"a machine has one CPU here, not {config.cpus}")
     return _BOARDS[config.board](config)
 
 

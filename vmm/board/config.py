@@ -18,6 +18,7 @@ from vmm.cpu.model import MODEL_NAME, TSC_KHZ
 from vmm.errors import RequestError
 
 MAX_MEMORY = 1 << 38
+MAX_CPUS = 256
 MAX_DEVICES = 64
 DEFAULT_EPOCH_NS = 1_577_836_800 * 10**9  # 2020-01-01: a fixed wall clock, so that boots are equal
 RESERVED = ("config", "board", "clock")  # names of parts that are no devices; a CPU's has a dot, which an id has not
@@ -111,13 +112,14 @@ def _spelt(value: object) -> str:
 
 @state("machine", version=3)
 class MachineConfig:
-    """What the machine is built from, and all a restore needs."""
+    """What the machine is built from, and all a restore needs. How many CPUs there may be, and which boards there are,
+    is a program's affair and not its file's: one that lacks them says so."""
 
     memory_bytes: Annotated[int, Range(4096, MAX_MEMORY), "RAM, a multiple of 4096"] = 256 << 20
-    cpus: Annotated[int, Range(1, 1), "number of CPUs"] = 1
+    cpus: Annotated[int, Range(1, MAX_CPUS), "number of CPUs"] = 1
     cpu_model: Annotated[str, OneOf((MODEL_NAME,)), "CPUID model"] = MODEL_NAME
     tsc_khz: Annotated[int, Range(100_000, 100_000_000), "rate of the time-stamp counter"] = TSC_KHZ
-    board: Annotated[str, OneOf(("isapc",)), "which board"] = "isapc"
+    board: Annotated[str, MaxSize(32), "which board"] = "isapc"
     epoch_ns: Annotated[u64, "wall clock at guest time zero, Unix ns"] = DEFAULT_EPOCH_NS
     devices: Annotated[tuple[DeviceConfig, ...], MaxSize(MAX_DEVICES), "devices besides the board's own"] = ()
     bound: Annotated[
@@ -152,6 +154,8 @@ def machine_v2_to_v1(new: MachineConfigV2) -> MachineConfigV1:
 
 @downgrade
 def machine_v3_to_v2(new: MachineConfig) -> MachineConfigV2:
+    if new.cpus != 1:
+        raise SnapshotError(f"machine.cpus: version 2 has one, not {new.cpus}")
     if new.devices:
         raise SnapshotError(f"machine.devices: version 2 has no devices but the board's own, not {new.devices[0].id}")
     return MachineConfigV2(**_fields(new, MachineConfigV2))

@@ -1,0 +1,113 @@
+"""The board: alarms, DMA, and that it drives nothing before a CPU is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmm.board.alarms import Alarms
+from vmm.board.board import Board
+from vmm.board.config import RESERVED, MachineConfig
+from vmm.board.dma import RamDma
+from vmm.board.isapc import CHIPS
+from vmm.clock import GuestClock
+from vmm.ram import Ram
+from vmm.saving.parts import parts_of
+
+WHENS = st.none() | st.integers(0, 50)
+PUSHES = st.lists(st.tuples(st.integers(0, 3), WHENS), max_size=40)
+
+
+class Sleeper:
+    """Expires once, and sleeps on."""
+
+    def __init__(self, alarms: Alarms, told: list[int], number: int) -> None:
+        self.alarm, self.told, self.number = alarms.alarm(), told, number
+        alarms.belongs(self)  # type: ignore[arg-type]
+
+    def expire(self) -> None:
+        self.told.append(self.number)
+        self.alarm(None)
+
+
+@given(PUSHES, st.integers(0, 50))
+def test_alarms_are_the_earliest_of_what_was_pushed(pushes, now):
+    kicks: list[int | None] = []
+    told: list[int] = []
+    alarms = Alarms(lambda: kicks.append(alarms.next_ns))
+    sleepers = [Sleeper(alarms, told, number) for number in range(4)]
+    due: dict[int, int | None] = dict.fromkeys(range(4))
+    for number, when in pushes:
+        before = min((each for each in due.values() if each is not None), default=None)
+        kicked = len(kicks)
+        sleepers[number].alarm(when)
+        due[number] = when
+        after = min((each for each in due.values() if each is not None), default=None)
+        assert alarms.next_ns == after
+        earlier = after is not None and (before is None or after < before)
+        assert len(kicks) == kicked + earlier, "a CPU is kicked when something comes before what it runs towards"
+    alarms.expire_due(now)
+    served = [(when, number) for number, when in due.items() if when is not None and when <= now]
+    assert told == [number for _, number in sorted(served)], "earliest first, then in the order of the board"
+    assert alarms.next_ns is None or alarms.next_ns > now
+
+
+def test_a_deadline_that_does_not_move_on_is_found():
+    alarms = Alarms(lambda: None)
+    stuck = Sleeper(alarms, [], 0)
+    stuck.expire = lambda: None  # type: ignore[method-assign]
+    stuck.alarm(1)
+    with pytest.raises(AssertionError, match="stays in the past"):
+        alarms.expire_due(2)
+
+
+def test_dma_is_ram_and_nothing_else():
+    ram, dropped, allowed = Ram.fresh(1 << 16), [], [True]
+    dma = RamDma(lambda: ram, lambda start, end: dropped.append((start, end)), lambda: allowed[0])
+    assert dma.write(0x100, b"abc") and dropped == [(0x100, 0x103)]
+    view = dma.view(0x100, 3)
+    assert view is not None and bytes(view) == b"abc" and view.readonly
+    for address, size in ((0xFFFF, 2), (1 << 40, 1), (-1, 2), (0, -1)):
+        assert dma.view(address, size) is None
+    assert not dma.write(0xFFFE, b"abc") and len(dropped) == 1
+    allowed[0] = False
+    assert dma.view(0x100, 3) is None and not dma.write(0x100, b"x"), "it may not master the bus"
+    assert RamDma(lambda: None, lambda start, end: None).view(0, 1) is None
+    ram.close()
+
+
+class Pins:
+    """A CPU's, noting what is driven."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *values: self.seen.append((name, *values))
+
+
+def test_another_cpu_is_told_all_there_is():
+    board = Board(MachineConfig(memory_bytes=1 << 20), GuestClock(1_000_000))
+    first, second = Pins(), Pins()
+    board.attach(first, None)
+    board.power_on()
+    for port, value in ((0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1), (0x21, 0)):
+        board.bus.port_out(port, 1, value)
+    board.bus.port_out(0x3FC, 1, 0x08)
+    board.bus.port_out(0x3F9, 1, 0x02)
+    assert ("intr", True) in first.seen and ("post_writes", 0x3F8, False) in first.seen
+    count = len(first.seen)
+    board.attach(second, None)
+    board.restored()
+    assert ("intr", True) in second.seen and ("set_a20", True) in second.seen and len(first.seen) == count
+    assert ("post_writes", 0x2F8, True) in second.seen and ("post_writes", 0x3F8, True) not in second.seen
+
+
+def test_names_of_parts_are_kept_from_devices():
+    names = [part.name for part in parts_of(MachineConfig())]
+    chips = [slot.id for slot in CHIPS]
+    assert names[-len(chips) :] == chips and len(set(names)) == len(names)
+    assert all(name in RESERVED or "." in name for name in names[: -len(chips)])
