@@ -82,7 +82,7 @@ class Rig:
             return self.alarm
         if annotation is Dma:
             return self
-        if annotation is Line or annotation is Posting:
+        if annotation in (Line, Posting):
             return self.line(name)
         if annotation is Msi or _is_sink(annotation):
             return self.sink(name)
