@@ -204,7 +204,7 @@ class EmuCpu(Cpu):
     def tsc_khz(wanted: int | None = None) -> int:
         return cpu_model.TSC_KHZ if wanted is None else wanted
 
-    def post_writes(self, port: int, on: bool) -> None:
+    def defer_writes(self, port: int, on: bool) -> None:
         pass  # a write costs less here than keeping it for later
 
     def discard_code(self, start: int, end: int) -> None:

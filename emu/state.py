@@ -21,7 +21,6 @@ _ENV_MSRS = {
     "tsc_aux": "tsc_aux",
 }
 _SYSENTER = {"sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176}
-_EFER = 0xC0000080
 
 
 def save(engine: Engine, tsc: int, halted: bool, event: EventState | None) -> CpuState:

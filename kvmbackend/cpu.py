@@ -104,9 +104,9 @@ class KvmCpu(Cpu):
         if position is not None:
             raise RequestError("kvm does not count the code it runs: a position can be reached with --backend emu only")
 
-    def post_writes(self, port: int, on: bool) -> None:
+    def defer_writes(self, port: int, on: bool) -> None:
         if self._ring32 is not None:
-            self._vm.post_writes(port, on)
+            self._vm.defer_writes(port, on)
 
     def registers(self) -> tuple[int, ...]:
         abi.call("KVM_GET_REGS", self._vcpu, abi.GET_REGS, self._regs)

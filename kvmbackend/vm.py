@@ -111,7 +111,7 @@ class Vm:
         slot = abi.MemoryRegion(slot=number, guest_phys_addr=base, memory_size=size, userspace_addr=address)
         abi.call("KVM_SET_USER_MEMORY_REGION", self._vm, abi.SET_USER_MEMORY_REGION, slot)
 
-    def post_writes(self, port: int, on: bool) -> None:
+    def defer_writes(self, port: int, on: bool) -> None:
         """Whether byte writes of `port` go to the ring instead of leaving the guest."""
         request = abi.REGISTER_COALESCED_MMIO if on else abi.UNREGISTER_COALESCED_MMIO
         abi.call("KVM_REGISTER_COALESCED_MMIO", self._vm, request, abi.CoalescedZone(addr=port, size=1, pio=1))

@@ -47,38 +47,15 @@ class OneOf:
 
 
 u2 = Annotated[int, Bits(2)]
-
-
 u3 = Annotated[int, Bits(3)]
-
-
 u4 = Annotated[int, Bits(4)]
-
-
 u5 = Annotated[int, Bits(5)]
-
-
-u6 = Annotated[int, Bits(6)]
-
-
 u7 = Annotated[int, Bits(7)]
-
-
 u8 = Annotated[int, Bits(8)]
-
-
 u16 = Annotated[int, Bits(16)]
-
-
 u32 = Annotated[int, Bits(32)]
-
-
 u56 = Annotated[int, Bits(56)]
-
-
 u64 = Annotated[int, Bits(64)]
-
-
 i64 = Annotated[int, Range(-(2**63), 2**63 - 1)]
 
 

@@ -86,7 +86,7 @@ class CpuPins(Protocol):
 
     def intr(self, level: bool) -> None: ...
     def set_a20(self, enabled: bool) -> None: ...
-    def post_writes(self, port: int, on: bool) -> None: ...  # byte writes of `port` may come late, in order
+    def defer_writes(self, port: int, on: bool) -> None: ...  # byte writes of `port` may come late, in order
     def discard_code(self, start: int, end: int) -> None: ...  # RAM behind these addresses was changed
     def kick(self) -> None: ...  # come back at the next boundary: the board wants something
 

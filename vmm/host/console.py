@@ -72,7 +72,8 @@ class Console:
             self.on_match()
 
     def _line(self) -> bytearray:
-        """The last one, with its end if that has come: no other can match that did not before."""
+        """The line the guest is writing, its end included once that is written. A pattern can only come to match
+        there: any line before it has been searched as it grew."""
         size = len(self.output)
         first = max(size - (self.total - self._from), size - _BACK, 0)
         return self.output[max(first, self.output.rfind(b"\n", first, size - 1) + 1) :]

@@ -152,9 +152,9 @@ class Machine:
         return machine
 
     def go_on_from(self, path: Path) -> None:
-        """Be the machine in a snapshot, which was saved here: a new CPU, new RAM, every state as it was read. Only the
-        host's ends stay: consoles, what was typed, what was posted. At a safe point only. Raises as `restore` does,
-        and then nothing has changed."""
+        """Become the machine that a snapshot holds, which was saved by this process of this machine: it gets a new CPU,
+        new RAM, and every state as it was read. What this computer holds of it stays: consoles, what was typed, what
+        was posted. To be called at a safe point. Raises as `restore` does, and then nothing has changed."""
         chain = Chain(path)
         try:
             saved = admit(Saved.decode(chain), self.backend)

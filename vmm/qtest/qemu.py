@@ -43,7 +43,7 @@ _LOOP_AT = _END - len(_LOOP)  # with one more NOP before it
 _ECX, _RIP = 2, 16  # register numbers of the target description
 
 _HPET = 0xFED00000
-_CONFIG, _COUNTER, _TIMER, _COMPARATOR = _HPET + 0x10, _HPET + 0xF0, _HPET + 0x100, _HPET + 0x108
+_CONFIG, _TIMER, _COMPARATOR = _HPET + 0x10, _HPET + 0x100, _HPET + 0x108
 _TO_NOBODY = 20 << 9 | 1 << 2  # one-shot, enabled, to an input of the I/O APIC, which is masked
 
 

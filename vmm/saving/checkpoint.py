@@ -37,7 +37,7 @@ Fill = Callable[[Writer], None]  # writes all of a snapshot but its end
 
 
 def cannot(path: Path, error: OSError) -> BackendError:
-    """A save the host refused."""
+    """Say which file could not be written, and why, as the host's fault."""
     return BackendError(f"cannot save to {path}: {error.strerror or error}")
 
 
@@ -78,7 +78,7 @@ class Checkpoint:
         self._lock = threading.Lock()  # over the descriptor of the process: its number is used again
 
     def wait(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Until the file is in place. `progress` is called with bytes done and in all. Raises SnapshotError or
+        """Block until the file is in place. `progress` is called with bytes done and in all. Raises SnapshotError or
         BackendError when it failed, Cancelled after `cancel()`."""
         last: dict[str, Any] = {}
         with os.fdopen(self._told, "rb") as lines:
@@ -139,7 +139,7 @@ def _fork() -> int:
 
 
 def _write_and_end(writer: Writer, fill: Fill, teller: _Teller) -> NoReturn:
-    """The copy's whole life."""
+    """What the forked copy does from its first instruction to its end: write the file, tell how far it is, exit."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)

@@ -30,12 +30,12 @@ class Scrub:
             raise self._error
 
     def wait(self) -> None:
-        """Until the whole RAM has been checked. Raises SnapshotError when it is damaged."""
+        """Block until the whole RAM has been checked. Raises SnapshotError when it is damaged."""
         self._thread.join()
         self.check()
 
     def leave(self) -> None:
-        """Nobody needs to know any more."""
+        """Give the check up, and wait until it has let go of the file: what it would find no longer matters."""
         self._left.set()
         self._thread.join()
 

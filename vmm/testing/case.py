@@ -24,8 +24,6 @@ from vmm.testing.actions import Action, Wake
 from vmm.testing.subject import Subject
 from vmm.testing.twins import Twins
 
-_STATE = re.compile(r"^[\w.]+: ")
-
 
 class Stale(RequestError):
     """A case of a device that has changed since: it says nothing of the one there is now."""

@@ -119,13 +119,13 @@ class _Watch:
 
 
 def _slice(task: Task) -> Result:
-    """In a worker."""
+    """Run a slice of a campaign; what a worker process is given to do."""
     with _Watch() as watch:
         return explore(task, alive=watch)
 
 
 def _inputs(draws: random.Random, pool: list[bytes]) -> Iterator[bytes]:
-    """New ones, and changed ones of those that reached something."""
+    """Draw inputs without end: new ones, and changed ones of those that reached a line before."""
     while True:
         data = draws.randbytes(draws.choice(_SIZES))
         if pool and draws.random() < 0.6:
@@ -153,8 +153,8 @@ def _failure(case: Case, traced: AbstractContextManager[None], *, exact: bool) -
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    """What does not come to an end by itself. Where there are no signals (a thread of somebody's pool) only the counted
-    cases end."""
+    """Raise AssertionError in what runs here for too long. Where there are no signals (a thread of somebody's pool) it
+    does not: only cases whose lines are counted end then."""
 
     def ring(*_: object) -> None:
         raise AssertionError("an access does not come to an end")
@@ -182,7 +182,7 @@ class _Coverage:
         self._new: set[Line] = set()
 
     def take(self) -> frozenset[Line]:
-        """What is new since the last time."""
+        """Take the lines that ran since this was last called, and for the first time."""
         found, self._new = frozenset(self._new), set()
         return found
 
@@ -224,7 +224,7 @@ class Report:
 
     @property
     def per_second(self) -> float:
-        """Cases, of one process."""
+        """Cases run in a second by one process."""
         return sum(self.executions.values()) / self.seconds if self.seconds else 0.0
 
     @property
@@ -287,7 +287,7 @@ def campaign(
 def _slices(
     starts: list[Start], kept: dict[str, Corpus], seconds: float, seed: object, report: Report
 ) -> Iterator[Task]:
-    """Each device in its turn, until each had its time."""
+    """Deal out slices of work, one device after the other, until each has had its time."""
     rounds = max(1, round(seconds / SLICE_S))
     for n in range(rounds):
         for start in starts:
@@ -362,19 +362,19 @@ def keep(folder: Path, case: Case, why: str) -> None:
 
 
 def findings(folder: Path) -> Iterator[Case]:
-    """Those in the folder."""
+    """Read the finds a folder holds."""
     for path in sorted((folder / FINDINGS).glob("*.json")):
         yield load(path)
 
 
 def find(folder: Path, id: str) -> Path | None:
-    """The file of a find, by its id or the beginning of that."""
+    """Find the file of a find by its id, or by the beginning of that."""
     found = [path for path in (folder / FINDINGS).glob("*.json") if path.stem.startswith(id)]
     return found[0] if len(found) == 1 else None
 
 
 def load(path: Path) -> Case:
-    """Raises RequestError when the file holds no case."""
+    """Read a find's case from its file. Raises RequestError when it holds none."""
     try:
         return Case.from_json(path.read_text())
     except (UnicodeDecodeError, RequestError):

@@ -88,7 +88,7 @@ class Subject:
         return at, at.base + register.offset
 
     def sizes(self, at: At) -> tuple[int, ...]:
-        """Of accesses there are, in bytes."""
+        """Which sizes, in bytes, an access of a bank there may have."""
         return (1, 2, 4, 8) if at.space == "memory" else (1, 2, 4)
 
     @staticmethod
@@ -121,7 +121,8 @@ class Subject:
 
     @functools.cached_property
     def modules(self) -> tuple[ModuleType, ...]:
-        """Those the device is made of: those of its classes, and what they take from their own packages."""
+        """Find the modules a device is made of: those its classes are defined in, and those that these import from
+        their own packages."""
         found: dict[str, None] = {}
         for base in self.device.__mro__[: self.device.__mro__.index(Device)]:
             package = base.__module__.rpartition(".")[0]
@@ -143,8 +144,8 @@ class Subject:
         return tuple(sorted(found))
 
     def arguments(self, call: Call) -> dict[str, Any]:
-        """Of a call of an @outside method, decoded. Raises RequestError when the device has no such method, or it takes
-        others."""
+        """Decode the arguments of a call of an @outside method. Raises RequestError when the device has no such method,
+        or it takes others."""
         wanted, given = self.calls.get(call.method), dict(call.arguments)
         if wanted is None:
             raise RequestError(f"{self.name} has no method {call.method!r} marked @outside")
@@ -165,7 +166,7 @@ def _constants(code: CodeType) -> Iterator[int]:
 
 
 def _places(device: type[Device[Any]]) -> tuple[At, ...]:
-    """Its banks, one after the other."""
+    """Lay a device's banks out one after the other, among the ports or, where they do not fit there, in memory."""
     largest = max((bank.size for bank in device.banks.values()), default=1)
     apart = -(-largest // BANK) * BANK
     wide = any(register.size == 8 for register in device.registers) or apart * len(device.banks) > 0xF000

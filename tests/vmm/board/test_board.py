@@ -98,12 +98,12 @@ def test_another_cpu_is_told_all_there_is():
         board.bus.port_out(port, 1, value)
     board.bus.port_out(0x3FC, 1, 0x08)
     board.bus.port_out(0x3F9, 1, 0x02)
-    assert ("intr", True) in first.seen and ("post_writes", 0x3F8, False) in first.seen
+    assert ("intr", True) in first.seen and ("defer_writes", 0x3F8, False) in first.seen
     count = len(first.seen)
     board.attach(second, None)
     board.restored()
     assert ("intr", True) in second.seen and ("set_a20", True) in second.seen and len(first.seen) == count
-    assert ("post_writes", 0x2F8, True) in second.seen and ("post_writes", 0x3F8, True) not in second.seen
+    assert ("defer_writes", 0x2F8, True) in second.seen and ("defer_writes", 0x3F8, True) not in second.seen
 
 
 def test_names_of_parts_are_kept_from_devices():
