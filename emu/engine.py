@@ -101,6 +101,11 @@ HOOK_INSN = uc_const.UC_HOOK_INSN
 HOOK_BLOCK = uc_const.UC_HOOK_BLOCK
 HOOK_INSN_INVALID = uc_const.UC_HOOK_INSN_INVALID
 
+_MMIO_READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_void_p)
+_MMIO_WRITE = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p
+)  # fmt: skip
+
 Read = Callable[[int, int], int]
 Write = Callable[[int, int, int], None]
 
@@ -226,7 +231,14 @@ class Engine:
         """Send accesses of [base, base+size), where no RAM is, to `read(address, size)` and `write(address, size,
         value)`. Below 4 GiB it is mapped in pieces: the engine can give up a piece, to show a device's own RAM there,
         but a large one not in any time."""
-        self._hole = read, write
+
+        def on_read(_uc: object, offset: int, width: int, place: int | None) -> int:
+            return read((place or 0) + offset, width)
+
+        def on_write(_uc: object, offset: int, width: int, value: int, place: int | None) -> None:
+            write((place or 0) + offset, width, value)
+
+        self._hole = self.keep(_MMIO_READ(on_read)), self.keep(_MMIO_WRITE(on_write))
         while size:
             piece = min(size, _PIECE - base % _PIECE) if base < _4_GIB else size
             self._map_mmio(base, piece)
@@ -263,15 +275,16 @@ class Engine:
             self.flush_tlb()
 
     def _map_mmio(self, base: int, size: int) -> None:
+        """One pair of callbacks serves every piece: the engine gives them the offset in it, and its base."""
         read, write = self._hole
+        place = ctypes.c_void_p(base)
+        self._check(self._lib.uc_mmio_map(self._handle_pointer, ctypes.c_uint64(base), ctypes.c_size_t(size),
+                                          read, place, write, place))  # fmt: skip
 
-        def on_read(_uc: object, offset: int, width: int, _data: object) -> int:
-            return read(base + offset, width)
-
-        def on_write(_uc: object, offset: int, width: int, value: int, _data: object) -> None:
-            write(base + offset, width, value)
-
-        self.uc.mmio_map(base, size, on_read, None, on_write, None)
+    @staticmethod
+    def _check(error: int) -> None:
+        if error:
+            raise BackendError(f"unicorn refuses: {unicorn.UcError(error)}")
 
     def hook(self, kind: int, function: int, data: int, instruction: int | None = None) -> None:
         """uc_hook_add with a raw function address, which the Python binding has no way to pass."""
@@ -287,8 +300,7 @@ class Engine:
             ctypes.c_uint64(0),
             *extra,
         )
-        if error:
-            raise BackendError(f"unicorn refused a hook: {unicorn.UcError(error)}")
+        self._check(error)
 
     def keep(self, thing: Any) -> Any:
         self._keep.append(thing)

@@ -9,6 +9,7 @@ A wire is a value given once and never replaced, so that a device holds nothing 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -125,12 +126,19 @@ class Junction:
 def wire(cls: Callable[..., D], source: Source) -> D:
     """Make a device, each of its constructor's arguments from `source`. Raises TypeError, naming the argument, for one
     that has neither wire nor default."""
-    hints = typing.get_type_hints(cls.__init__)
     arguments: dict[str, Any] = {}
-    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
-        given = source(name, hints.get(name))
+    for name, annotation, needed in _arguments(cls):
+        given = source(name, annotation)
         if given is not UNWIRED:
             arguments[name] = given
-        elif parameter.default is parameter.empty:
+        elif needed:
             raise TypeError(f"{cls.__name__}: nothing is wired to {name!r}")
     return cls(**arguments)
+
+
+@functools.cache
+def _arguments(cls: Callable[..., Any]) -> list[tuple[str, Any, bool]]:
+    """Of a constructor: name, annotation, and whether there is no default. Found once: a board has many of a class."""
+    hints = typing.get_type_hints(cls.__init__)
+    parameters = list(inspect.signature(cls.__init__).parameters.items())[1:]
+    return [(name, hints.get(name), parameter.default is parameter.empty) for name, parameter in parameters]
