@@ -5,8 +5,8 @@ import mmap
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.dirty_pages import Scanner
-from vmm.ram import PAGE, Ram
+from vmm.dirty_pages import PAGE, Scanner
+from vmm.ram import Ram
 
 PAGES = 64
 
@@ -21,8 +21,9 @@ def test_what_is_fixed_shows_again_when_later_pages_are_given_up(before, after):
     for page in before:
         region.view[page * PAGE + 7] = 1
     held = bytes(region.view)
-    fixed, contents = region.fixed()
-    assert fixed.address == region.address and bytes(fixed.view) == bytes(contents) == held
+    kept = region.kept()
+    fixed = region.showing(kept)
+    assert fixed.address == region.address and bytes(fixed.view) == bytes(kept.contents) == held
     scanner = Scanner(fixed.address, fixed.size)
     for written in after:
         for page in written:
@@ -36,7 +37,7 @@ def test_what_is_fixed_shows_again_when_later_pages_are_given_up(before, after):
             fixed.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
         assert bytes(region.view) == held and not scanner.extents()
     scanner.close()
-    contents.close()
+    kept.contents.close()
     ram.close()
 
 
