@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import subprocess
@@ -72,17 +73,17 @@ def command(file: Path, goal: str) -> str:
         [sys.executable, "-m", "anyhyve", "restore", str(file), "--pace", "max", "--until", "answer=[0-9]+ .*amd64"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    assert process.stdin and process.stdout
+    assert process.stdin and isinstance(process.stdout, io.BufferedReader)
     seen, deadline = "", time.monotonic() + 60
     typed = False
-    while (chunk := process.stdout.read1(4096).decode(errors="replace")) and time.monotonic() < deadline:  # type: ignore[attr-defined]
+    while (chunk := process.stdout.read1(4096).decode(errors="replace")) and time.monotonic() < deadline:
         seen += chunk
         if not typed and goal in seen:
             process.stdin.write(b"echo answer=$((6*7)) $(uname -srm)\n")
             process.stdin.flush()
             typed = True
     process.kill()
-    found = re.findall(r"answer=\d+ [^\r\n]*", seen)
+    found: list[str] = re.findall(r"answer=\d+ [^\r\n]*", seen)
     return found[-1] if found else sys.exit("demo: the woken shell did not answer")
 
 

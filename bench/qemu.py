@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import socket
@@ -53,10 +54,10 @@ class Qemu:
                 return answer["return"]
 
     def until(self, text: bytes) -> None:
-        assert self.process.stdout
+        assert isinstance(self.process.stdout, io.BufferedReader)
         seen = b""
         while text not in seen:
-            seen += self.process.stdout.read1(65536)  # type: ignore[attr-defined]
+            seen += self.process.stdout.read1(65536)
 
     def type(self, data: bytes) -> None:
         assert self.process.stdin

@@ -38,7 +38,8 @@ def rates(pages: int, batch: int, verify: bool) -> list[float]:
     """Resets a second, of each round."""
     found = []
     with Machine.boot(MachineConfig(memory_bytes=16 << 20), Image(dirtying(pages), flat=True)) as machine:
-        assert machine.run().reason == "exit"
+        stop = machine.run()
+        assert isinstance(stop, Stopped) and stop.reason == "exit"
         moment = machine.moment()
         for _ in range(ROUNDS):
             started = time.perf_counter()

@@ -12,7 +12,6 @@ def test_the_guide_runs():
     device, test = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
     lines = [line for line in device.splitlines() if line.strip()]
     assert len(lines) < 60
-    names: dict = {"__name__": "guide"}
     import sys
     import types
 

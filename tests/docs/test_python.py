@@ -18,7 +18,7 @@ def test_the_example_runs(debian, page, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
+    names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     for file in tmp_path.glob("*.snapshot"):

@@ -55,7 +55,7 @@ def test_a_device_that_cannot_be_opened(monkeypatch, number, words):
     def refuse(path, *_):
         raise OSError(number, os.strerror(number), path)
 
-    monkeypatch.setattr(vm.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(BackendError, match=f"^kvm: .*{words}"):
         backends.probe("kvm")
 
@@ -84,13 +84,13 @@ def test_a_processor_that_lacks_a_feature_of_the_model(kvm, monkeypatch):
     monkeypatch.setattr(cpu_model, "lacking", lambda host: ["popcnt"])
     monkeypatch.setattr(vm, "_processor_flags", set)
     with pytest.raises(BackendError, match="has not got popcnt of x86-64-v2"):
-        Machine.boot(MachineConfig(memory_bytes=1 << 20), None, "kvm")
+        Machine.boot(MachineConfig(memory_bytes=1 << 20), None, "kvm")  # type: ignore[arg-type]  # no image is looked at
 
 
 def test_a_refused_request_names_itself_and_the_reason(kvm, monkeypatch):
     monkeypatch.setattr(abi, "SET_CPUID2", abi.SET_CPUID2 ^ 0xFF)
     with pytest.raises(BackendError, match=r"^kvm: KVM_SET_CPUID2: "):
-        Machine.boot(MachineConfig(memory_bytes=1 << 20), None, "kvm")
+        Machine.boot(MachineConfig(memory_bytes=1 << 20), None, "kvm")  # type: ignore[arg-type]  # no image is looked at
 
 
 def test_a_state_that_cannot_be_names_what_is_wrong(kvm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,7 +37,12 @@ def no_fsync():
 
 
 def save(
-    path: Path, memory: bytes, parent: Path | None = None, packed: bool = False, generation: int = 0, **more: object
+    path: Path,
+    memory: bytes | bytearray,
+    parent: Path | None = None,
+    packed: bool = False,
+    generation: int = 0,
+    extras: Iterable[Extra] = (),
 ) -> Path:
     layout = [("ram.0", 0, len(memory))]
     known = None
@@ -47,7 +53,7 @@ def save(
                 writer.base(Parent(chain.identity, parent.name))
                 known = chain.digests(0)
         writer.ram("ram.0", 0, memoryview(memory), None, packed=packed, parent=known)
-        for extra in more.get("extras", ()):
+        for extra in extras:
             writer.extra(extra)
         writer.commit()
     return path
@@ -77,6 +83,7 @@ def test_a_chain_loads_as_the_memory_it_was_saved_from(tmp_path_factory, generat
         file = save(folder / f"{i}", bytes(memory), parent, packed, i)
         assert load(file) == memory
         parent = file
+    assert parent is not None
     with Chain(parent) as chain:
         assert len(chain.readers) == len(generations)
         assert chain.parts["config"].state == {"generation": len(generations) - 1}
@@ -104,7 +111,7 @@ def test_only_what_changed_is_in_a_difference(tmp_path):
     save(tmp_path / "b", memory, tmp_path / "a")
     with Reader(tmp_path / "b") as reader:
         assert list(reader.rams[0].blocks) == [1, 2]
-        assert reader.parent.file == "a"
+        assert reader.parent is not None and reader.parent.file == "a"
     assert load(tmp_path / "b") == memory
     assert os.stat(tmp_path / "b").st_blocks * 512 < 2 * BLOCK
 
@@ -120,7 +127,7 @@ def test_packing_packs_what_can_be_packed(tmp_path):
 
 
 @pytest.fixture
-def family(tmp_path) -> Path:
+def family(tmp_path: Path) -> Path:
     memory = bytearray(os.urandom(SIZE))
     parent = None
     for name in ("a", "b", "c"):
@@ -176,7 +183,7 @@ def test_a_chain_has_an_end(tmp_path):
     for i in range(MAX_CHAIN):
         memory[0] = i
         parent = save(tmp_path / f"{i}", bytes(memory), parent)
-    assert load(parent) == memory
+    assert parent is not None and load(parent) == memory
     with pytest.raises(SnapshotError, match=f"the chain has {MAX_CHAIN} snapshots already"):
         save(tmp_path / "more", bytes(memory), parent)
 
@@ -278,13 +285,14 @@ def test_a_packed_block_that_lies(tmp_path, damage):
 
     memory = b"text" * PAGE
     pack = zstandard.ZstdCompressor(level=3)
-    frame = {
-        "flip": lambda: bytearray(pack.compress(memory)),
+    frames = {
+        "flip": lambda: pack.compress(memory),
         "grow": lambda: pack.compress(memory) + b"more",
         "second frame": lambda: pack.compress(memory) + pack.compress(b""),
         "no size": lambda: zstandard.ZstdCompressor(write_content_size=False).compress(memory),
         "other size": lambda: pack.compress(memory * 1000),
-    }[damage]()
+    }
+    frame = bytearray(frames[damage]())
     if damage == "flip":
         frame[-1] ^= 0xFF
         frame[len(frame) // 2] ^= 0xFF

@@ -11,10 +11,11 @@ from blake3 import blake3
 from snapshot import promises as lock
 from snapshot import unpack
 from snapshot.chain import Chain
+from snapshot.field_types import Json
 from snapshot.reader import Reader
 from tests.conftest import ROOT
 from vmm.errors import RequestError
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 from vmm.saving import releases
 
 SNAPSHOTS = ROOT / "fixtures" / "snapshots"
@@ -32,8 +33,8 @@ def test_a_golden_is_as_it_was_made(name):
 def test_a_golden_wakes_and_runs_on(name):
     with Machine.restore(SNAPSHOTS / name, verify=True, bind=GOLDENS[name].get("bind")) as woken:
         if (line := GOLDENS[name]["prints"]) is not None:
-            assert woken.run(until=re.escape(line)) == Stopped("pattern")
-        assert woken.run(position=woken.position + 10_000) == Stopped("position")
+            assert woken.run(until=re.escape(line)) == Stopped(StopReason.PATTERN)
+        assert woken.run(position=woken.position + 10_000) == Stopped(StopReason.POSITION)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -45,11 +46,11 @@ def test_a_golden_apart_and_together_is_the_same(name, tmp_path):
 
 def test_every_release_has_goldens_of_all_its_states():
     for release in releases.names():
-        found = {}
+        found: dict[str, Json] = {}
         for name in GOLDENS:
             if name.startswith(release):
                 with Chain(SNAPSHOTS / name) as chain:
-                    found |= {part.schema["name"]: part.schema["version"] for part in chain.parts.values()}
+                    found |= {str(part.schema["name"]): part.schema["version"] for part in chain.parts.values()}
         assert found
         for state, version in found.items():
             assert releases.versions(release)[state] == version
@@ -88,4 +89,4 @@ def test_saving_for_a_release_writes_its_versions(release, boot_own, tmp_path):
         running.save(tmp_path / "b")
     with Reader(tmp_path / "a") as reader:
         for part in reader.parts.values():
-            assert part.schema["version"] == releases.versions(release)[part.schema["name"]]
+            assert part.schema["version"] == releases.versions(release)[str(part.schema["name"])]

@@ -30,7 +30,8 @@ def hostile(count: int, seed: int, folder: Path, timeout: int) -> dict[str, int]
     report = json.loads(run("tests.snapshot.hostile", count, seed, folder=folder, timeout=timeout))
     assert report["files"] == count == sum(report["outcomes"].values())
     assert report["grown_kib"] < 64 << 10
-    return report["outcomes"]
+    outcomes: dict[str, int] = report["outcomes"]
+    return outcomes
 
 
 def test_mutated_files_are_refused_or_run(tmp_path):
@@ -114,9 +115,10 @@ print(read - before, peak() - before)
 @pytest.mark.parametrize("item", [b"[]", b"{}", b"0", b'""', b"[[]]"])
 def test_the_widest_json_does_not_fill_memory(tmp_path, item):
     """As much as the limits allow, of what takes the most memory for its length."""
+    from tests.snapshot import test_container
     from tests.snapshot.test_container import build, part
 
-    def full(name: str) -> Raw:
+    def full(name: str) -> test_container.Raw:
         head, tail = b'{"schema":[],"state":[', b"]}"
         count = ((1 << 20) - 2000 - len(head) - len(tail)) // (len(item) + 1)
         return part(name, head + b",".join([item] * count) + tail)

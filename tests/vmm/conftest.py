@@ -156,7 +156,7 @@ def anyhyve(environment):
 @pytest.fixture
 def named(environment, anyhyve):
     """A function that starts the own guest under a name. At the end all are stopped, and left no socket behind."""
-    made = []
+    made: list[subprocess.Popen[bytes]] = []
 
     def start(name, *arguments, command=("run", "--kernel", OWN, "--flat"), wait=True, **options):
         words = [sys.executable, "-c", MAIN, *map(str, command), "--name", name, *map(str, arguments)]
@@ -174,7 +174,8 @@ def named(environment, anyhyve):
         sockets = Path(environment["XDG_RUNTIME_DIR"], "anyhyve")
         if wait:
             eventually(lambda: made[-1].poll() is not None or (sockets / f"{name}.sock").exists())
-            assert made[-1].poll() is None, made[-1].stderr.read()
+            assert (stderr := made[-1].stderr) is not None
+            assert made[-1].poll() is None, stderr.read()
             eventually(lambda: Client(sockets, name).call("status")["state"] in ("running", "paused"))
         return made[-1]
 
@@ -188,6 +189,7 @@ def named(environment, anyhyve):
                 except subprocess.TimeoutExpired:
                     process.terminate()
                     process.wait(10)
+        assert process.stderr is not None
         process.stderr.close()
         assert process.pid not in sessions(), "a process was left"
     sockets = Path(environment["XDG_RUNTIME_DIR"], "anyhyve")

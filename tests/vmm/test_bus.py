@@ -128,7 +128,7 @@ class SlowWindow:
         for declared in type(self.device).registers:
             if declared.kind != kind:
                 continue
-            method = getattr(self.device, declared.method)
+            method: Callable[..., Any] = getattr(self.device, declared.method)
             family = declared.span
             if family is None:
                 if (declared.offset, declared.size) == (offset, size):

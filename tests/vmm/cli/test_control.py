@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ from snapshot.verify import verify
 from tests.conftest import OWN
 from tests.vmm.conftest import MAIN, children, eventually, sessions
 from vmm.control.client import Client
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 
 
 def sockets(environment) -> Path:
@@ -31,12 +33,12 @@ def catalog(environment, name="box") -> Path:
     return Path(environment["XDG_STATE_HOME"], "anyhyve", name)
 
 
-def answer(done: subprocess.CompletedProcess):
+def answer(done: subprocess.CompletedProcess[bytes]) -> Any:
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def refusal(done: subprocess.CompletedProcess, status=1) -> str:
+def refusal(done: subprocess.CompletedProcess[bytes], status: int = 1) -> str:
     lines = [line for line in done.stderr.decode().splitlines() if line]
     assert done.returncode == status and len(lines) == 1 and lines[0].startswith("anyhyve: "), lines
     return lines[0]
@@ -101,6 +103,7 @@ def test_events_are_lines_of_json(named, anyhyve, environment):
     follower = subprocess.Popen(
         [sys.executable, "-c", MAIN, "ctl", "box", "events"], stdout=subprocess.PIPE, env=environment
     )
+    assert follower.stdout is not None
     time.sleep(0.5)
     anyhyve("ctl", "box", "pause", check=True)
     assert json.loads(follower.stdout.readline()) == {"kind": "state", "state": "paused"}
@@ -116,6 +119,7 @@ def test_ctrl_c_cancels_and_the_machine_runs_on(box, gate, tmp_path, environment
         stderr=subprocess.PIPE, env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
+    assert client.stderr is not None
     eventually(lambda: children() - {client.pid})
     client.send_signal(signal.SIGINT)
     assert client.wait(10) == 130 and b"was cancelled" in client.stderr.read()
@@ -198,6 +202,7 @@ def test_attach_without_a_terminal_follows(named, anyhyve, environment):
         [sys.executable, "-c", MAIN, "attach", "box"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, env=environment,
     )  # fmt: skip
+    assert process.stdin is not None and isinstance(process.stdout, io.BufferedReader)
     process.stdin.write(b"z")
     process.stdin.close()
     seen = b""
@@ -251,7 +256,7 @@ def test_suspended_by_a_signal_and_resumed(named, anyhyve, environment, number):
     verify(file)
     with Machine.restore(file) as machine:
         saved_at = machine.position
-        assert machine.run(position=saved_at + 1_000_000) == Stopped("position")
+        assert machine.run(position=saved_at + 1_000_000) == Stopped(StopReason.POSITION)
         expected = machine.digests()
     at = ("--at", saved_at + 1_000_000, "--json", "--pace", "max")
     resumed = answer(anyhyve("resume", "box", *at))
@@ -305,7 +310,7 @@ def test_a_full_disk_costs_nothing(named, anyhyve, environment, tmp_path):
     for method in ("checkpoint", "suspend"):
         assert "File too large" in refusal(anyhyve("ctl", "box", method, files[0]))
     box.terminate()
-    lines = []
+    lines: list[bytes] = []
     while not all(
         any(word in line for line in lines) for word in (b"not suspended, the machine runs on", b"not saved")
     ):

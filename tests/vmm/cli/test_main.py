@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,13 +23,15 @@ MAIN = "from vmm.cli.main import main; main()"
 NO_KVM = f"import kvmbackend.vm as vm; vm.DEVICE = '/nowhere/kvm'; {MAIN}"  # a computer without
 
 
-def anyhyve(*arguments: object, typed: bytes = b"", main: str = MAIN, **options):
+def anyhyve(
+    *arguments: object, typed: bytes = b"", main: str = MAIN, **options: Any
+) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-c", main, *map(str, arguments)], input=typed, capture_output=True, timeout=30, **options
     )
 
 
-def refusal(*arguments: object, status: int = 1, **options) -> str:
+def refusal(*arguments: object, status: int = 1, **options: Any) -> str:
     done = anyhyve(*arguments, **options)
     lines = done.stderr.decode().splitlines()
     assert done.returncode == status, lines
@@ -39,7 +42,7 @@ def refusal(*arguments: object, status: int = 1, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("saved") / "own"
     done = anyhyve(*OWN_GUEST, "--at", 3_000_000, "--save", file, "--json")
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from vmm.guest.symbols import Symbols
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`a` at 3 M, `b` at 4 M as a difference to it, `c` at 4 M packed."""
     folder = tmp_path_factory.mktemp("saved")
     for arguments in (

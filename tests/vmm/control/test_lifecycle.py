@@ -18,7 +18,7 @@ from vmm.control.lifecycle import ALIVE, MOVES, Lifecycle, State
 from vmm.control.supervisor import Supervisor, WrongState
 from vmm.errors import BackendError, Cancelled
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 END = 6_000_000  # position; some hundred rounds of the guest's
 
@@ -30,7 +30,7 @@ def boot() -> Machine:
 @pytest.fixture(scope="module")
 def undisturbed():
     with boot() as machine:
-        assert machine.run(position=END) == Stopped("position")
+        assert machine.run(position=END) == Stopped(StopReason.POSITION)
         return machine.digests(), bytes(machine.board.console.output)
 
 
@@ -43,11 +43,7 @@ COMMANDS = st.lists(
 
 def command(vm: Supervisor, what: str, folder: Path, saved: list[Path]) -> None:
     file = folder / f"{len(saved)}"
-    options = {
-        "pack": {"packed": True},
-        "stand": {"stop": True},
-        "difference": {"parent": saved[-1] if saved else None},
-    }
+    parent = saved[-1] if what == "difference" and saved else None
     try:
         match what:
             case "pause":
@@ -64,7 +60,7 @@ def command(vm: Supervisor, what: str, folder: Path, saved: list[Path]) -> None:
                 vm.cancel()
                 giving_up.exception()
             case _:
-                vm.save(file, **options.get(what, {})).result()
+                vm.save(file, packed=what == "pack", stop=what == "stand", parent=parent).result()
                 saved.append(file)
     except WrongState as error:
         assert "the machine" in str(error), error  # it came to its end
@@ -88,13 +84,13 @@ def test_whatever_is_commanded_the_result_is_the_same(undisturbed, commands):
                 vm.resume()
             runner.join()
             vm.close()
-        assert stop == [Stopped("position")] and vm.state is State.STOPPED
+        assert stop == [Stopped(StopReason.POSITION)] and vm.state is State.STOPPED
         assert (machine.digests(), bytes(machine.board.console.output)) == undisturbed
         for file in saved:
             verify(file)
         if saved:
             with Machine.restore(saved[-1], verify=True) as woken:
-                assert woken.run(position=END) == Stopped("position")
+                assert woken.run(position=END) == Stopped(StopReason.POSITION)
                 assert woken.digests() == undisturbed[0]
     assert not children()
 
@@ -102,12 +98,12 @@ def test_whatever_is_commanded_the_result_is_the_same(undisturbed, commands):
 def test_what_is_aimed_at_survives_every_stop_on_the_way():
     """A command comes with each byte of output: the text waited for is half written at most of them."""
     with boot() as machine:
-        machine.board.console.listen(lambda _: machine.post(lambda _: Stopped("command")))
+        machine.board.console.listen(lambda _: machine.post(lambda _: Stopped(StopReason.COMMAND)))
         machine.loop.aim(None, "round 0002 sum", None, None)
         stops = 0
-        while (stop := machine.loop.go_on()) == Stopped("command"):
+        while (stop := machine.loop.go_on()) == Stopped(StopReason.COMMAND):
             stops += 1
-        assert stop == Stopped("pattern") and stops > 50
+        assert stop == Stopped(StopReason.PATTERN) and stops > 50
         assert b"round 0003" not in machine.board.console.output
 
 

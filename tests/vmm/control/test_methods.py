@@ -17,7 +17,7 @@ from vmm.control.client import Failed
 from vmm.control.lifecycle import State
 from vmm.control.methods import METHODS
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 
 
 def test_status(box):
@@ -80,7 +80,7 @@ def test_suspend(boxes, tmp_path, paused):
     with box.client() as client:
         saved = client.call("suspend", path=str(tmp_path / "cut"))
         eventually(lambda: box.end)
-    assert box.end == Stopped("suspended") and box.vm.state is State.STOPPED
+    assert box.end == Stopped(StopReason.SUSPENDED) and box.vm.state is State.STOPPED
     assert box.machine.position == saved["position"], "it did not run between the instant and the end"
     with Machine.restore(tmp_path / "cut") as woken:
         assert woken.digests() == box.machine.digests()
@@ -100,7 +100,7 @@ def test_stop(box):
     with box.client() as client:
         assert client.call("stop") == {}
     eventually(lambda: box.end)
-    assert box.end == Stopped("stopped") and box.vm.state is State.STOPPED
+    assert box.end == Stopped(StopReason.STOPPED) and box.vm.state is State.STOPPED
 
 
 def test_stop_before_it_ran(boxes):
@@ -111,7 +111,7 @@ def test_stop_before_it_ran(boxes):
         box.start()
         assert client.read()["id"] == call
     eventually(lambda: box.end)
-    assert box.end == Stopped("stopped") and box.machine.position == 0
+    assert box.end == Stopped(StopReason.STOPPED) and box.machine.position == 0
 
 
 def test_reset(box, boot_own):
@@ -346,7 +346,9 @@ def test_the_errors_are_documented():
 
 
 def test_the_example_exchange_is_true(box):
-    lines = re.search(r"```json\n(.*?)```", DOC.read_text(), re.DOTALL)[1].splitlines()
+    example = re.search(r"```json\n(.*?)```", DOC.read_text(), re.DOTALL)
+    assert example is not None
+    lines = example[1].splitlines()
     box.call("pause")
     with box.client() as client:
         for asked, answered in zip(lines[::2], lines[1::2], strict=True):

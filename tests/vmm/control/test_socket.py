@@ -401,7 +401,7 @@ def test_a_socket_has_its_name_when_it_listens(tmp_path, monkeypatch):
     """Who sees it can connect: there is no moment at which a machine that starts looks like one that has ended."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patched, pytest.raises(BackendError, match="No space left"):
-        patched.setattr(place.socket, "socket", Deaf)
+        patched.setattr(socket, "socket", Deaf)
         Place(folder, "box")
     assert not (folder / "box.sock").exists()
     with Place(folder, "box"):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 LOG, LOG_END, RESULT = 0x300000, 0x2FFFF8, 0x2FFFF0
 
@@ -139,7 +139,7 @@ class Program:
 
     def pause(self) -> Program:
         """Run to the next `pause`."""
-        assert self.machine.run() == Stopped("exit", 0xA55A << 1 | 1)
+        assert self.machine.run() == Stopped(StopReason.EXIT, 0xA55A << 1 | 1)
         return self
 
     def word(self, address: int) -> int:

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import BACKENDS
 from tests.vmm.cpu.program import Program
 from vmm.cpu import model as cpu_model
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 
 
 def pytest_generate_tests(metafunc):
@@ -87,7 +87,7 @@ next:   mov     %rcx, %rax
 
 def test_a_triple_fault_ends_the_run(backend):
     program = Program("lidt 0x2f0000; ud2", backend)
-    assert program.machine.run() == Stopped("triple fault")
+    assert program.machine.run() == Stopped(StopReason.TRIPLE_FAULT)
 
 
 # --- interrupts
@@ -134,7 +134,7 @@ def test_hlt_wakes_behind_itself(backend):
 
 
 def test_hlt_without_interrupts_is_the_end(backend):
-    assert Program("cli; hlt", backend).machine.run() == Stopped("halted")
+    assert Program("cli; hlt", backend).machine.run() == Stopped(StopReason.HALTED)
 
 
 def test_an_interrupt_ends_a_tight_loop(backend):

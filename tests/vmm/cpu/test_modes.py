@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.conftest import BACKENDS
 from tests.vmm.cpu.program import Program, assemble
 from vmm.cpu.protocol import CpuState, SegmentState, TableState
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 CODE, RESULTS = 0x8000, 0x600
@@ -26,7 +27,7 @@ def run(source, state, backend, prepare=lambda machine, labels: None):
         prepare(machine, labels)
         state.rip = CODE
         machine.cpu.load(state)
-        assert machine.run() == Stopped("exit", 1)
+        assert machine.run() == Stopped(StopReason.EXIT, 1)
         return struct.unpack("<8I", machine.ram.read(RESULTS, 32))
 
 
@@ -35,10 +36,11 @@ def real_mode():
 
 
 def protected_mode(**more):
-    wide = {"limit": 0xFFFFFFFF, "db": True, "granular": True}
-    data = {name: SegmentState(selector=0x10, **wide) for name in ("ds", "es", "fs", "gs", "ss")}
+    wide = partial(SegmentState, limit=0xFFFFFFFF, db=True, granular=True)
+    data = partial(wide, selector=0x10)
     return CpuState(
-        cs=SegmentState(selector=8, type=11, **wide), **data, cr0=0x11, rsp=0x7000, **more,
+        cs=wide(selector=8, type=11), ds=data(), es=data(), fs=data(), gs=data(), ss=data(),
+        cr0=0x11, rsp=0x7000, **more,
         gdtr=TableState(base=0x500, limit=0x17), idtr=TableState(base=0x1000, limit=0x7FF),
     )  # fmt: skip
 

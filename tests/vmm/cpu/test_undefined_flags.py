@@ -76,10 +76,16 @@ def test_flags_without_a_count(code, mode, flags):
     assert undefined(bytes.fromhex(code), mode).flags == flags
 
 
+def name_of(code: str, mode: int) -> str:
+    found = _decode(bytes.fromhex(code), mode)
+    assert found is not None, code
+    return found.name
+
+
 def test_every_row_has_an_encoding():
-    tested = {_decode(bytes.fromhex(code), mode).name for code, mode, _ in FIXED}
+    tested = {name_of(code, mode) for code, mode, _ in FIXED}
     assert set(_BY_NAME) <= tested
-    assert set(_X87_BY_NAME) <= {_decode(bytes.fromhex(code), 64).name for code, _ in X87}
+    assert set(_X87_BY_NAME) <= {name_of(code, 64) for code, _ in X87}
 
 
 def byte_shift(extension: int, count: int) -> Undefined:  # C0 /extension ib, on AL

@@ -10,7 +10,7 @@ from tests.conftest import BACKENDS, OWN
 from tests.vmm.cpu.hosts import host
 from vmm.debug.lockstep import Lockstep
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 START, COUNT = 4_477_000, 6_000  # system calls, a fault, port I/O, a halt and a tick lie ahead
 QUIET = 300_000  # a user program with nothing of the sort
@@ -19,7 +19,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 def save_own(file, position):
     with Machine.boot(MachineConfig(memory_bytes=8 << 20), Image.from_files(OWN, flat=True)) as machine:
-        assert machine.run(position=position) == Stopped("position")
+        assert machine.run(position=position) == Stopped(StopReason.POSITION)
         machine.save(file)
     return file
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from snapshot.field_types import Size, u8, u64
+from snapshot.field_types import Json, Size, u8, u64
 from snapshot.schema import state
 from vmm.board.isapc import CHIPS
 from vmm.device import Device, invariant, outside
@@ -219,7 +219,7 @@ def test_what_is_overdue_in_a_state_is_served_within_bounds():
 
 def test_an_invariant_that_comes_to_hold_goes_on_holding():
     subject = Subject.of(Loses)
-    golden = {"count": 5, "at_ns": 0}
+    golden: dict[str, Json] = {"count": 5, "at_ns": 0}
     five = Case(subject.name, golden, 0, {}, (Command("out", 1, 0, 5),))
     assert five.failure(subject=subject) is None, "it has not held yet"
     back = Case(subject.name, golden, 0, {}, (Command("out", 1, 0, 4), Command("out", 1, 0, 5)))

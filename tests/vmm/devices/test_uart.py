@@ -210,7 +210,7 @@ def test_reset_keeps_scratch_divisor_and_what_was_typed(port):
 
 def test_a_write_may_come_late_only_when_it_does_nothing_but_send():
     """DLAB makes it the divisor latch, loopback a receiver, THRI an interrupt."""
-    posting = []
+    posting: list[bool] = []
     uart = Uart(lambda level: None, lambda byte: None, posting.append)
     uart.restored()
     for register, value, late in (

@@ -6,6 +6,7 @@ import lzma
 import os
 import struct
 import tarfile
+from collections.abc import Callable
 
 import lz4.block
 import pytest
@@ -144,7 +145,10 @@ def deb(files: dict[str, bytes], packing: str = "xz") -> bytes:
             entry = tarfile.TarInfo(f"./{name}")
             entry.size = len(data)
             out.addfile(entry, io.BytesIO(data))
-    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": PACKERS["zstd"], "": bytes}[packing]
+    packers: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress, "xz": lzma.compress, "zst": PACKERS["zstd"], "": bytes,
+    }  # fmt: skip
+    pack = packers[packing]
     whole = b"!<arch>\n"
     data_name = f"data.tar.{packing}".rstrip(".")
     for name, data in (("debian-binary", b"2.0\n"), ("control.tar", b"odd"), (data_name, pack(tar.getvalue()))):
@@ -203,7 +207,7 @@ def refusal(folder) -> str:
 
 
 def test_fetch(apt, tmp_path):
-    said = []
+    said: list[str] = []
     folder = tmp_path / "deep" / "guest"
     fetch(folder, progress=said.append)
     assert downloads(apt) == ["linux-image-6.1.0-9-cloud-amd64", "busybox-static"]

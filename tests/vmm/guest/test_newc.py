@@ -27,7 +27,8 @@ class Entry:
 
 def entries(archive: bytes) -> list[Entry]:
     """A reader written from the kernel's page alone."""
-    found, at = [], 0
+    found: list[Entry] = []
+    at = 0
     while True:
         assert archive[at : at + 6] == b"070701" and at % 4 == 0
         words = [int(archive[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]

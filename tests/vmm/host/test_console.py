@@ -1,6 +1,7 @@
 """What is looked for at the console is found, in whatever pieces it comes; and how a test talks with a guest there."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from vmm.errors import GuestError
 from vmm.host.console import Console, expression, text
-from vmm.machine.machine import Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 from vmm.testing.expect import Expect
 
 PATTERNS = ["ab", "^b", "a.b", "b$", "é", r"a\r?\n", "^$", "a|b", "(?i)A+b"]
@@ -64,9 +65,14 @@ class Scripted:
             self.pieces = self.pieces[1:]
             write(self, piece)
             if console.found:
-                return Stopped("pattern")
+                return Stopped(StopReason.PATTERN)
         self.now = until_ns
-        return Stopped("time")
+        return Stopped(StopReason.TIME)
+
+
+def expecting(machine: Scripted) -> Expect:
+    """It is all of a machine that Expect uses."""
+    return Expect(cast(Machine, machine))
 
 
 def write(machine, piece):
@@ -80,7 +86,7 @@ def write(machine, piece):
 )
 def test_what_has_begun_already(before, piece, pattern):
     machine = Scripted(piece)
-    expect = Expect(machine)
+    expect = expecting(machine)
     write(machine, before)
     assert expect.expect(pattern)
     assert machine.now == 0, "found, not waited for"
@@ -90,19 +96,19 @@ def test_what_has_begun_already(before, piece, pattern):
 def test_a_command_in_whatever_pieces_it_is_answered(cut):
     said = "any-begin\r\nhello\r\n\r\nany-end=0\r\n"
     machine = Scripted(said[:cut], said[cut:])
-    assert Expect(machine).run("echo 'hello' &") == "hello\n"
+    assert expecting(machine).run("echo 'hello' &") == "hello\n"
     assert machine.now == 0
     assert b"""eval 'echo '"'"'hello'"'"' &'; printf""" in machine.sent
 
 
 def test_a_command_that_fails():
     with pytest.raises(GuestError, match="'false' ended with status 1"):
-        Expect(Scripted("any-begin\r\n\r\nany-end=1\r\n")).run("false")
+        expecting(Scripted("any-begin\r\n\r\nany-end=1\r\n")).run("false")
 
 
 def test_what_was_written_last_is_what_is_kept():
     machine = Scripted()
-    expect = Expect(machine)
+    expect = expecting(machine)
     write(machine, "." * (3 << 19) + "\nEND")
     assert expect.output.endswith("\nEND") and expect.expect("END")
     with pytest.raises(GuestError, match=r"its last lines:\n[.]*\nEND$"):

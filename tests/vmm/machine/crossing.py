@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from vmm.errors import GuestError
 from vmm.guest.image import Image
 from vmm.guest.newc import Archive
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 # Made by the emulated CPU of one computer, for the KVM of another (tests/emulated_kvm).
 CARRIED = ROOT / "guests" / "kvm-lane" / "sums.snapshot"
@@ -54,5 +54,5 @@ def save_debian_at_its_shell(folder: Path, backend: str, file: Path) -> None:
         tempfile.TemporaryDirectory() as scratch,
         boot_debian(folder, build_floats(Path(scratch)), backend) as machine,
     ):
-        assert machine.run(until="shell ready") == Stopped("pattern")
+        assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
         machine.save(file, packed=True)

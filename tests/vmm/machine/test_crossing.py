@@ -15,7 +15,7 @@ from tests.vmm.machine.crossing import CARRIED, COMMAND, boot_debian, build_floa
 from vmm.cpu.compare import differences
 from vmm.errors import BackendError, GuestError
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 OTHER = {"emu": "kvm", "kvm": "emu"}
 
@@ -38,11 +38,11 @@ def cross(machine, file, backend):
 def run_a_little(machine, draw):
     """To some safe point: on emu any instruction, on KVM wherever the guest is when asked to stop."""
     if machine.backend == "emu":
-        assert machine.run(position=machine.position + draw.randrange(1, 40_000)) == Stopped("position")
+        assert machine.run(position=machine.position + draw.randrange(1, 40_000)) == Stopped(StopReason.POSITION)
         return
-    timer = threading.Timer(draw.uniform(0, 0.01), machine.post, (lambda _: Stopped("command"),))
+    timer = threading.Timer(draw.uniform(0, 0.01), machine.post, (lambda _: Stopped(StopReason.COMMAND),))
     timer.start()
-    assert machine.run() == Stopped("command")
+    assert machine.run() == Stopped(StopReason.COMMAND)
     timer.join()
 
 
@@ -85,7 +85,7 @@ def at_the_shell(backend, debian, floats, tmp_path):
     """Booted here, or on the emulated CPU of the computer that made this one."""
     if backend == "kvm":
         machine = boot_debian(debian, floats, "kvm")
-        assert machine.run(until="shell ready") == Stopped("pattern")
+        assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
         return machine
     if CARRIED.exists():
         return Machine.restore(CARRIED)
@@ -98,15 +98,15 @@ def at_the_shell(backend, debian, floats, tmp_path):
 def test_debian_crosses_with_its_registers_full(crossing, debian, floats, start, tmp_path):
     machine = at_the_shell(start, debian, floats, tmp_path)
     machine.send(COMMAND)
-    assert machine.run(until="half=anyhyve") == Stopped("pattern")
+    assert machine.run(until="half=anyhyve") == Stopped(StopReason.PATTERN)
     output = bytearray()
     for crossed in range(4):
         for _ in range(3):
-            assert machine.run(until="sum [0-9a-f]{16}\r") == Stopped("pattern")
+            assert machine.run(until="sum [0-9a-f]{16}\r") == Stopped(StopReason.PATTERN)
         output += machine.board.console.output
         machine = cross(machine, tmp_path / f"cut.{crossed}", OTHER[machine.backend])
     machine.send(b"echo still=$kept\n")
-    assert machine.run(until="still=anyhyve") == Stopped("pattern")
+    assert machine.run(until="still=anyhyve") == Stopped(StopReason.PATTERN)
     output += machine.board.console.output
     machine.close()
     found = re.findall(rb"sum ([0-9a-f]{16})\r\n", output)
@@ -124,11 +124,11 @@ def test_cut_in_mid_boot_and_at_the_shell_each_life_in_a_new_process(crossing, d
         )  # fmt: skip
 
     machine = boot_debian(debian, floats, "kvm")
-    timer = threading.Timer(8, machine.post, (lambda _: Stopped("command"),))
+    timer = threading.Timer(8, machine.post, (lambda _: Stopped(StopReason.COMMAND),))
     timer.start()
-    assert machine.run() == Stopped("command")
+    assert machine.run() == Stopped(StopReason.COMMAND)
     machine = cross(machine, tmp_path / "there", "emu")
-    assert machine.run(position=machine.position + 200_000) == Stopped("position")
+    assert machine.run(position=machine.position + 200_000) == Stopped(StopReason.POSITION)
     machine.save(tmp_path / "back")
     machine.close()
     live(tmp_path / "back", b"", "shell ready", tmp_path / "shell")

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from tests.vmm.machine import where
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 
 ON = 5_000_000  # bytes of code run after each cut
 
 
 def run_to(machine, position):
-    assert machine.run(position=position) == Stopped("position")
+    assert machine.run(position=position) == Stopped(StopReason.POSITION)
 
 
 def wake_elsewhere(file, position):

@@ -11,7 +11,7 @@ import pytest
 from tests.vmm.machine import where
 from tests.vmm.machine.test_cut import cut_at
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 from vmm.testing.cuts import cut_anywhere
 
 pytestmark = pytest.mark.debian
@@ -26,19 +26,19 @@ def boot(folder, kernel="vmlinux"):
 
 def ask(machine, line, answer):
     machine.send(line.encode() + b"\n")
-    assert machine.run(until=answer) == Stopped("pattern")
+    assert machine.run(until=answer) == Stopped(StopReason.PATTERN)
 
 
 @pytest.mark.parametrize("kernel", ["vmlinuz", "vmlinux"])
 def test_boots_to_a_shell_that_answers(debian, kernel):
     with boot(debian, kernel) as machine:
-        assert machine.run(until="shell ready") == Stopped("pattern")
+        assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
         ask(machine, "echo answer=$((6*7))", "answer=42")
         ask(machine, "uname -srm", r"Linux 6\.\d+.*x86_64")
         ask(machine, "seq 1 2000 | md5sum", "cd6fd5b81dce3eb9b29e1a1a5c2c2b15|[0-9a-f]{32}  -")
         ask(machine, "cat /proc/interrupts", "XT-PIC.*timer")
         machine.send(b"poweroff -f\n")
-        assert machine.run() in (Stopped("halted"), Stopped("reset"))
+        assert machine.run() in (Stopped(StopReason.HALTED), Stopped(StopReason.RESET))
 
 
 def test_saved_at_the_shell_it_answers_in_its_next_life(debian, tmp_path):
@@ -74,13 +74,13 @@ def test_cut_at_random_over_the_boot(debian, tmp_path):
 def test_generation_three(debian, tmp_path):
     machine = boot(debian)
     for generation, position in enumerate((1_000_000_001, 2_000_000_001, 4_000_000_001)):
-        assert machine.run(position=position) == Stopped("position")
+        assert machine.run(position=position) == Stopped(StopReason.POSITION)
         machine.save(tmp_path / f"{generation}")
         machine.close()
         machine = Machine.restore(tmp_path / f"{generation}")
     with machine, boot(debian) as undisturbed:
         for each in (machine, undisturbed):
-            assert each.run(until="shell ready") == Stopped("pattern")
+            assert each.run(until="shell ready") == Stopped(StopReason.PATTERN)
         assert machine.digests() == undisturbed.digests() and machine.position == undisturbed.position
 
 
@@ -96,10 +96,10 @@ def test_cut_fifty_times_over_the_boot(debian, tmp_path):
     fresh = partial(boot, debian, "vmlinuz")
     with fresh() as machine:
         chosen = where.find(machine, where.rep, 4, 9_973)
-        assert machine.run(until="Run /init") == Stopped("pattern")
+        assert machine.run(until="Run /init") == Stopped(StopReason.PATTERN)
         chosen += where.find_handlers(machine, 4, 2) + where.find(machine, where.user, 12, 997)
     with fresh() as machine:
-        assert machine.run(until="shell ready") == Stopped("pattern")
+        assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
         shell = machine.position
     chosen += where.find_halts(fresh, shell, 2)
     pick = random.Random(8)

@@ -12,7 +12,7 @@ import pytest
 from snapshot.verify import verify
 from tests.conftest import BACKENDS, OWN
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 
 def boot(backend="emu", code=None, mib=8) -> Machine:
@@ -24,7 +24,7 @@ def run_some(machine, draw):
     if machine.backend == "emu":
         machine.run(position=machine.position + draw.randrange(1, 300_000))
         return
-    timer = threading.Timer(draw.uniform(0, 0.01), machine.post, (lambda _: Stopped("command"),))
+    timer = threading.Timer(draw.uniform(0, 0.01), machine.post, (lambda _: Stopped(StopReason.COMMAND),))
     timer.start()
     machine.run()
     timer.join()
@@ -74,7 +74,7 @@ def test_code_that_changed_itself_is_the_old_code_again(backend):
     with boot(backend, SELF_MODIFYING) as machine:
         moment = machine.moment()
         for _ in range(3):
-            assert machine.run() == Stopped("exit", 7 << 1 | 1)
+            assert machine.run() == Stopped(StopReason.EXIT, 7 << 1 | 1)
             assert machine.rewind(moment, verify=True) > 0
 
 
@@ -83,7 +83,9 @@ def test_ram_beyond_the_hole_and_without_the_fast_scan(scans):
     with boot(mib=3074) as machine:  # two regions
         machine.run(position=500_000)
         moment = machine.moment()
-        for scanner in machine._moments._baseline.scanners:
+        baseline = machine._moments._baseline
+        assert baseline is not None
+        for scanner in baseline.scanners:
             scanner._scans = scans
         high = machine.ram.regions[1]
         high.view[5000] = 7

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import capstone
 
 from vmm.cpu.paging import read_virtual
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 
 
 def instruction(machine: Machine) -> capstone.CsInsn:
@@ -45,7 +45,7 @@ Where = Callable[[Machine], bool]
 
 
 def step(machine: Machine, code_bytes: int) -> None:
-    assert machine.run(position=machine.position + code_bytes) == Stopped("position")
+    assert machine.run(position=machine.position + code_bytes) == Stopped(StopReason.POSITION)
 
 
 def find(machine: Machine, where: Where, count: int, stride: int, most: int = 100_000) -> list[int]:

@@ -14,7 +14,7 @@ from vmm.control.place import Place
 from vmm.control.server import Server
 from vmm.control.supervisor import Supervisor
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 
 def run_on(machine: Machine) -> None:
@@ -22,9 +22,9 @@ def run_on(machine: Machine) -> None:
     if machine.backend == "emu":
         machine.run(position=machine.position + 30_000)
         return
-    timer = threading.Timer(0.01, machine.post, (lambda _: Stopped("command"),))
+    timer = threading.Timer(0.01, machine.post, (lambda _: Stopped(StopReason.COMMAND),))
     timer.start()
-    assert machine.run() == Stopped("command")
+    assert machine.run() == Stopped(StopReason.COMMAND)
     timer.join()
 
 
@@ -32,9 +32,9 @@ def live_is_full_stop(backend, tmp_path, count):
     with Machine.boot(MachineConfig(memory_bytes=8 << 20), Image.from_files(OWN, flat=True), backend) as machine:
         for n in range(count):
             run_on(machine)
-            options = {"packed": n % 3 == 1, "parent": tmp_path / "parent" if n % 3 == 2 else None}
-            live = machine.checkpoint(tmp_path / "live", **options)
-            machine.save(tmp_path / "stop", **options)
+            packed, parent = n % 3 == 1, tmp_path / "parent" if n % 3 == 2 else None
+            live = machine.checkpoint(tmp_path / "live", packed=packed, parent=parent)
+            machine.save(tmp_path / "stop", packed=packed, parent=parent)
             before = machine.clock.now_ns()
             run_on(machine)
             assert machine.clock.now_ns() > before
@@ -62,7 +62,7 @@ def test_checkpoints_in_a_loop_during_a_boot(debian, tmp_path, count):
     """Over the socket; each is written while the guest boots on, verifies, wakes and comes to the shell. And the boot's
     own result is that of one nobody disturbed."""
     with boot(debian) as machine:
-        assert machine.run(until="shell ready") == Stopped("pattern")
+        assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
         undisturbed = machine.digests(), bytes(machine.board.console.output)
     (tmp_path / "run").mkdir(mode=0o700)
     with boot(debian) as machine:
@@ -79,10 +79,10 @@ def test_checkpoints_in_a_loop_during_a_boot(debian, tmp_path, count):
                 assert answers[call]["result"]["position"] >= position, answers
                 verify(file)
                 with Machine.restore(file) as woken:
-                    assert woken.run(until="shell ready") == Stopped("pattern"), n
+                    assert woken.run(until="shell ready") == Stopped(StopReason.PATTERN), n
                     assert woken.digests() == undisturbed[0], n
                 assert client.call("resume") == {"changed": True}
                 time.sleep(0.2 / count)
             runner.join()
-        assert stops == [Stopped("pattern")]
+        assert stops == [Stopped(StopReason.PATTERN)]
         assert (machine.digests(), bytes(machine.board.console.output)) == undisturbed

@@ -10,7 +10,7 @@ from snapshot import rewrite, unpack
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -22,11 +22,12 @@ def test_a_chain_of_eight_wakes_bit_for_bit(boot_own, tmp_path, packed):
         machine.save(file, packed=packed, parent=parent)
         machine.close()
         machine, parent = Machine.restore(file, verify=True), file
+    assert parent is not None
     with Chain(parent) as chain:
         assert len(chain.readers) == 9
     with machine, boot_own() as undisturbed:
         for each in (machine, undisturbed):
-            assert each.run(position=30_000_000) == Stopped("position")
+            assert each.run(position=30_000_000) == Stopped(StopReason.POSITION)
         assert machine.digests() == undisturbed.digests()
 
 
@@ -77,7 +78,7 @@ def test_a_booted_debian(debian, tmp_path):
     """A second of an idle guest is under a tenth of the whole; packing is lossless; apart and together is the same."""
     image = Image.from_files(debian / "vmlinux", debian / "initrd.img", "console=ttyS0 mitigations=off")
     with Machine.boot(MachineConfig(memory_bytes=256 << 20), image) as machine:
-        assert machine.run(until="shell ready") == Stopped("pattern")
+        assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
         a_second(machine)  # the shell starts
         machine.save(tmp_path / "full")
         machine.save(tmp_path / "packed", packed=True)
@@ -101,7 +102,7 @@ def test_a_booted_debian(debian, tmp_path):
 def a_second(machine):
     started = machine.clock.now_ns()
     while machine.clock.now_ns() < started + 10**9:
-        assert machine.run(position=machine.position + 10_000) == Stopped("position")
+        assert machine.run(position=machine.position + 10_000) == Stopped(StopReason.POSITION)
 
 
 def same(first, second) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmm.errors import BackendError
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 
 
 @pytest.mark.parametrize("call", ["open", "pwrite", "fsync", "rename"])
@@ -36,7 +36,7 @@ def test_the_host_refuses(boot_own, tmp_path, monkeypatch, call, code):
                 machine.save(file)
         assert file.read_bytes() == kept and machine.digests() == before
         for each in (machine, undisturbed):
-            assert each.run(position=5_000_000) == Stopped("position")
+            assert each.run(position=5_000_000) == Stopped(StopReason.POSITION)
         assert machine.digests() == undisturbed.digests(), "it runs on as if nobody had tried"
         machine.save(file)
         assert file.read_bytes() != kept
@@ -47,7 +47,7 @@ def test_a_folder_the_kernel_lets_nobody_write_to(boot_own):
     with boot_own() as machine:
         with pytest.raises(BackendError, match="cannot save to /sys/kernel/here"):
             machine.save(Path("/sys/kernel/here"))
-        assert machine.run(position=1_000_000) == Stopped("position")
+        assert machine.run(position=1_000_000) == Stopped(StopReason.POSITION)
 
 
 SAVE_FOR_EVER = """
@@ -77,4 +77,4 @@ def test_kill_9_while_saving(boot_own, tmp_path, milliseconds):
     process.wait()
     process.stdout.close()
     with Machine.restore(file, verify=True) as woken:
-        assert woken.run(position=woken.position + 1_000_000) == Stopped("position")
+        assert woken.run(position=woken.position + 1_000_000) == Stopped(StopReason.POSITION)

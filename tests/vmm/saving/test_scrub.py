@@ -7,7 +7,7 @@ import os
 import pytest
 
 from snapshot.errors import SnapshotError
-from vmm.machine.machine import Machine, Stopped
+from vmm.machine.machine import Machine, Stopped, StopReason
 
 
 @pytest.fixture(params=["raw", "difference"])
@@ -29,7 +29,7 @@ def test_damage_is_found_while_the_guest_runs(damaged):
     with Machine.restore(damaged) as woken:
         with pytest.raises(SnapshotError, match=r"the RAM of the snapshot is damaged: .*digest"):
             for _ in range(10_000):
-                assert woken.run(position=woken.position + 100_000) == Stopped("position")
+                assert woken.run(position=woken.position + 100_000) == Stopped(StopReason.POSITION)
         with pytest.raises(SnapshotError, match="damaged"):
             woken.run(position=woken.position + 1)
 

@@ -35,7 +35,7 @@ def test_no_trace_at_ten_thousand_cuts(tmp_path):
 
 def forget(monkeypatch, change):
     """Let every restore come out changed, as if a field had not been saved."""
-    decode = Saved.decode.__func__
+    decode = Saved.decode.__func__  # type: ignore[attr-defined]
     monkeypatch.setattr(Saved, "decode", classmethod(lambda cls, chain: change(decode(cls, chain))))
 
 
@@ -72,6 +72,7 @@ def test_what_is_forgotten_is_named(monkeypatch, tmp_path, change, name):
 def test_a_difference_that_shows_late_is_bisected(monkeypatch, tmp_path):
     """Planted: a woken machine changes a byte, not at once but when it has run on for a while."""
     run = Machine.run
+    cut = 0
 
     def late(self, **aim):
         stop = run(self, **aim)
@@ -79,7 +80,7 @@ def test_a_difference_that_shows_late_is_bisected(monkeypatch, tmp_path):
             self.ram.slice(0x3F_F000, 1)[0] = 1
         return stop
 
-    restore = Machine.restore.__func__
+    restore = Machine.restore.__func__  # type: ignore[attr-defined]
 
     def woken(cls, *arguments, **options):
         nonlocal cut
@@ -87,7 +88,6 @@ def test_a_difference_that_shows_late_is_bisected(monkeypatch, tmp_path):
         cut = machine.position
         return machine
 
-    cut = 0
     monkeypatch.setattr(Machine, "run", late)
     monkeypatch.setattr(Machine, "restore", classmethod(woken))
     with pytest.raises(Trace, match=r"ram.0.0x3ff000: '00.* became '01") as found:
@@ -161,10 +161,13 @@ def test_a_guest_that_ends_too_early(tmp_path):
 
 
 def test_every_cut_lies_before_the_end(monkeypatch, tmp_path):
-    run, furthest = Machine.run, []
-    monkeypatch.setattr(
-        Machine, "run", lambda self, position: furthest.append(position) or run(self, position=position)
-    )
+    run, furthest = Machine.run, list[int]()
+
+    def noted(self, position):
+        furthest.append(position)
+        return run(self, position=position)
+
+    monkeypatch.setattr(Machine, "run", noted)
     cut_anywhere(boot, end=10_000, points=25, folder=tmp_path, fresh=10**9)
     assert max(furthest) == 10_000
 

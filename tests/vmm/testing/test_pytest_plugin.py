@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,18 +21,22 @@ addopts = -p no:cacheprovider
 """
 
 
-@pytest.fixture
-def project(tmp_path):
-    """`run(source, *arguments)`: pytest on a project with this one test file."""
-    (tmp_path / "pytest.ini").write_text(INI)
+class Project:
+    """`project(source, *arguments)`: pytest on a project with this one test file."""
 
-    def run(source, *arguments):
-        (tmp_path / "test_it.py").write_text(source)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "pytest.ini").write_text(INI)
+
+    def __call__(self, source: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        (self.folder / "test_it.py").write_text(source)
         command = [sys.executable, "-m", "pytest", "-rA", *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=100)
 
-    run.folder = tmp_path
-    return run
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
 
 
 def outcome(done, **expected):

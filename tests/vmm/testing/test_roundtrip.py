@@ -9,7 +9,7 @@ from snapshot.errors import SnapshotError
 from tests.conftest import BACKENDS, OWN
 from vmm.errors import BackendError
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 from vmm.testing.expect import Expect
 from vmm.testing.roundtrip import round_trips
 
@@ -25,7 +25,7 @@ def test_going_on_from_a_file_leaves_no_trace(boot_own, tmp_path):
             machine.go_on_from(tmp_path / "here")
             assert machine.cpu is not cpu and machine.ram is not ram, "nothing is carried over"
         for each in (machine, undisturbed):
-            assert each.run(position=9_000_000) == Stopped("position")
+            assert each.run(position=9_000_000) == Stopped(StopReason.POSITION)
         assert machine.digests() == undisturbed.digests()
         assert {k: v for k, v in machine.exits().items() if k != "stop"} == {
             k: v for k, v in undisturbed.exits().items() if k != "stop"
@@ -84,7 +84,7 @@ def test_a_file_that_is_none_changes_nothing(boot_own, tmp_path):
         with pytest.raises(SnapshotError):
             machine.go_on_from(tmp_path / "bad")
         assert machine.digests() == before
-        assert machine.run(position=2_000_000) == Stopped("position")
+        assert machine.run(position=2_000_000) == Stopped(StopReason.POSITION)
 
 
 def test_a_moment_is_gone_back_to_between_trips(boot_own):
@@ -92,7 +92,7 @@ def test_a_moment_is_gone_back_to_between_trips(boot_own):
         machine.run(position=1_000_000)
         moment = machine.moment()
         for _ in range(3):
-            assert machine.run(position=2_500_000) == Stopped("position")
+            assert machine.run(position=2_500_000) == Stopped(StopReason.POSITION)
             end = machine.digests()
             machine.rewind(moment, verify=True)
         assert trips[0].made > 3
@@ -111,14 +111,14 @@ def test_a_trip_the_host_refuses_is_its_fault(boot_own, tmp_path, monkeypatch):
 def test_a_run_ends_at_a_time(boot_own):
     with boot_own() as machine:
         for until_ns in (1, 123_456, 1_000_000, 2_000_001):
-            assert machine.run(until_ns=until_ns) == Stopped("time")
+            assert machine.run(until_ns=until_ns) == Stopped(StopReason.TIME)
             assert until_ns <= machine.clock.now_ns() < until_ns + 10_000
-        assert machine.run(until_ns=5) == Stopped("time"), "a time that has passed"
+        assert machine.run(until_ns=5) == Stopped(StopReason.TIME), "a time that has passed"
 
 
 def test_time_comes_to_a_guest_that_sleeps(tmp_path):
     """hlt with interrupts on and no timer: only the end of the run wakes the host."""
     with Machine.boot(MachineConfig(memory_bytes=2 << 20), Image(b"\xfb\xf4\xeb\xfd", flat=True)) as machine:
         machine.loop.awaits_input = True
-        assert machine.run(until_ns=5_000_000_000) == Stopped("time")
+        assert machine.run(until_ns=5_000_000_000) == Stopped(StopReason.TIME)
         assert machine.clock.now_ns() == 5_000_000_000
