@@ -40,7 +40,7 @@ def test_a_junction_is_the_or_of_its_drivers(drives):
 
 class Wired:
     def __init__(self, clock: Clock, irq: Line, size: int = 4) -> None:
-        self.given = clock, irq, size
+        self.given: tuple[object, ...] = clock, irq, size
 
 
 def test_each_argument_by_name_and_annotation():

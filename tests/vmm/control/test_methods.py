@@ -137,7 +137,7 @@ def test_a_woken_machine_can_be_reset_only_with_its_image(boxes, boot_own, tmp_p
     box = boxes(machine=Machine.restore(tmp_path / "cut"), paused=True)
     with pytest.raises(Failed, match="no kernel to start again from") as failed:
         box.call("reset")
-    assert failed.value.code == protocol.GUEST
+    assert failed.value.code == protocol.REQUEST
     box.machine.image = Image.from_files(ROOT / "fixtures/guests/own/own.bin", flat=True)
     box.call("reset")
     as_after_power_on(box.machine, boot_own)

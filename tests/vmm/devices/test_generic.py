@@ -1,6 +1,7 @@
 """Every device of the board, by the generic properties."""
 
 import random
+import re
 from collections.abc import Callable
 from typing import Annotated
 
@@ -341,7 +342,9 @@ def test_a_device_in_memory():
     with pytest.raises(AssertionError) as found:
         check_device(NarrowMailbox)
     (note,) = found.value.__notes__
-    assert note == "The shortest way there:\nguest time 0 ns\nwriteq 0xf0000000 0x100000000"
+    shortest = note.removeprefix("The shortest way there:\nguest time 0 ns\n")
+    # A part of the register is written as the whole register: either way is one line.
+    assert re.fullmatch(r"writeq 0xf0000000 0x1\d{8}|write[blw] 0xf000000[4-7] 0x1", shortest), note
 
 
 def test_fuzzing_a_device_in_memory():

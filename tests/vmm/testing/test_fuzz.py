@@ -332,7 +332,7 @@ def test_a_corpus_keeps_what_reaches_something_of_its_own(tmp_path):
 
 
 def test_one_line_for_a_users_mistake(tmp_path):
-    assert "no device 'com9': the board has pic0" in refusal("fuzz", "com9")
+    assert "no device 'com9': there are pic0" in refusal("fuzz", "com9")
     assert "No module named 'nowhere'" in refusal("fuzz", "nowhere:Device")
     assert "not a Device class" in refusal("fuzz", "json:dumps")
     (tmp_path / "junk").write_text("junk")
