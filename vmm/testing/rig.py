@@ -35,8 +35,8 @@ class Rig:
         return self.now
 
     def alarm(self, when_ns: int | None) -> None:
-        """The device's alarm."""
-        self.alarm_ns = when_ns
+        """The device's alarm, by whatever way it was given it."""
+        self.alarmed, self.alarm_ns = True, when_ns
 
     def line(self, name: str) -> Callable[[bool], None]:
         """An output line, low until driven; its last level is kept in `lines`, every change of it in `edges`."""

@@ -77,6 +77,11 @@ def test_a_device_that_is_right():
     check_device(Counter)
 
 
+def test_a_device_built_by_a_function():
+    """Whoever takes a rig's alarm by hand has one, too."""
+    check_device(lambda rig: Counter(rig.clock, rig.alarm, rig.line("line"), rig.sink("sink")))
+
+
 class Forgetful(Counter):
     def read(self):
         return self.hidden
