@@ -30,10 +30,9 @@ def write(folder, *names):
 
 def mended(source):
     """With the page's mends in place of what they mend, found by how their first lines begin."""
-    field, write, expire = MENDS
-    source = re.sub(r"    index: .*\n", lambda _: field, source).replace(
-        "import Size, u8, u64", "import Size, u3, u8, u64"
-    )
+    imports, field, write, expire = MENDS
+    source = re.sub(r"from anyhyve import .*\n", lambda _: imports, source)
+    source = re.sub(r"    index: .*\n", lambda _: field, source)
     source = source.replace("        self.state.index = value\n", write)
     return re.sub(r"    def expire\(self\).*?(?=\n    def )", lambda _: expire, source, flags=re.S)
 
