@@ -13,14 +13,21 @@ from tests.test_house import FLOORS
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 PAGES = ("docs/architecture.md", "docs/README.md", "docs/release.md", "CONTRIBUTING.md", "SECURITY.md")
+DOCS = [file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").rglob("*.md")]
 FILE = re.compile(r"[\w./-]*\w\.py\b")
 NAME = re.compile(r"`([\w./-]+\.py):\s+([\w.]+)`")  # file, and what is defined in it
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)(?:#[^)]*)?\)")
 QUOTED = re.compile(r"`([^`\n]+)`")
 
 
 def missing_files(text: str) -> list[str]:
     """Python files a page names that there are not."""
     return sorted({name for name in FILE.findall(text) if not (ROOT / name).is_file()})
+
+
+def broken_links(page: str, text: str) -> list[str]:
+    """Links of a page to what is not there."""
+    return [link for link in LINK.findall(text) if not ((ROOT / page).parent / link).exists()]
 
 
 def targets(node: ast.stmt) -> list[ast.expr]:
@@ -91,12 +98,19 @@ def test_every_room_is_explained():
 
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
-    pages = [file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")]
+    pages = [page.removeprefix("docs/") for page in DOCS if page != "docs/README.md"]
     assert len(pages) > 10
-    assert [page for page in pages if page != "README.md" and f"({page})" not in index] == []
+    assert [page for page in pages if f"({page})" not in index] == []
+
+
+@pytest.mark.parametrize("page", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("*.md")) + sorted(DOCS))
+def test_every_link_leads_somewhere(page):
+    assert broken_links(page, (ROOT / page).read_text()) == []
 
 
 def test_what_is_not_there_is_found():
+    links = "[a](README.md) [b](https://a.example/b) [c](../README.md#use) [d](attic.md#box)"
+    assert broken_links("docs/README.md", links) == ["attic.md"]
     assert missing_files("see `vmm/attic.py` and vmm/bus.py.") == ["vmm/attic.py"]
     right = (
         "`vmm/bus.py: Bus.port_in` `vmm/clock.py: GuestClock.prepaid` `vmm/clock.py: Word.TIME` `emu/state.py: load`"
