@@ -45,8 +45,8 @@ def defined(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
             if isinstance(target, ast.Name):
                 yield target.id, node
         if isinstance(node, ast.FunctionDef):
-            for inner in ast.walk(node):
-                for target in targets(inner) if isinstance(inner, ast.stmt) else []:
+            for inner in (each for each in ast.walk(node) if isinstance(each, ast.stmt)):
+                for target in targets(inner):
                     if isinstance(target, ast.Attribute) and getattr(target.value, "id", None) == "self":
                         yield target.attr, inner
 
