@@ -10,7 +10,7 @@ What may differ without being a fault:
 * flags and results that an instruction leaves undefined (vmm.cpu.undefined_flags); the leader's are taken
 * accessed and dirty bits of page tables: when they are set is the processor's affair (SDM vol. 3, 4.8)
 * RF in a pushed RFLAGS: some emulated hosts do not push it
-* what vmm.compare leaves out
+* what vmm.cpu.compare leaves out
 """
 
 from __future__ import annotations

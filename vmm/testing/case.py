@@ -217,7 +217,7 @@ def _easier(action: Action) -> Iterator[Action]:
 
 PYTEST = '''"""Found by `anyhyve fuzz`: {cause}"""
 
-from vmm.testing import Case
+from anyhyve.testing import Case
 
 
 def test_{name}():
