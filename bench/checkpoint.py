@@ -47,7 +47,7 @@ def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
         time.sleep(0.3)
         live.append(vm.save(folder / "live").result())
         verify(folder / "live")
-        full.append(vm.save(folder / "full", stop=True).result())
+        full.append(vm.save(folder / "full", hold=True).result())
         vm.pause().result()
         qemu("cont")
         time.sleep(0.3)
@@ -64,7 +64,7 @@ def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
     qemu.close()
     them = statistics.median(theirs)
     table = Table(f"{MIB} MiB guest, dirtying memory: the guest stands still", "ms", "of QEMU's")
-    for what, saves in (("checkpoint", live), ("checkpoint --stop", full)):
+    for what, saves in (("checkpoint", live), ("checkpoint --hold", full)):
         us = statistics.median(save["pause_s"] for save in saves) * 1e3
         table.add_row(what, f"{us:.1f}", f"{us / them:.3f}")
     table.add_row("QEMU: stop and save", f"{them:.1f}", "1")

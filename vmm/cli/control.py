@@ -86,6 +86,7 @@ def _command(method: Method) -> click.Command:
             params.append(click.Argument([name], type=kind, required=not saves))
         elif bool in kinds:
             params.append(click.Option([option, name], is_flag=True, help=doc))
+            params += [click.Option([f"--{old}"], is_flag=True, hidden=True) for old in param.was]
         else:
             kind = str if kinds[0] is list else kind
             params.append(click.Option([option, name], type=kind, multiple=kinds[0] is list, help=doc))
@@ -93,7 +94,9 @@ def _command(method: Method) -> click.Command:
     @click.pass_context
     def run(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
         ctx.obj = *ctx.obj[:2], ctx.obj[2] or as_json
-        _ask(ctx, method.name, {name: _plain(value) for name, value in values.items() if value not in (None, ())})
+        # What is not asked for is not said: the machine may be of an older release, and not know of it.
+        said = {name: _plain(value) for name, value in values.items() if value not in (None, ()) and value is not False}
+        _ask(ctx, method.name, said)
 
     return click.Command(method.name, params=params, callback=run, help=method.doc)
 

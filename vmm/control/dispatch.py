@@ -34,20 +34,29 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
+class Was:
+    """The name a parameter had before, in its annotation: still taken, and documented nowhere."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Param:
-    """One parameter of a method: the types its value may have, and what it is when it is not given."""
+    """One parameter of a method: the types its value may have, what it is when it is not given, and its old names."""
 
     kinds: tuple[type, ...]
     doc: str
     default: Any
     needed: bool
+    was: tuple[str, ...]
 
     @classmethod
     def of(cls, parameter: inspect.Parameter) -> Param:
-        kind, doc = typing.get_args(parameter.annotation)
+        kind, doc, *was = typing.get_args(parameter.annotation)
         kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         needed = parameter.default is parameter.empty
-        return cls(tuple(typing.get_origin(each) or each for each in kinds), doc, parameter.default, needed)
+        kinds = tuple(typing.get_origin(each) or each for each in kinds)
+        return cls(kinds, doc, parameter.default, needed, tuple(old.name for old in was))
 
     @property
     def spelt(self) -> str:
@@ -109,6 +118,7 @@ class Methods(dict[str, Method]):
 
 def bind(found: Method, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters as the function takes them. Raises RpcError."""
+    params = _by_new_names(found, params)
     for name in params:
         if name not in found.params:
             raise RpcError(INVALID_PARAMS, f"{found.name} has no parameter {name!r}")
@@ -119,6 +129,15 @@ def bind(found: Method, params: dict[str, Any]) -> dict[str, Any]:
         elif param.needed:
             raise RpcError(INVALID_PARAMS, f"{found.name} needs the parameter {name!r}")
     return arguments
+
+
+def _by_new_names(found: Method, params: dict[str, Any]) -> dict[str, Any]:
+    """What was given, each under the name its parameter has now. Raises RpcError for one that is given under two."""
+    new = {old: name for name, param in found.params.items() for old in param.was}
+    for old in params.keys() & new.keys():
+        if new[old] in params:
+            raise RpcError(INVALID_PARAMS, f"{found.name}: {old!r} and {new[old]!r} are one parameter")
+    return {new.get(name, name): value for name, value in params.items()}
 
 
 def _take(what: str, value: Any, param: Param) -> Any:

@@ -42,13 +42,13 @@ MOVES: dict[State, dict[State, str]] = {  # from, to: what brings it about
     },
     State.RUNNING: {
         State.PAUSED: "pause",
-        State.SAVING: "suspend, checkpoint --stop",
+        State.SAVING: "suspend, checkpoint --hold",
         State.STOPPED: "stop, or the guest ends",
         State.FAILED: "fault",
     },
     State.PAUSED: {
         State.RUNNING: "resume",
-        State.SAVING: "suspend, checkpoint --stop",
+        State.SAVING: "suspend, checkpoint --hold",
         State.STOPPED: "stop",
         State.FAILED: "fault",
     },

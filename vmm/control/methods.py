@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Annotated, Any
 
-from vmm.control.dispatch import ALL, Methods, Session
+from vmm.control.dispatch import ALL, Methods, Session, Was
 from vmm.control.lifecycle import ALIVE, State
 from vmm.control.protocol import INVALID_PARAMS, RpcError
 from vmm.errors import BackendError
@@ -64,14 +64,14 @@ async def resume(session: Session) -> Any:
 async def checkpoint(
     session: Session,
     path: Annotated[Path, "the file, replaced only by a whole new one"],
-    stop: Annotated[bool, "stand still until it is on disk"] = False,
+    hold: Annotated[bool, "stand still until it is on disk", Was("stop")] = False,
     pack: Annotated[bool, "pack the RAM with zstd"] = False,
     parent: Annotated[Path | None, "save only what differs from this snapshot"] = None,
     for_version: Annotated[str | None, "as this release reads it"] = None,
 ) -> Any:
     """Save and go on: the file is the state at one instant, and is written while the machine runs. The answer comes
     when it is on disk."""
-    return await _save(session, path, stop=stop, pack=pack, parent=parent, for_version=for_version)
+    return await _save(session, path, hold=hold, pack=pack, parent=parent, for_version=for_version)
 
 
 @METHODS.method("suspend", _AWAKE)

@@ -43,7 +43,7 @@ class Save:
 
     path: Path
     end: bool
-    stop: bool
+    hold: bool
     options: dict[str, Any]
     saved: Future[dict[str, Any]] = field(default_factory=Future)
     cancelled: bool = False
@@ -128,15 +128,15 @@ class Supervisor:
         path: Path,
         *,
         end: bool = False,
-        stop: bool = False,
+        hold: bool = False,
         packed: bool = False,
         parent: Path | None = None,
         versions: Mapping[str, int] | None = None,
     ) -> Future[dict[str, Any]]:
-        """Save to `path`: with `end` the machine then ends, with `stop` or `end` it stands still until the file is on
+        """Save to `path`: with `end` the machine then ends, with `hold` or `end` it stands still until the file is on
         disk. Raises WrongState when a save is under way; the Future fails as `Machine.save` does, with Cancelled, or
         with BackendError when the machine does not come to a safe point in time."""
-        asked = Save(path, end, stop or end, {"packed": packed, "parent": parent, "versions": versions})
+        asked = Save(path, end, hold or end, {"packed": packed, "parent": parent, "versions": versions})
         with self._lock:
             if self._save is not None:
                 raise WrongState(f"a save to {self._save.path} is under way")
@@ -238,7 +238,7 @@ class Supervisor:
                 raise Cancelled(f"the save to {asked.path} was cancelled")
             asked.checkpoint = machine.checkpoint(asked.path, **asked.options)
             asked.found = {"position": machine.position, "guest_ns": machine.clock.now_ns(), "was": self.state}
-            if asked.stop:
+            if asked.hold:
                 self._life.move(State.SAVING)
             asked.pause_s = time.monotonic() - began
 
@@ -263,7 +263,7 @@ class Supervisor:
             asked.checkpoint.wait(self._progress)
             saved = True
         finally:
-            if asked.stop:
+            if asked.hold:
                 asked.pause_s += time.monotonic() - began
                 self._after(was, asked.end and saved)
 

@@ -60,7 +60,7 @@ def command(vm: Supervisor, what: str, folder: Path, saved: list[Path]) -> None:
                 vm.cancel()
                 giving_up.exception()
             case _:
-                vm.save(file, packed=what == "pack", stop=what == "stand", parent=parent).result()
+                vm.save(file, packed=what == "pack", hold=what == "stand", parent=parent).result()
                 saved.append(file)
     except WrongState as error:
         assert "the machine" in str(error), error  # it came to its end

@@ -39,7 +39,7 @@ def test_pause_and_resume(box):
     eventually(lambda: box.call("status")["position"] > first["position"])
 
 
-@pytest.mark.parametrize("how", [{}, {"stop": True}, {"pack": True}])
+@pytest.mark.parametrize("how", [{}, {"hold": True}, {"pack": True}])
 def test_checkpoint(box, tmp_path, how):
     file = tmp_path / "cut"
     saved = box.call("checkpoint", path=str(file), **how)
@@ -48,6 +48,28 @@ def test_checkpoint(box, tmp_path, how):
     with Machine.restore(file) as woken:
         assert woken.position == saved["position"] and woken.clock.now_ns() == saved["guest_ns"]
     eventually(lambda: box.call("status")["position"] > saved["position"])
+
+
+@pytest.mark.parametrize("name", ["hold", "stop"])
+@pytest.mark.parametrize("value", [True, False])
+def test_it_stands_still_until_the_file_is_on_disk_if_it_shall(box, gate, tmp_path, name, value):
+    """`stop` is what `hold` was called before."""
+    with box.client() as client:
+        client.ask("checkpoint", path=str(tmp_path / "cut"), **{name: value})
+        eventually(lambda: box.vm._save and box.vm._save.checkpoint)
+        assert box.call("status")["state"] == ("saving" if value else "running")
+        gate()
+        assert client.read()["result"]["path"] == str(tmp_path / "cut")
+    assert box.call("status")["state"] == "running"
+
+
+def test_an_old_name_is_the_new_one(box, tmp_path):
+    for params in ({"hold": True, "stop": True}, {"stop": 1}):
+        with pytest.raises(Failed, match=r"checkpoint: .*hold") as failed:
+            box.call("checkpoint", path=str(tmp_path / "cut"), **params)
+        assert failed.value.code == protocol.INVALID_PARAMS and not list(tmp_path.iterdir())
+    with pytest.raises(Failed, match="suspend has no parameter 'stop'"):
+        box.call("suspend", path=str(tmp_path / "cut"), stop=True)
 
 
 def test_checkpoint_for_an_older_release(boxes, boot_own, tmp_path):
@@ -278,7 +300,7 @@ def in_state(state, boxes, tmp_path, request):
     elif state is State.SAVING:
         request.getfixturevalue("gate")
         box = boxes()
-        box.vm.save(tmp_path / "cut", stop=True)
+        box.vm.save(tmp_path / "cut", hold=True)
     else:
         box = boxes(paused=state is State.PAUSED, start=state is not State.CREATED)
     if state is State.STOPPED:
