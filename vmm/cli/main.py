@@ -17,6 +17,7 @@ from vmm.errors import BackendError, GuestError, RequestError
 
 _COMMANDS = {  # command: module, attribute; imported when asked for: nobody waits for what he does not use
     "attach": ("vmm.cli.control", "attach"),
+    "catalog": ("vmm.cli.catalog", "catalog_group"),
     "ctl": ("vmm.cli.control", "ctl"),
     "devices": ("vmm.cli.devices", "devices"),
     "doctor": ("vmm.cli.doctor", "doctor"),
@@ -26,12 +27,12 @@ _COMMANDS = {  # command: module, attribute; imported when asked for: nobody wai
     "lockstep": ("vmm.cli.lockstep", "lockstep"),
     "replay": ("vmm.cli.replay", "replay"),
     "restore": ("vmm.cli.run", "restore"),
-    "resume": ("vmm.cli.run", "resume"),
     "run": ("vmm.cli.run", "run"),
     "snapshot": ("vmm.cli.snapshot", "snapshot"),
-    "snapshots": ("vmm.cli.snapshots", "snapshots"),
-    "suspend-all": ("vmm.cli.snapshots", "suspend_all"),
+    "suspend-all": ("vmm.cli.catalog", "suspend_all"),
+    "wake": ("vmm.cli.run", "wake"),
 }
+_WERE = {"resume": "wake", "snapshots": "catalog"}  # old names: they work, and are not shown
 
 
 class _Main(click.Group):
@@ -46,6 +47,11 @@ class _Main(click.Group):
         module, attribute = _COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(module), attribute)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, [_WERE.get(args[0], args[0]), *args[1:]])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

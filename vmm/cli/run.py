@@ -1,4 +1,4 @@
-"""`anyhyve run`, `restore` and `resume`: a machine on this terminal."""
+"""`anyhyve run`, `restore` and `wake`: a machine on this terminal."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--autosave", type=click.IntRange(1), metavar="SECONDS",
                          help="With --name: save into the catalog this often, over the one before."),
             click.option("--suspend-on-term", is_flag=True,
-                         help="With --name: SIGTERM suspends into the catalog (`anyhyve resume NAME`)."),
+                         help="With --name: SIGTERM suspends into the catalog (`anyhyve wake NAME`)."),
             click.option("--bind", type=Binding(), multiple=True, metavar="PART=END",
                          help="What is at the far end of a serial port: console, null, file:PATH, pty, socket:PATH."),
             click.option("--backend", default="emu", show_default=True, metavar="emu|kvm|auto",
@@ -165,7 +165,7 @@ def restore(file: Path, verify: bool, **options: Any) -> None:
 @click.argument("vm", metavar="NAME")
 @_wake_options
 @_goal
-def resume(vm: str, **options: Any) -> None:
+def wake(vm: str, **options: Any) -> None:
     """Wake NAME from its newest snapshot in the catalog, under the same name."""
     from vmm.control import catalog
 

@@ -1,4 +1,4 @@
-"""ctl, list, attach, the catalog and what saves by itself: as a user meets them."""
+"""ctl, list, attach, and what saves by itself: as a user meets them."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_sigterm_ends_it(named, environment):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_suspended_by_a_signal_and_resumed(named, anyhyve, environment, number):
+def test_suspended_by_a_signal_and_woken(named, anyhyve, environment, number):
     """As before and after a reboot of this computer: the guest goes on from where it was."""
     box = named("box", "--suspend-on-term", "--memory", "16M")
     box.send_signal(number)
@@ -259,9 +259,9 @@ def test_suspended_by_a_signal_and_resumed(named, anyhyve, environment, number):
         assert machine.run(position=saved_at + 1_000_000) == Stopped(StopReason.POSITION)
         expected = machine.digests()
     at = ("--at", saved_at + 1_000_000, "--json", "--pace", "max")
-    resumed = answer(anyhyve("resume", "box", *at))
-    assert resumed["digest"] == expected
-    assert "there is no snapshot of nobody" in refusal(anyhyve("resume", "nobody"))
+    woken = answer(anyhyve("wake", "box", *at))
+    assert woken["digest"] == expected
+    assert "there is no snapshot of nobody" in refusal(anyhyve("wake", "nobody"))
 
 
 @pytest.mark.parametrize("milliseconds", [0, 50, 150, 250, 300, 350, 400, 500, 700, 1000])
@@ -321,61 +321,3 @@ def test_a_full_disk_costs_nothing(named, anyhyve, environment, tmp_path):
     anyhyve("ctl", "box", "stop", check=True)
     assert box.wait(10) == 0
     assert not list(tmp_path.glob("*.tmp")) and not list(catalog(environment).glob("*.tmp"))
-
-
-def test_suspend_all(named, anyhyve, environment):
-    boxes = [named("box"), named("other", "--paused")]
-    outcome = answer(anyhyve("suspend-all", "--json"))
-    assert outcome == {name: str(catalog(environment, name) / "suspended.snapshot") for name in ("box", "other")}
-    assert [box.wait(10) for box in boxes] == [0, 0]
-    for file in outcome.values():
-        verify(Path(file))
-    assert answer(anyhyve("suspend-all", "--json")) == {}
-
-
-def test_suspend_all_and_one_that_cannot(named, anyhyve, environment):
-    named("box")
-    catalog(environment).parent.mkdir(parents=True)
-    catalog(environment).touch()
-    done = anyhyve("suspend-all")
-    assert done.returncode == 1 and b"box: runs on" in done.stdout and b"File exists" in done.stderr
-    assert answer(anyhyve("ctl", "box", "status", "--json"))["state"] == "running"
-
-
-# --- the catalog
-
-
-def test_snapshots(named, anyhyve, environment):
-    named("box", "--memory", "16M")
-    first, second = (answer(anyhyve("ctl", "box", "checkpoint", "--json"))["path"] for _ in range(2))
-    third = str(catalog(environment) / "third.snapshot")
-    anyhyve("ctl", "box", "checkpoint", third, "--parent", second, check=True)
-    found = answer(anyhyve("snapshots", "--json"))
-    assert [(each["machine"], each["path"], each["parent"]) for each in found] == [
-        ("box", first, None), ("box", second, None), ("box", third, Path(second).name),
-    ]  # fmt: skip
-    assert all(abs(each["time_s"] - time.time()) < 60 and each["size_bytes"] > 0 for each in found)
-    assert found[2]["size_bytes"] < found[1]["size_bytes"]
-    assert "third.snapshot is a difference to it" in refusal(anyhyve("snapshots", "delete", second))
-    anyhyve("snapshots", "keep", "box/third.snapshot", check=True)
-    assert "it is kept" in refusal(anyhyve("snapshots", "delete", third))
-    assert "read-only" in refusal(anyhyve("ctl", "box", "checkpoint", third))
-    assert [each["kept"] for each in answer(anyhyve("snapshots", "--json"))] == [False, True, True]
-    assert first.encode() in anyhyve("snapshots", "prune", "box", "--leave", 0, check=True).stdout
-    assert [each["path"] for each in answer(anyhyve("snapshots", "--json"))] == [second, third]
-    for path in (third, second):
-        anyhyve("snapshots", "keep", "--not", path, check=True)
-    anyhyve("snapshots", "delete", third, check=True)
-    anyhyve("snapshots", "delete", f"box/{Path(second).name}", check=True)
-    assert answer(anyhyve("snapshots", "--json")) == []
-    assert "no such snapshot" in refusal(anyhyve("snapshots", "delete", third))
-    assert "cannot name a machine" in refusal(anyhyve("snapshots", "--vm", "../box"))
-
-
-def test_a_damaged_snapshot_is_listed_and_not_resumed(named, anyhyve, environment):
-    catalog(environment).mkdir(parents=True)
-    (catalog(environment) / "bad.snapshot").write_bytes(b"junk")
-    (found,) = answer(anyhyve("snapshots", "--json"))
-    assert "the file is cut" in found["problem"]
-    assert b"bad.snapshot" in anyhyve("snapshots").stdout
-    assert "there is no snapshot of box" in refusal(anyhyve("resume", "box"))

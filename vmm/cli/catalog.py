@@ -1,4 +1,4 @@
-"""`anyhyve snapshots`, `resume` and `suspend-all`: the catalog of named machines' snapshots."""
+"""`anyhyve catalog` and `suspend-all`: the catalog of named machines' snapshots."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from vmm.control.client import Client, Failed
 from vmm.errors import BackendError, RequestError
 
 
-@click.group(invoke_without_command=True)
-@click.option("--vm", help="Of this machine only.")
+@click.group("catalog", invoke_without_command=True)
+@click.option("--name", metavar="NAME", help="Of the machine NAME only.")
+@click.option("--vm", hidden=True)  # what --name was called before
 @json_option
 @click.pass_context
-def snapshots(ctx: click.Context, vm: str | None, as_json: bool) -> None:
+def catalog_group(ctx: click.Context, name: str | None, vm: str | None, as_json: bool) -> None:
     """The snapshots in the catalog: by machine, oldest first."""
     if ctx.invoked_subcommand is not None:
         return
-    found = catalog.entries(vm)
+    found = catalog.entries(vm if name is None else name)
     if as_json:
         click.echo(json.dumps([entry.to_json() for entry in found]))
         return
@@ -38,7 +39,7 @@ def snapshots(ctx: click.Context, vm: str | None, as_json: bool) -> None:
 
 
 def _file(ctx: click.Context, param: click.Parameter, value: str) -> Path:
-    """A path, or MACHINE/SNAPSHOT as the list shows them."""
+    """The path of an argument: a path, or NAME/SNAPSHOT as the list shows them. Raises RequestError for neither."""
     path = Path(value)
     inside = catalog.root() / value
     if not path.exists() and inside.exists() and inside.parent.parent == catalog.root():
@@ -48,30 +49,30 @@ def _file(ctx: click.Context, param: click.Parameter, value: str) -> Path:
     return path
 
 
-_argument = click.argument("file", metavar="MACHINE/SNAPSHOT", callback=_file)
+_argument = click.argument("file", metavar="NAME/SNAPSHOT", callback=_file)
 
 
-@snapshots.command()
+@catalog_group.command()
 @_argument
-@click.option("--not", "off", is_flag=True, help="No longer.")
+@click.option("--not", "off", is_flag=True, help="Let it be deleted and replaced again.")
 def keep(file: Path, off: bool) -> None:
     """Make a snapshot, and what it stands on, read-only: it is neither pruned, deleted nor replaced."""
     catalog.keep(file, not off)
 
 
-@snapshots.command()
+@catalog_group.command()
 @_argument
 def delete(file: Path) -> None:
     """Delete a snapshot that is not kept and that no difference stands on."""
     catalog.delete(file)
 
 
-@snapshots.command()
-@click.argument("vm")
+@catalog_group.command()
+@click.argument("name")
 @click.option("--leave", type=click.IntRange(0), default=3, show_default=True, help="How many of the newest stay.")
-def prune(vm: str, leave: int) -> None:
+def prune(name: str, leave: int) -> None:
     """Delete a machine's older snapshots, but those kept and those others stand on."""
-    for path in catalog.prune(vm, leave):
+    for path in catalog.prune(name, leave):
         click.echo(f"deleted {path}")
 
 
