@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Column, Table
 
-from vmm.cli.control import json_option, rundir_option
+from vmm.cli.options import json_option, rundir_option
 from vmm.control import catalog, place
 from vmm.control.client import Client, Failed
 from vmm.errors import BackendError, RequestError
@@ -68,10 +68,10 @@ def delete(file: Path) -> None:
 
 
 @catalog_group.command()
-@click.argument("name")
+@click.argument("name", metavar="NAME")
 @click.option("--leave", type=click.IntRange(0), default=3, show_default=True, help="How many of the newest stay.")
 def prune(name: str, leave: int) -> None:
-    """Delete a machine's older snapshots, but those kept and those others stand on."""
+    """Delete older snapshots of the machine NAME, but those kept and those others stand on."""
     for path in catalog.prune(name, leave):
         click.echo(f"deleted {path}")
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
+from vmm.cli.options import FILE, json_option, rundir_option
 from vmm.control import place, protocol
 from vmm.control.client import Client, Failed
 from vmm.control.dispatch import Method
@@ -24,11 +25,6 @@ from vmm.control.methods import METHODS
 from vmm.errors import BackendError, RequestError
 
 _LIST_TIMEOUT_S = 2.0
-
-rundir_option = click.option(
-    "--rundir", type=click.Path(path_type=Path, file_okay=False), help="Where sockets are.  [default: $XDG_RUNTIME_DIR]"
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="The answer as JSON.")
 
 
 class _Ctl(click.Group):
@@ -48,10 +44,10 @@ class _Ctl(click.Group):
 
 
 @click.group(cls=_Ctl, invoke_without_command=True, subcommand_metavar="METHOD [ARGS]...")
-@click.argument("name", required=False)
-@click.option("--vm", help="NAME, as bhyvectl spells it; also the four that follow.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Save and go on.")
-@click.option("--suspend", type=click.Path(path_type=Path), metavar="FILE", help="Save, then end.")
+@click.argument("name", metavar="NAME", required=False)
+@click.option("--vm", metavar="NAME", help="The machine NAME, as bhyvectl spells it; so are the four that follow.")
+@click.option("--checkpoint", type=FILE, metavar="FILE", help="Save and go on.")
+@click.option("--suspend", type=FILE, metavar="FILE", help="Save, then end.")
 @click.option("--destroy", is_flag=True, help="End without saving.")
 @click.option("--get-all", is_flag=True, help="Show status, counts and devices.")
 @rundir_option
@@ -61,7 +57,7 @@ def ctl(
     ctx: click.Context, vm: str | None, checkpoint: Path | None, suspend: Path | None, destroy: bool, get_all: bool,
     rundir: Path | None, as_json: bool, name: str | None = None,
 ) -> None:  # fmt: skip
-    """Ask the running machine NAME: the answer is the result."""
+    """Ask the machine NAME, which runs: the answer is the result."""
     ctx.obj = place.rundir(rundir), vm or name, as_json
     asked = [
         *([("checkpoint", {"path": str(checkpoint.absolute())})] if checkpoint else []),
@@ -76,10 +72,10 @@ def ctl(
 
 
 def _command(method: Method) -> click.Command:
-    params: list[click.Parameter] = [click.Option(["--json", "as_json"], is_flag=True, help="The answer as JSON.")]
+    params: list[click.Parameter] = []
     for name, param in method.params.items():
-        kinds, doc = param.kinds, param.doc
-        kind: Any = click.Path(path_type=Path) if Path in kinds else kinds[0]
+        kinds, doc = param.kinds, f"{param.doc[0].upper()}{param.doc[1:]}."
+        kind: Any = FILE if Path in kinds else kinds[0]
         option = f"--{name.replace('_', '-')}"
         if param.needed:
             saves = method.name in ("checkpoint", "suspend")  # without a name: into the catalog
@@ -91,14 +87,16 @@ def _command(method: Method) -> click.Command:
             kind = str if kinds[0] is list else kind
             params.append(click.Option([option, name], type=kind, multiple=kinds[0] is list, help=doc))
 
+    @click.command(method.name, params=params, help=method.doc)
+    @json_option
     @click.pass_context
-    def run(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
+    def command(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
         ctx.obj = *ctx.obj[:2], ctx.obj[2] or as_json
         # What is not asked for is not said: the machine may be of an older release, and not know of it.
         said = {name: _plain(value) for name, value in values.items() if value not in (None, ()) and value is not False}
         _ask(ctx, method.name, said)
 
-    return click.Command(method.name, params=params, callback=run, help=method.doc)
+    return command
 
 
 def _plain(value: Any) -> Any:
@@ -214,10 +212,10 @@ def list_machines(rundir: Path | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", metavar="NAME")
 @rundir_option
 def attach(name: str, rundir: Path | None) -> None:
-    """Join NAME's console. Ctrl-] then d leaves it, and the machine runs on."""
+    """Join the console of the machine NAME. Ctrl-] then d leaves it, and the machine runs on."""
     from vmm.control.attach import attach as join
 
     sys.exit(join(place.rundir(rundir), name))

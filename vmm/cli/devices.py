@@ -10,13 +10,14 @@ import click
 from snapshot.schema import schema_of
 from vmm.board import kinds
 from vmm.board.options import options_of
+from vmm.cli.options import json_option
 from vmm.registers import Register
 
 
 @click.command()
 @click.argument("names", metavar="[KIND]...", nargs=-1)
 @click.option("--markdown", is_flag=True, help="As a page of documentation.")
-@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+@json_option
 def devices(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
     """The kinds of devices `--device` makes, those of other packages among them; of a KIND its options, registers and
     state, too."""

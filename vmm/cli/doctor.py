@@ -12,6 +12,7 @@ from importlib.metadata import version
 
 import click
 
+from vmm.cli.options import json_option
 from vmm.cpu import backends
 from vmm.errors import BackendError
 
@@ -40,7 +41,7 @@ def _backend(name: str) -> str:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
+@json_option
 def doctor(as_json: bool) -> None:
     """What this computer can do, and why not where it cannot."""
     from rich.console import Console as Rich

@@ -21,24 +21,34 @@ from snapshot.reader import decode_part
 from snapshot.schema import encode
 from vmm.board.config import MachineConfig
 from vmm.board.isapc import CHIPS
+from vmm.cli.options import FILE, FOLDER, json_option
 from vmm.clock import ClockState, GuestClock
 from vmm.errors import BackendError
 from vmm.saving.parts import with_state
 
-FOLDER = Path("anyhyve-fuzz")
+FINDS = Path("anyhyve-fuzz")
+
+finds_option = click.option(
+    "--in", "folder", type=FOLDER, default=FINDS, show_default=True, help="The folder of the corpus and the finds."
+)
 
 
 @click.command()
 @click.argument("devices", nargs=-1, required=True, metavar="DEVICE...|all")
-@click.option("--from", "snapshot", type=click.Path(path_type=Path), help="Begin with the states in this snapshot "
+@click.option("--from", "snapshot", type=FILE, help="Begin with the states in this snapshot "
               "(else with those after power-on).")  # fmt: skip
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Of work per device.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.1),
+    default=60.0,
+    show_default=True,
+    help="How long each device is worked on.",
+)
 @click.option("--jobs", type=click.IntRange(1, 1024), help="Processes (default: one for each CPU).")
 @click.option("--dask", "scheduler", help="Address of a Dask scheduler, whose workers do it.")
-@click.option("--in", "folder", type=click.Path(path_type=Path, file_okay=False), default=FOLDER, show_default=True,
-              help="Where corpus and findings are kept.")  # fmt: skip
-@click.option("--seed", default="0", help="Other draws.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@finds_option
+@click.option("--seed", default="0", help="A text; with another one other cases are drawn.")
+@json_option
 def fuzz(
     devices: tuple[str, ...],
     snapshot: Path | None,
@@ -69,7 +79,7 @@ def fuzz(
             )
     except OSError as error:
         raise BackendError(f"{error.filename or folder}: {error.strerror}") from None
-    where = "" if folder == FOLDER else f" --in {folder}"
+    where = "" if folder == FINDS else f" --in {folder}"
     if as_json:
         finds = [{"id": i, "device": case.device, "cause": why} for i, (why, case) in report.finds.items()]
         click.echo(json.dumps({

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from vmm.cli.options import FOLDER
 from vmm.errors import GuestError
 
 
@@ -15,7 +16,7 @@ def guest() -> None:
 
 
 @guest.command()
-@click.option("--dir", "folder", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where to.")
+@click.option("--dir", "folder", required=True, type=FOLDER, help="The folder they are put in.")
 @click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Script to run as /init.")
 def fetch(folder: Path, init: Path | None) -> None:
     """Get a Debian kernel and busybox, and make DIR/vmlinuz, DIR/vmlinux, DIR/initrd.img."""

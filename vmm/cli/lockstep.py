@@ -13,25 +13,29 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vmm.cli.options import FILE, backend_option, chosen, json_option
 from vmm.debug.lockstep import Divergence, Lockstep
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--backend", default="emu", show_default=True, help="One CPU; one of the two must be emu.")
-@click.option("--against", default="kvm", show_default=True, help="The other.")
+@click.argument("file", type=FILE)
+@backend_option
+@click.option(
+    "--against", default="kvm", show_default=True, metavar="emu|kvm", help="The other CPU; one of the two must be emu."
+)
 @click.option("--instructions", type=click.IntRange(1), default=1_000_000, show_default=True, help="How far to go.")
 @click.option(
     "--save-pair",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="PREFIX",
     help="Save both machines just before they differ: PREFIX.leader, PREFIX.follower.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")  # fmt: skip
+@json_option
 def lockstep(file: Path, backend: str, against: str, instructions: int, save_pair: Path | None, as_json: bool) -> None:
     """Run a snapshot on two CPUs, instruction by instruction, and report the first that differs.
 
     Exit status 0: they agree so far; 1: they differ."""
+    backend = chosen(backend)
     columns = (TextColumn("{task.completed:,.0f} instructions"), BarColumn(), TimeElapsedColumn())
     with (
         Lockstep(file, backend, against) as pair,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
 from vmm.board.config import DeviceConfig
+from vmm.cpu import backends
+from vmm.saving.saved import ALLOWABLE
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -69,3 +72,34 @@ class Binding(click.ParamType[tuple[str, str]]):
         if not (part and equals and end):
             self.fail(f"{value!r} is not PART=END, such as com2=socket:PATH", param, ctx)
         return part, end
+
+
+FILE = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+PARENT = "Save only what differs from this snapshot, in the same folder."
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="The result as JSON on standard output, and nothing else there."
+)
+rundir_option = click.option(
+    "--rundir", type=FOLDER, help="The folder of the machines' sockets.  [default: $XDG_RUNTIME_DIR/anyhyve]"
+)
+backend_option = click.option(
+    "--backend",
+    default="emu",
+    show_default=True,
+    metavar="emu|kvm|auto",
+    help="Which CPU; auto is kvm where the host has it, and says which it took.",
+)
+allow_option = click.option(
+    "--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved."
+)
+pack_option = click.option("--pack", "packed", is_flag=True, help="Pack the RAM with zstd.")
+
+
+def chosen(backend: str) -> str:
+    """The name of the CPU that --backend means here. Raises RequestError when there is none of that name."""
+    name, why = backends.choose(backend)
+    if backend == "auto":
+        click.echo(f"anyhyve: backend {name}: {why}", err=True)
+    return name

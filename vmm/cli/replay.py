@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from vmm.cli.fuzz import FOLDER
+from vmm.cli.fuzz import finds_option
+from vmm.cli.options import FILE, json_option
 from vmm.errors import BackendError, RequestError
 from vmm.qtest import board as qtest
 from vmm.qtest.qemu import Qemu
@@ -16,11 +17,10 @@ from vmm.qtest.qemu import Qemu
 
 @click.command()
 @click.argument("id", required=False)
-@click.option("--in", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True,
-              help="Where `fuzz` kept it.")  # fmt: skip
-@click.option("--qtest", "file", type=click.Path(path_type=Path), help="Commands, as QEMU's qtest has them.")
+@finds_option
+@click.option("--qtest", "file", type=FILE, help="Commands, as QEMU's qtest has them.")
 @click.option("--against", type=click.Choice(["qemu"]), help="Play them there too, and find the first difference.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@json_option
 def replay(id: str | None, folder: Path, file: Path | None, against: str | None, as_json: bool) -> None:
     """Play a find again, by its ID: exit status 1 when it still fails. Or play the accesses in a file to the board's
     devices, and print what the reads answer: exit status 1 when the other machine answers otherwise."""

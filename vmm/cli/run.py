@@ -15,7 +15,21 @@ import click
 
 from snapshot.errors import SnapshotError
 from vmm.board.config import DEFAULT_EPOCH_NS, DeviceConfig, MachineConfig, named
-from vmm.cli.options import Binding, Device, Epoch, Memory, Pattern
+from vmm.cli.options import (
+    FILE,
+    PARENT,
+    Binding,
+    Device,
+    Epoch,
+    Memory,
+    Pattern,
+    allow_option,
+    backend_option,
+    chosen,
+    json_option,
+    pack_option,
+    rundir_option,
+)
 from vmm.control.supervisor import Supervisor
 from vmm.control.terminal import Terminal
 from vmm.cpu import backends
@@ -23,7 +37,6 @@ from vmm.errors import RequestError
 from vmm.guest.image import Image
 from vmm.machine.machine import Fault, Machine, Stop, Stopped, StopReason
 from vmm.saving import releases
-from vmm.saving.saved import ALLOWABLE
 
 DEFAULT_MEMORY = 256 << 20
 _SIGNALS = {StopReason.SIGTERM: 15, StopReason.SIGHUP: 1}
@@ -38,7 +51,7 @@ class Goal:
     until: str | None
     at: int | None
     save: Path | None
-    pack: bool
+    packed: bool
     parent: Path | None
     for_version: str | None
     pace: str | None
@@ -57,49 +70,47 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--at", type=click.IntRange(0), metavar="POSITION",
                          help="Stop at this many bytes of code executed."),
             click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Save when the run stops."),
-            click.option("--pack", is_flag=True, help="Pack the RAM of what is saved with zstd."),
-            click.option("--parent", type=click.Path(path_type=Path),
-                         help="Save only what differs from this snapshot, in the same folder."),
+            pack_option,
+            click.option("--parent", type=FILE, help=PARENT),
             click.option("--for-version", metavar="RELEASE", help="Save what this older release can wake."),
             click.option("--pace", type=click.Choice(["real", "max"]),
                          help="Guest time: as the clock on the wall, or as fast as it can. "
-                              "[default: real at a terminal or with --name, else max]"),
-            click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output; no console."),
-            click.option("--name", help="Make it a machine others can ask (ctl, list, attach)."),
-            click.option("--rundir", type=click.Path(path_type=Path, file_okay=False),
-                         help="With --name: where its socket is.  [default: $XDG_RUNTIME_DIR/anyhyve]"),
-            click.option("--paused", is_flag=True, help="With --name: wait for `ctl NAME resume`."),
+                              "[default: real at a terminal or with a name, else max]"),
+            json_option,
+            rundir_option,
+            click.option("--paused", is_flag=True, help="Of a machine with a name: wait for `ctl NAME resume`."),
             click.option("--autosave", type=click.IntRange(1), metavar="SECONDS",
-                         help="With --name: save into the catalog this often, over the one before."),
+                         help="Of a machine with a name: save into the catalog this often, over the one before."),
             click.option("--suspend-on-term", is_flag=True,
-                         help="With --name: SIGTERM suspends into the catalog (`anyhyve wake NAME`)."),
+                         help="Of a machine with a name: SIGTERM suspends into the catalog (`anyhyve wake NAME`)."),
             click.option("--bind", type=Binding(), multiple=True, metavar="PART=END",
                          help="What is at the far end of a serial port: console, null, file:PATH, pty, socket:PATH."),
-            click.option("--backend", default="emu", show_default=True, metavar="emu|kvm|auto",
-                         help="Which CPU; auto is kvm where the host has it, and says which it took."),
+            backend_option,
         )
     ):  # fmt: skip
         command = option(command)
     return command
 
 
+_name_option = click.option(
+    "--name", metavar="NAME", help="Make it the machine NAME, which others can ask (ctl, list, attach)."
+)
+
+
 def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
-    allow = click.option(
-        "--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved."
-    )
     clock = click.option("--clock", type=click.Choice(["freeze", "catch-up"]), default="freeze", show_default=True,
                          help="Guest time: on from where it stood, or up to this computer's wall clock.")  # fmt: skip
-    return allow(clock(command))
+    return allow_option(clock(command))
 
 
 @click.command()
-@click.option("--kernel", type=click.Path(path_type=Path), help="bzImage, ELF vmlinux, or flat code.")
-@click.option("--initrd", type=click.Path(path_type=Path), help="Initial RAM disk.")
+@click.option("--kernel", type=FILE, help="The guest's kernel: bzImage, ELF vmlinux, or flat code.")
+@click.option("--initrd", type=FILE, help="Initial RAM disk.")
 @click.option("--append", default="console=ttyS0", show_default=True, help="Kernel command line.")
 @click.option("--memory", type=Memory(), help="Guest RAM.  [default: 256M]")
 @click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
 @click.option("--epoch", type=Epoch(), help="Guest wall clock at start: Unix seconds, or `now`.  [default: 2020-01-01]")
-@click.option("-r", "waking", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("-r", "waking", type=FILE, metavar="FILE",
               help="As bhyve's: wake FILE; the other options are as they were at first.")  # fmt: skip
 @click.option(
     "--device",
@@ -110,6 +121,7 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
     help="One more device, such as uart,port=0x2a8,irq=5; `anyhyve devices` lists the kinds.",
 )
 @click.option("--tsc-khz", type=int, help="Rate of the guest's TSC.  [default: 4000000 on emu, the host's own on kvm]")
+@_name_option
 @_goal
 def run(
     kernel: Path | None, initrd: Path | None, append: str, memory: int | None, flat: bool, epoch: int | None,
@@ -120,7 +132,7 @@ def run(
     if waking is None and kernel is None:
         raise click.UsageError("Missing option '--kernel'.")
     image = None if kernel is None else Image.from_files(kernel, initrd, append, flat)
-    backend = _backend(backend)
+    backend = chosen(backend)
     if waking is not None:
         with Machine.restore(waking, backend, bind=_bind(bind)) as machine:
             _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz,
@@ -152,9 +164,10 @@ def _agree(config: MachineConfig, **asked: Any) -> None:
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FILE)
 @click.option("--verify", is_flag=True, help="Check every byte of RAM against its digest first.")
 @_wake_options
+@_name_option
 @_goal
 def restore(file: Path, verify: bool, **options: Any) -> None:
     """Wake a saved machine: the file says all there is to know."""
@@ -162,33 +175,26 @@ def restore(file: Path, verify: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("vm", metavar="NAME")
+@click.argument("name", metavar="NAME")
 @_wake_options
 @_goal
-def wake(vm: str, **options: Any) -> None:
-    """Wake NAME from its newest snapshot in the catalog, under the same name."""
+def wake(name: str, **options: Any) -> None:
+    """Wake the machine NAME from its newest snapshot in the catalog."""
     from vmm.control import catalog
 
-    file = catalog.newest(vm)
-    click.echo(f"anyhyve: {vm}: {file}", err=True)
-    _wake(file, False, **{**options, "name": vm})
+    file = catalog.newest(name)
+    click.echo(f"anyhyve: {name}: {file}", err=True)
+    _wake(file, False, name=name, **options)
 
 
 def _wake(
     file: Path, verify: bool, allow: tuple[str, ...], clock: str, bind: tuple[tuple[str, str], ...], backend: str,
     **goal: Any,
 ) -> None:  # fmt: skip
-    with Machine.restore(file, _backend(backend), verify=verify, allow=allow, bind=_bind(bind)) as machine:
+    with Machine.restore(file, chosen(backend), verify=verify, allow=allow, bind=_bind(bind)) as machine:
         if clock == "catch-up":
             machine.catch_up()
         sys.exit(_drive(machine, Goal(**goal)))
-
-
-def _backend(name: str) -> str:
-    chosen, why = backends.choose(name)
-    if name == "auto":
-        click.echo(f"anyhyve: backend {chosen}: {why}", err=True)
-    return chosen
 
 
 def _config(**values: Any) -> MachineConfig:
@@ -224,7 +230,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
             vm.close()
     wall = time.perf_counter() - started
     if goal.save is not None and isinstance(stop, Stopped) and stop.reason not in _NOT_SAVED:
-        machine.save(goal.save, packed=goal.pack, parent=goal.parent, versions=versions)
+        machine.save(goal.save, packed=goal.packed, parent=goal.parent, versions=versions)
     if goal.as_json:
         click.echo(json.dumps(report(machine, stop, wall)))
     else:

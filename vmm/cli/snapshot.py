@@ -22,15 +22,12 @@ from snapshot.container import BLOCK, Part
 from snapshot.errors import SnapshotError
 from snapshot.field_types import Json
 from snapshot.reader import decode_part
+from vmm.cli.options import FILE, PARENT, allow_option, backend_option, chosen, json_option, pack_option
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
 from vmm.guest.symbols import Symbols
 from vmm.machine.machine import Machine
 from vmm.saving.parts import with_state
-from vmm.saving.saved import ALLOWABLE
-
-_FILE = click.Path(path_type=Path)
-_JSON = click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
 
 
 @click.group()
@@ -39,8 +36,8 @@ def snapshot() -> None:
 
 
 @snapshot.command()
-@click.argument("file", type=_FILE)
-@_JSON
+@click.argument("file", type=FILE)
+@json_option
 def show(file: Path, as_json: bool) -> None:
     """Every field of a snapshot, by the schema in the file, and the code at RIP."""
     with Chain(file) as chain:
@@ -112,7 +109,7 @@ def _code(chain: Chain, count: int = 6) -> list[str]:
 
 
 @snapshot.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 def verify(file: Path) -> None:
     """Check a whole snapshot, RAM and parents included."""
     with Chain(file) as chain:
@@ -123,20 +120,21 @@ def verify(file: Path) -> None:
 
 
 @snapshot.command()
-@click.argument("file", type=_FILE)
-@click.option("--backend", default="emu", show_default=True, help="Which CPU: emu or kvm.")
-@click.option("--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved.")
+@click.argument("file", type=FILE)
+@backend_option
+@allow_option
 def check(file: Path, backend: str, allow: tuple[str, ...]) -> None:
     """Say whether a snapshot will load here, and if not why. Nothing is made or changed."""
+    backend = chosen(backend)
     Machine.check(file, backend, allow=allow)
     click.echo(f"{file}: will load on {backend}")
 
 
 @snapshot.command()
-@click.argument("first", type=_FILE)
-@click.argument("second", type=_FILE)
-@click.option("--symbols", type=_FILE, help="The kernel's System.map, to name what lies where in RAM.")
-@_JSON
+@click.argument("first", type=FILE)
+@click.argument("second", type=FILE)
+@click.option("--symbols", type=FILE, help="The kernel's System.map, to name what lies where in RAM.")
+@json_option
 def diff(first: Path, second: Path, symbols: Path | None, as_json: bool) -> None:
     """What differs: state by field name, RAM by runs of pages. Exit status 1 when something does."""
     names = Symbols.load(symbols) if symbols is not None else Symbols([])
@@ -160,25 +158,25 @@ def diff(first: Path, second: Path, symbols: Path | None, as_json: bool) -> None
 
 
 @snapshot.command()
-@click.argument("file", type=_FILE)
-@click.argument("folder", type=_FILE)
+@click.argument("file", type=FILE)
+@click.argument("folder", type=FILE)
 def unpack(file: Path, folder: Path) -> None:
     """Take a snapshot apart: all state as text."""
     unpacking.unpack(file, folder)
 
 
 @snapshot.command()
-@click.argument("folder", type=_FILE)
-@click.argument("file", type=_FILE)
+@click.argument("folder", type=FILE)
+@click.argument("file", type=FILE)
 def pack(folder: Path, file: Path) -> None:
     """Make a snapshot of what `unpack` wrote, byte for byte the same if nothing was changed."""
     unpacking.pack(folder, file)
 
 
 @snapshot.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @click.option("--set", "assignments", multiple=True, required=True, metavar="PART.FIELD=VALUE", help="May be repeated.")
-@click.option("--out", type=_FILE, help="Write here; by default FILE is replaced.")
+@click.option("--out", type=FILE, help="Write here; by default FILE is replaced.")
 def edit(file: Path, assignments: tuple[str, ...], out: Path | None) -> None:
     """Change fields, such as --set com1.lcr=0x83, checked against the schema in the file."""
     with Chain(file) as chain:
@@ -189,23 +187,20 @@ def edit(file: Path, assignments: tuple[str, ...], out: Path | None) -> None:
     rewrite.with_parts(file, out or file, parts)
 
 
-_PACK = click.option("--pack", "packed", is_flag=True, help="Pack RAM with zstd.")
-
-
 @snapshot.command()
-@click.argument("file", type=_FILE)
-@click.argument("out", type=_FILE)
-@_PACK
+@click.argument("file", type=FILE)
+@click.argument("out", type=FILE)
+@pack_option
 def merge(file: Path, out: Path, packed: bool) -> None:
     """A snapshot that stands alone, of one that stands on parents."""
     rewrite.merge(file, out, packed=packed)
 
 
 @snapshot.command()
-@click.argument("file", type=_FILE)
-@click.argument("out", type=_FILE)
-@click.option("--parent", required=True, type=_FILE, help="In the folder of OUT.")
-@_PACK
+@click.argument("file", type=FILE)
+@click.argument("out", type=FILE)
+@click.option("--parent", required=True, type=FILE, help=PARENT)
+@pack_option
 def rebase(file: Path, out: Path, parent: Path, packed: bool) -> None:
     """The same machine as a difference to another snapshot."""
     rewrite.rebase(file, parent, out, packed=packed)
@@ -218,8 +213,8 @@ def schemas() -> None:
 
 
 @snapshot.command("check-schemas")
-@click.argument("old", type=_FILE)
-@click.argument("new", type=_FILE)
+@click.argument("old", type=FILE)
+@click.argument("new", type=FILE)
 def check_schemas(old: Path, new: Path) -> None:
     """Compare two dumps of schemas; name each change that would orphan a snapshot. Exit status 1 if there is one."""
     complaints = lock.complaints(lock.load(old), lock.load(new))

@@ -66,8 +66,8 @@ async def checkpoint(
     path: Annotated[Path, "the file, replaced only by a whole new one"],
     hold: Annotated[bool, "stand still until it is on disk", Was("stop")] = False,
     pack: Annotated[bool, "pack the RAM with zstd"] = False,
-    parent: Annotated[Path | None, "save only what differs from this snapshot"] = None,
-    for_version: Annotated[str | None, "as this release reads it"] = None,
+    parent: Annotated[Path | None, "save only what differs from this snapshot, in the same folder"] = None,
+    for_version: Annotated[str | None, "save what this older release can wake"] = None,
 ) -> Any:
     """Save and go on: the file is the state at one instant, and is written while the machine runs. The answer comes
     when it is on disk."""
@@ -79,8 +79,8 @@ async def suspend(
     session: Session,
     path: Annotated[Path, "the file, replaced only by a whole new one"],
     pack: Annotated[bool, "pack the RAM with zstd"] = False,
-    parent: Annotated[Path | None, "save only what differs from this snapshot"] = None,
-    for_version: Annotated[str | None, "as this release reads it"] = None,
+    parent: Annotated[Path | None, "save only what differs from this snapshot, in the same folder"] = None,
+    for_version: Annotated[str | None, "save what this older release can wake"] = None,
 ) -> Any:
     """Save, then end. When it cannot be saved the machine goes on."""
     return await _save(session, path, end=True, pack=pack, parent=parent, for_version=for_version)
@@ -154,7 +154,7 @@ async def preflight(
 
 
 @METHODS.method("devices", _AWAKE | {State.SAVING})
-async def devices(session: Session, name: Annotated[str | None, "only this one, with its whole state"] = None) -> Any:
+async def devices(session: Session, name: Annotated[str | None, "only this part, with its whole state"] = None) -> Any:
     """Every part of the machine: its name, and its state's schema and version. With `name` also its state."""
     parts = await _safe(session, session.vm.at_safe_point(session.vm.machine.encoded_states))
     if name is None:

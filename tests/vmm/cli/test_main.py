@@ -121,6 +121,8 @@ def test_backends(saved):
     assert "there is no /nowhere/kvm" in refusal(*OWN_GUEST, "--backend", "kvm", main=NO_KVM)
     done = anyhyve("restore", saved, "--backend", "auto", "--at", 3_000_100, main=NO_KVM)
     assert done.returncode == 0 and b"anyhyve: backend emu: kvm: there is no /nowhere/kvm" in done.stderr
+    done = anyhyve("snapshot", "check", saved, "--backend", "auto", main=NO_KVM)
+    assert done.returncode == 0 and b"will load on emu" in done.stdout
     assert b"not ready: kvm: there is no /nowhere/kvm" in anyhyve("doctor", main=NO_KVM, env={"COLUMNS": "200"}).stdout
 
 

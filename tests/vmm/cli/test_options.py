@@ -1,0 +1,58 @@
+"""An option has one text, in whatever command it stands; and a machine's name is NAME."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import click
+
+from vmm.cli.main import main
+
+OTHERS = {  # what is spelt alike and says something else
+    ("ctl devices", "--name"),  # a part's
+    ("catalog", "--name"),  # does not give it, as `run` does
+    ("replay", "--against"),  # another machine, not another CPU
+    ("ctl snapshot.preflight", "--parent"),  # nothing is saved
+}
+
+
+def commands(group: click.Command = main, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """Every command by its words."""
+    yield " ".join(path), group
+    if isinstance(group, click.Group):
+        ctx = click.Context(group)
+        for name in group.list_commands(ctx):
+            command = group.get_command(ctx, name)
+            assert command is not None
+            yield from commands(command, (*path, name))
+
+
+def options() -> Iterator[tuple[str, str, click.Option]]:
+    for name, command in commands():
+        for param in command.params:
+            if isinstance(param, click.Option) and not param.hidden:
+                yield from ((name, spelling, param) for spelling in param.opts)
+
+
+def test_one_text():
+    texts = defaultdict(set)
+    for command, spelling, option in options():
+        if (command, spelling) not in OTHERS:
+            texts[spelling].add(option.help)
+    assert {spelling: found for spelling, found in texts.items() if len(found) > 1} == {}
+
+
+def test_every_option_has_a_text():
+    for command, spelling, option in options():
+        assert option.help and option.help[0].isupper(), f"{command} {spelling}"
+
+
+def test_a_machines_name_is_spelt_one_way():
+    for command, spelling, option in options():
+        if spelling in ("--name", "--vm") and command != "ctl devices":
+            assert option.metavar == "NAME" and "the machine NAME" in option.help.replace("The", "the"), command
+    for name, command in commands():
+        for param in command.params:
+            if isinstance(param, click.Argument) and param.name == "name":
+                assert param.metavar == "NAME" and "the machine NAME" in command.help, name
