@@ -23,7 +23,7 @@ from vmm.errors import BackendError, RequestError
 @json_option
 @click.pass_context
 def catalog_group(ctx: click.Context, name: str | None, vm: str | None, as_json: bool) -> None:
-    """The snapshots in the catalog: by machine, oldest first."""
+    """List the snapshots in the catalog, by machine, oldest first; or keep, delete and prune them."""
     if ctx.invoked_subcommand is not None:
         return
     found = catalog.entries(vm if name is None else name)

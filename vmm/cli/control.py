@@ -134,7 +134,8 @@ def _in_catalog(name: str, method: str) -> Path:
 
 
 def _save(client: Client, method: str, params: dict[str, Any]) -> Any:
-    """With a progress bar; Ctrl-C cancels, and the machine runs on."""
+    """Ask for a save and show how far it is; Ctrl-C cancels it, and the machine runs on. Returns the answer. Raises
+    Failed."""
     client.call("events", kinds=["progress"])
     call = client.ask(method, **params)
     with _bar(f"{method} {client.name}") as progress:
@@ -162,7 +163,7 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _follow(client: Client, params: dict[str, Any]) -> None:
-    """Events as JSON lines, until the machine ends or Ctrl-C."""
+    """Print events as JSON lines, until the machine ends or Ctrl-C; then exit."""
     client.call("events", **params)
     try:
         while True:

@@ -47,7 +47,7 @@ def describe(kind: kinds.Kind) -> dict[str, Any]:
 
 
 def draw(kind: kinds.Kind) -> str:
-    """The same, as Markdown."""
+    """A page of Markdown on all that a kind declares."""
     place = f"{kind.space}=ADDRESS" + (f", by default {kind.place}" if kind.place else "")
     lines = [f"## {kind.name}", "", kind.doc, "", f"Put at {place}.", ""]
     if options := options_of(kind.options):

@@ -99,7 +99,8 @@ def fuzz(
 
 
 def _starts(names: list[str], snapshot: Path | None) -> list[Any]:
-    """Each device's state in the snapshot: by its part's name, for somebody's class by the state's."""
+    """Where each device begins: its state in the snapshot, found by its part's name, for somebody's class by the
+    state's; else its state after power-on. Raises SnapshotError."""
     from vmm.testing.fuzz import Start
     from vmm.testing.subject import Subject
 
@@ -122,7 +123,8 @@ def _starts(names: list[str], snapshot: Path | None) -> list[Any]:
 
 @contextmanager
 def _workers(scheduler: str | None, jobs: int | None) -> Iterator[tuple[Executor, int]]:
-    """Processes here, or somebody's Dask."""
+    """Context manager: gives what runs the work, processes here or somebody's Dask, and how many. Raises
+    BackendError."""
     if scheduler is None:
         count = jobs or os.cpu_count() or 1
         with ProcessPoolExecutor(count, initializer=_leave_interrupts) as pool:
@@ -141,7 +143,7 @@ def _workers(scheduler: str | None, jobs: int | None) -> Iterator[tuple[Executor
 
 
 def _leave_interrupts() -> None:
-    """Ctrl-C is for the process that gathers."""
+    """Ignore Ctrl-C, which is for the process that gathers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -157,7 +157,8 @@ def _bind(given: tuple[tuple[str, str], ...]) -> dict[str, str]:
 
 
 def _agree(config: MachineConfig, **asked: Any) -> None:
-    """bhyve -r wants the arguments of the first start. Here the file says it all; what is said besides must agree."""
+    """Compare what was asked for with the snapshot, which says it all; bhyve -r wants the arguments of the first start.
+    Raises RequestError for what does not agree."""
     for field, value in asked.items():
         if value is not None and value != getattr(config, field):
             raise RequestError(f"{field}: the snapshot has {getattr(config, field)}, not {value}")
@@ -165,7 +166,9 @@ def _agree(config: MachineConfig, **asked: Any) -> None:
 
 @click.command()
 @click.argument("file", type=FILE)
-@click.option("--verify", is_flag=True, help="Check every byte of RAM against its digest first.")
+@click.option(
+    "--verify", is_flag=True, help="Check all RAM against the digests in the file before it wakes, not while it runs."
+)
 @_wake_options
 @_name_option
 @_goal
@@ -209,7 +212,7 @@ def _config(**values: Any) -> MachineConfig:
 
 
 def _drive(machine: Machine, goal: Goal) -> int:
-    """Run to the goal, save, report. The exit status."""
+    """Run to the goal, save, report. Returns the exit status."""
     versions = None if goal.for_version is None else releases.versions(goal.for_version)
     if goal.save is not None:
         machine.can_save(goal.save, goal.parent)  # said now, not after an hour's run
@@ -261,7 +264,7 @@ def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
 
 
 def report(machine: Machine, stop: Stop, wall_s: float) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The object that `--json` prints."""
     return {
         "position": machine.position,
         "guest_ns": machine.clock.now_ns(),

@@ -39,7 +39,7 @@ def snapshot() -> None:
 @click.argument("file", type=FILE)
 @json_option
 def show(file: Path, as_json: bool) -> None:
-    """Every field of a snapshot, by the schema in the file, and the code at RIP."""
+    """Print every field of a snapshot, by the schema in the file, and the code at RIP."""
     with Chain(file) as chain:
         code = _code(chain)
         if as_json:
@@ -111,7 +111,9 @@ def _code(chain: Chain, count: int = 6) -> list[str]:
 @snapshot.command()
 @click.argument("file", type=FILE)
 def verify(file: Path) -> None:
-    """Check a whole snapshot, RAM and parents included."""
+    """Check all of a file and of its parents against their own digests, RAM included. Nothing is woken.
+
+    `restore --verify` checks RAM the same way; `python -m snapshot.verify` is a second opinion, by other code."""
     with Chain(file) as chain:
         chain.verify_ram()
         blocks = sum(len(chain.digests(i)) for i in range(len(chain.rams)))
@@ -136,7 +138,7 @@ def check(file: Path, backend: str, allow: tuple[str, ...]) -> None:
 @click.option("--symbols", type=FILE, help="The kernel's System.map, to name what lies where in RAM.")
 @json_option
 def diff(first: Path, second: Path, symbols: Path | None, as_json: bool) -> None:
-    """What differs: state by field name, RAM by runs of pages. Exit status 1 when something does."""
+    """Compare two snapshots: state by field name, RAM by runs of pages. Exit status 1 when something differs."""
     names = Symbols.load(symbols) if symbols is not None else Symbols([])
     with Chain(first) as a, Chain(second) as b:
         states, runs = list(differences.state(a, b)), list(differences.ram(a, b))
@@ -192,7 +194,7 @@ def edit(file: Path, assignments: tuple[str, ...], out: Path | None) -> None:
 @click.argument("out", type=FILE)
 @pack_option
 def merge(file: Path, out: Path, packed: bool) -> None:
-    """A snapshot that stands alone, of one that stands on parents."""
+    """Make a snapshot that stands alone of one that stands on parents."""
     rewrite.merge(file, out, packed=packed)
 
 
@@ -202,7 +204,7 @@ def merge(file: Path, out: Path, packed: bool) -> None:
 @click.option("--parent", required=True, type=FILE, help=PARENT)
 @pack_option
 def rebase(file: Path, out: Path, parent: Path, packed: bool) -> None:
-    """The same machine as a difference to another snapshot."""
+    """Save the same machine as a difference to another snapshot."""
     rewrite.rebase(file, parent, out, packed=packed)
 
 

@@ -16,7 +16,8 @@ _WAIT_S = 30.0
 
 
 def attach(folder: Path, name: str) -> int:
-    """Until Ctrl-] d, or the machine's end. The exit status."""
+    """Join this terminal to a machine's console, until Ctrl-] d or the machine's end. Returns the exit status. Raises
+    BackendError, RequestError when there is no such machine."""
     with Client(folder, name) as client, raw_mode() as interactive:
         if interactive:
             print(f"anyhyve: {name}: Ctrl-] then d leaves it running\r", file=sys.stderr)
@@ -69,7 +70,7 @@ class _Session:
             self._writing = None
 
     def _type(self, data: bytes) -> bool:
-        """False when the user leaves."""
+        """Take what was typed; returns False when the user leaves."""
         if not data:
             self._input_open = False
         for byte in data:

@@ -28,13 +28,14 @@ _WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
 def root() -> Path:
-    """The folder of folders."""
+    """The catalog: a folder that has one folder for each machine. It need not be there."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base, "anyhyve")
 
 
 def folder(name: str) -> Path:
-    """Of one machine; made when it is not there. Raises RequestError, BackendError."""
+    """The folder of one machine's snapshots, made when it is not there. Raises RequestError for what cannot name a
+    machine, BackendError when the host does not let us make it."""
     path = root() / check_name(name)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def folder(name: str) -> Path:
 
 
 def new(name: str) -> Path:
-    """A name for a snapshot of now that nothing has yet."""
+    """A path in the machine's folder for a snapshot of this moment; there is no file yet. Raises as `folder`."""
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     path, count = folder(name) / f"{stamp}{SUFFIX}", 1
     while path.exists():
@@ -54,7 +55,7 @@ def new(name: str) -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """One snapshot in the catalog."""
+    """What the catalog tells of one snapshot."""
 
     machine: str
     path: Path
@@ -69,13 +70,15 @@ class Entry:
 
 
 def entries(name: str | None = None) -> list[Entry]:
-    """All, or one machine's, oldest first. Raises RequestError for what cannot name a machine."""
+    """Every snapshot in the catalog, or those of one machine, oldest first. Raises RequestError for what cannot name a
+    machine."""
     pattern = check_name(name) if name is not None else "*"
     return sorted((entry(path) for path in root().glob(f"{pattern}/*{SUFFIX}")), key=lambda e: (e.time_s, e.path))
 
 
 def entry(path: Path) -> Entry:
-    """What can be told of a snapshot without its RAM."""
+    """What a snapshot's file tells without its RAM being read; one that cannot be read has a `problem`. Raises
+    OSError when there is no such file."""
     info = path.stat()
     parent, problem = None, None
     try:
@@ -88,7 +91,7 @@ def entry(path: Path) -> Entry:
 
 
 def newest(name: str) -> Path:
-    """The snapshot to go on from. Raises RequestError when there is none."""
+    """The path of the machine's youngest snapshot that can be read. Raises RequestError when there is none."""
     found = [each for each in entries(name) if each.problem is None]
     if not found:
         raise RequestError(f"there is no snapshot of {name} in {root()}")
@@ -96,14 +99,16 @@ def newest(name: str) -> Path:
 
 
 def keep(path: Path, on: bool = True) -> None:
-    """Protect a snapshot from `prune` and `delete`; with all it stands on. Or no longer, and then it alone."""
+    """Make a snapshot and all it stands on read-only, which protects them from `prune`, `delete` and being replaced.
+    Without `on` make this one writable again. Raises OSError when there is no such file."""
     for each in _with_ancestors(path) if on else [path]:
         mode = stat.S_IMODE(each.stat().st_mode)
         each.chmod(mode & ~_WRITE if on else mode | stat.S_IWUSR)
 
 
 def delete(path: Path) -> None:
-    """Raises RequestError for one that is kept, or that another is a difference to."""
+    """Remove a snapshot. Raises RequestError for one that is kept, or that another is a difference to; then it
+    stays."""
     found = entry(path)
     if found.kept:
         raise RequestError(f"{path}: it is kept")
@@ -114,7 +119,8 @@ def delete(path: Path) -> None:
 
 
 def prune(name: str, leave: int) -> list[Path]:
-    """Delete all of a machine's but the newest `leave`, those kept, and what they stand on. What was deleted."""
+    """Delete the machine's snapshots, but not the newest `leave`, those kept, and what these stand on. Returns the
+    paths of what was deleted. Raises RequestError for what cannot name a machine."""
     found = entries(name)
     staying: set[Path] = set()
     for each in [*found[max(0, len(found) - leave) :], *(e for e in found if e.kept)]:

@@ -46,7 +46,7 @@ class Client:
                 return message["result"]
 
     def ask(self, method: str, **params: Any) -> int:
-        """Send a request and do not wait. Its id."""
+        """Send a request and do not wait for the answer. Returns its id."""
         self._last += 1
         request = protocol.pack(method=method, params=params, id=self._last)
         try:

@@ -85,7 +85,7 @@ class Methods(dict[str, Method]):
     """Methods by name, in the order they are declared in."""
 
     def method(self, name: str, states: frozenset[State]) -> Callable[[Callable[..., Awaitable[Any]]], Any]:
-        """Declare one, answered in `states`."""
+        """Declare a method that is answered in `states`."""
 
         def register(function: Callable[..., Awaitable[Any]]) -> Any:
             self[name] = Method(name, states, function)
@@ -94,7 +94,7 @@ class Methods(dict[str, Method]):
         return register
 
     async def call(self, session: Session, name: str, params: dict[str, Any]) -> Any:
-        """The method's result. Raises RpcError, or what the method raises."""
+        """Call a method by its name; returns its result. Raises RpcError, WrongState, or what the method raises."""
         if name not in self:
             raise RpcError(UNKNOWN_METHOD, f"there is no method {name!r}; there are {', '.join(self)}")
         found = self[name]

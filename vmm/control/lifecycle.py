@@ -1,6 +1,6 @@
 """What a machine under command can be called, be, and become. One table; the documentation's picture is drawn from it.
 
-python -m anyhyve.lifecycle     # as a Mermaid diagram
+python -m vmm.control.lifecycle     # as a Mermaid diagram
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_name(name: str) -> str:
-    """Raises RequestError for what cannot name a machine."""
+    """The name itself, if it can name a machine. Raises RequestError when it cannot."""
     if not _NAME.fullmatch(name):
         raise RequestError(f"{name!r} cannot name a machine: letters, digits, '.', '_' and '-', 64 at most")
     return name

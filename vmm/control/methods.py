@@ -1,6 +1,6 @@
 """What can be asked of a running machine, a function a method (vmm.control.dispatch says how one is declared).
 
-python -m anyhyve.control.methods     # as the table of docs/control.md
+python -m vmm.control.methods     # as the table of docs/control.md
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = typing.TypeVar("T")
 
 @METHODS.method("status", ALL)
 async def status(session: Session) -> Any:
-    """What it is doing: state, backend, guest time, and a save that is under way."""
+    """What the machine is doing: state, backend, guest time, and a save that is under way."""
     vm = session.vm
     machine, saving = vm.machine, vm.saving()
     return {
@@ -50,13 +50,13 @@ async def status(session: Session) -> Any:
 
 @METHODS.method("pause", _AWAKE)
 async def pause(session: Session) -> Any:
-    """Stand still. `changed` is false when it did already."""
+    """Let the guest stand still. `changed` is false when it did already."""
     return {"changed": await _safe(session, session.vm.pause())}
 
 
 @METHODS.method("resume", _AWAKE)
 async def resume(session: Session) -> Any:
-    """Go on. `changed` is false when it ran already."""
+    """Let a guest that stands still go on. `changed` is false when it ran already."""
     return {"changed": await _safe(session, session.vm.resume())}
 
 
@@ -82,7 +82,7 @@ async def suspend(
     parent: Annotated[Path | None, "save only what differs from this snapshot, in the same folder"] = None,
     for_version: Annotated[str | None, "save what this older release can wake"] = None,
 ) -> Any:
-    """Save, then end. When it cannot be saved the machine goes on."""
+    """Save, then end the machine. When it cannot be saved the machine goes on."""
     return await _save(session, path, end=True, pack=pack, parent=parent, for_version=for_version)
 
 
@@ -204,7 +204,8 @@ async def _save(
 
 
 async def _safe(session: Session, done: Future[T]) -> T:
-    """What the machine's thread is to do, if it comes to that in time."""
+    """Wait for what the machine's thread is to do; returns its result. Raises BackendError when it does not come to
+    it in time, or what it raises."""
     waiting, limit_s = asyncio.wrap_future(done), session.vm.quiesce_s
     if not (await asyncio.wait({waiting}, timeout=limit_s))[0] and done.cancel():
         raise BackendError(f"no safe point came in {limit_s:g} s; nothing was done, and the machine runs on")

@@ -169,7 +169,8 @@ def connect(folder: Path, name: str) -> socket.socket:
 
 
 def names(folder: Path) -> Iterator[str]:
-    """Of the machines that have a socket here, stale ones not counted."""
+    """The names of the machines whose sockets are in the folder, stale ones not counted; none when there is no such
+    folder of ours."""
     try:
         directory = open_folder(folder, create=False)
     except BackendError:

@@ -50,7 +50,7 @@ class RpcError(Exception):
 
     @classmethod
     def of(cls, error: Exception) -> RpcError:
-        """Whose fault an exception says it is."""
+        """The answer that an exception becomes: its code says whose fault it is."""
         if isinstance(error, RpcError):
             return error
         for kind, code in _FAULTS:
@@ -70,7 +70,7 @@ class Request:
 
 
 def parse(line: bytes) -> Request:
-    """Raises RpcError."""
+    """The request that a line is. Raises RpcError for what is none."""
     try:
         value = json.loads(line.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError):

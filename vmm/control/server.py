@@ -137,7 +137,7 @@ class Server:
         self._grown = asyncio.Event()
 
     async def grown(self, offset: int) -> None:
-        """Until the console has written more than `offset` bytes, or the machine has ended."""
+        """Wait until the console has written more than `offset` bytes, or the machine has ended."""
         console = self.vm.machine.board.console
         while not self._ended.is_set():
             event, self._awaited = self._grown, True
@@ -163,7 +163,7 @@ class _Client:
         self._teller = asyncio.create_task(self._tell_news())
 
     async def serve(self) -> None:
-        """Until the client has said all and heard all."""
+        """Answer a client until it has said all and heard all."""
         while line := await self._line():
             await self._room.acquire()
             self._call(line)
@@ -171,7 +171,7 @@ class _Client:
             await asyncio.wait(self._calls)
 
     async def farewell(self) -> None:
-        """The machine has ended: answers that are due, and its last events."""
+        """Say what is due when the machine has ended: answers, and its last events."""
         while self._calls:
             await asyncio.wait(self._calls)
         await self._news.join()

@@ -69,7 +69,8 @@ class Supervisor:
     # --- the machine's thread
 
     def run(self, *, position: int | None = None, until: str | None = None, paused: bool = False) -> Stop:
-        """As `Machine.run`, obeying. Raises what that raises."""
+        """Run the machine as `Machine.run` does, and do what is commanded meanwhile. Returns why it ended. Raises
+        what that raises."""
         self._life.move(State.PAUSED if paused else State.RUNNING)
         self.machine.loop.aim(position, until, None, None)
         try:
@@ -104,19 +105,20 @@ class Supervisor:
         return self._life.state
 
     def pause(self) -> Future[bool]:
-        """Whether it ran until now."""
+        """Let the machine stand still. The Future says whether it ran until now."""
         return self.at_safe_point(lambda: self._move(State.RUNNING, State.PAUSED))
 
     def resume(self) -> Future[bool]:
-        """Whether it was paused."""
+        """Let a machine that is paused go on. The Future says whether it was paused."""
         return self.at_safe_point(lambda: self._move(State.PAUSED, State.RUNNING))
 
     def reset(self) -> Future[None]:
-        """Fails with RequestError for a machine without an image to start from."""
+        """Start the guest again, as after power-on. The Future fails with RequestError for a machine without an
+        image to start from."""
         return self.at_safe_point(self.machine.restart)
 
     def stop(self, why: StopReason = StopReason.STOPPED) -> Future[None]:
-        """End it without saving."""
+        """End the machine without saving."""
 
         def end() -> None:
             self._end = Stopped(why)
@@ -147,7 +149,7 @@ class Supervisor:
         return asked.saved
 
     def cancel(self) -> Path | None:
-        """Give up the save that is under way, if it is not on disk yet. Its path."""
+        """Give up the save that is under way, if it is not on disk yet. Returns its path, None when there is none."""
         with self._lock:
             asked = self._save
             if asked is None:
@@ -158,12 +160,13 @@ class Supervisor:
         return asked.path
 
     def saving(self) -> Path | None:
-        """Where a save is under way to."""
+        """The path of the save that is under way, None when there is none."""
         asked = self._save
         return None if asked is None else asked.path
 
     def at_safe_point(self, action: Callable[[], T]) -> Future[T]:
-        """Do `action` on the machine's thread, between two instructions."""
+        """Do `action` on the machine's thread, between two instructions. The Future has its result or its exception,
+        or fails with WrongState when the machine ends first."""
         future: Future[T] = Future()
 
         def command(_: Machine) -> Stop | None:
@@ -206,7 +209,7 @@ class Supervisor:
         return False
 
     def _see_through(self, asked: Save) -> None:
-        """A save's own thread."""
+        """Carry a save from its asking to its answer, on the save's own thread. Raises nothing: the Future fails."""
         began = time.monotonic()
         try:
             self.machine.await_checked()
@@ -230,7 +233,8 @@ class Supervisor:
             self._save = None
 
     def _begin(self, asked: Save) -> None:
-        """The instant. Leaves the machine running, or standing still."""
+        """Take the checkpoint at a safe point, and leave the machine running or, with `hold`, standing still. Raises
+        BackendError when no safe point comes in time, Cancelled, or what the checkpoint raises."""
 
         def instant() -> None:
             machine, began = self.machine, time.monotonic()
@@ -253,7 +257,8 @@ class Supervisor:
             began.result()
 
     def _write(self, asked: Save) -> None:
-        """Until the file is on disk, or not; then the machine goes on, or ends."""
+        """Wait until the file is on disk, and let a machine that stood still go on or end. Raises what the checkpoint
+        raises; the machine goes on then, too."""
         assert asked.checkpoint is not None
         was, began = asked.found.pop("was"), time.monotonic()
         if asked.cancelled:
@@ -271,7 +276,7 @@ class Supervisor:
         self.tell("progress", done=done, total=total)
 
     def _after(self, was: State, end: bool) -> None:
-        """From `saving` on: the end, or back to what the machine was."""
+        """Move the machine on from `saving`: to its end, or back to what it `was`."""
 
         def go_on() -> None:
             if end:

@@ -22,7 +22,8 @@ MONITOR = 0x1D  # Ctrl-]
 
 @contextlib.contextmanager
 def raw_mode() -> Iterator[bool]:
-    """While it is entered every key comes through, if standard input is a terminal: whether it is."""
+    """Context manager: lets every key through while it is entered, if standard input is a terminal. Gives whether it
+    is."""
     if sys.stdin is None or not sys.stdin.isatty():
         yield False
         return

@@ -268,9 +268,9 @@ class Machine:
         return self._moments.make()
 
     def rewind(self, moment: Moment, *, verify: bool = False) -> int:
-        """Back to a moment of this machine: how many bytes of RAM had been written since. With `verify` all is compared
-        with how it was then, and AssertionError names what differs. Raises BackendError when the host has not the
-        memory."""
+        """Back to a moment of this machine: how many bytes of RAM had been written since. With `verify` the machine
+        is compared with the moment, no file is read, and AssertionError names what differs. Raises BackendError when
+        the host has not the memory."""
         written = self._moments.back_to(moment)
         if verify and (found := moment.differences(self)):
             raise AssertionError(f"after the rewind differ: {', '.join(found[:8])}")
