@@ -35,7 +35,7 @@ from vmm.machine.stop import Fault, Stop, Stopped, StopReason
 from vmm.ram import Ram
 from vmm.saving.checkpoint import Checkpoint, write
 from vmm.saving.parts import Part, parts_of
-from vmm.saving.save import Contents, preflight
+from vmm.saving.save import Contents, preflight, refuse_kept
 from vmm.saving.saved import Saved, admit, host_memory, map_ram
 from vmm.saving.scrub import Scrub
 
@@ -310,7 +310,7 @@ class Machine:
     ) -> None:
         """Write a snapshot; `path` is replaced only by a whole new one. The options are those of
         vmm.saving.save.Contents. Raises SnapshotError for a parent that cannot be one or a state an older version
-        cannot say, BackendError when the host cannot write; the machine is unchanged either way."""
+        cannot say, RequestError for a file that is kept, BackendError when the host cannot write; the machine is unchanged either way."""
         write(path, self._contents(path, packed, parent, versions).fill)
 
     def checkpoint(
@@ -331,6 +331,7 @@ class Machine:
         preflight(path, parent, self.ram)
 
     def _contents(self, path: Path, packed: bool, parent: Path | None, versions: Mapping[str, int] | None) -> Contents:
+        refuse_kept(path)
         self.await_checked()
         return Contents(path, self.states(), self.ram, packed, parent, versions)
 

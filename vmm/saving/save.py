@@ -52,10 +52,15 @@ def preflight(path: Path, parent: Path | None, ram: Ram) -> None:
         raise RequestError(f"cannot save to {path}: {path.parent} is not a folder")
     if not os.access(path.parent, os.W_OK):
         raise BackendError(f"cannot save to {path}: permission denied")
-    if path.exists() and not path.stat().st_mode & 0o222:
-        raise RequestError(f"cannot save to {path}: the file there is read-only")
+    refuse_kept(path)
     if parent is not None:
         Chain.for_child(parent, path, _layout(ram)).close()
+
+
+def refuse_kept(path: Path) -> None:
+    """Raises RequestError for a file that is read-only: it was marked to be kept."""
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise RequestError(f"cannot save to {path}: the file there is read-only")
 
 
 def _layout(ram: Ram) -> list[tuple[str, int, int]]:

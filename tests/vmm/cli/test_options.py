@@ -49,10 +49,10 @@ def test_every_option_has_a_text():
 
 
 def test_a_machines_name_is_spelt_one_way():
-    for command, spelling, option in options():
-        if spelling in ("--name", "--vm") and command != "ctl devices":
-            assert option.metavar == "NAME" and "the machine NAME" in option.help.replace("The", "the"), command
-    for name, command in commands():
+    for where, spelling, option in options():
+        if spelling in ("--name", "--vm") and where != "ctl devices":
+            assert option.metavar == "NAME" and "the machine NAME" in (option.help or "").replace("The", "the"), where
+    for where, command in commands():
         for param in command.params:
             if isinstance(param, click.Argument) and param.name == "name":
-                assert param.metavar == "NAME" and "the machine NAME" in command.help, name
+                assert param.metavar == "NAME" and "the machine NAME" in (command.help or ""), where
