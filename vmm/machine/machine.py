@@ -310,7 +310,8 @@ class Machine:
     ) -> None:
         """Write a snapshot; `path` is replaced only by a whole new one. The options are those of
         vmm.saving.save.Contents. Raises SnapshotError for a parent that cannot be one or a state an older version
-        cannot say, RequestError for a file that is kept, BackendError when the host cannot write; the machine is unchanged either way."""
+        cannot say, RequestError for a file that is kept, BackendError when the host cannot write; the machine is
+        unchanged either way."""
         write(path, self._contents(path, packed, parent, versions).fill)
 
     def checkpoint(
