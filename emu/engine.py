@@ -23,6 +23,7 @@ from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
 
 from vmm.errors import BackendError
+from vmm.ram import Shown
 
 VERSION = "2.1.4"
 
@@ -129,10 +130,11 @@ class Engine:
         self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_EPYC)
         self._keep: list[Any] = []  # what the engine points at must outlive it
         self._ram: list[tuple[int, int, int]] = []  # base, size, offset in all RAM
-        self._pieces: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # of the hole: what is shown where
+        self._pieces: dict[tuple[int, int], list[Shown | tuple[int, int]]] = {}  # of the hole: what is shown where
         self.uc.reg_read(x86.UC_X86_REG_RAX)  # creates the CPU
         self._handle = int(getattr(self.uc._uch, "value", self.uc._uch))
         self._handle_pointer = ctypes.c_void_p(self._handle)
+        self._memory_mapping = self._pointer(self._handle + _UC_MEMORY_MAPPING)
         self._invalidate = self._lib.tb_invalidate_phys_range_x86_64
         self._invalidate.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]
         self.cpu = self._pointer(self._handle + _UC_CPU)
@@ -243,36 +245,45 @@ class Engine:
             piece = min(size, _PIECE - base % _PIECE) if base < _4_GIB else size
             self._map_mmio(base, piece)
             if base < _4_GIB:
-                self._pieces[base, piece] = [(base, piece, 0)]
+                self._pieces[base, piece] = [(base, piece)]
             base, size = base + piece, size - piece
 
-    def show_windows(self, windows: list[tuple[int, int, int]]) -> None:
-        """Show devices' own RAM, (base, size, pointer) each, in the hole below 4 GiB, and nothing of it elsewhere. At a
-        boundary only, never from a hook."""
+    def show_windows(self, windows: list[Shown]) -> None:
+        """Show devices' own RAM in the hole below 4 GiB, and nothing of it elsewhere. At a boundary only, never from a
+        hook."""
         changed = False
         for (base, size), now in self._pieces.items():
-            wanted, at = [], base
-            for start, length, pointer in sorted(windows):
-                first, last = max(start, base), min(start + length, base + size)
+            wanted: list[Shown | tuple[int, int]] = []
+            at = base
+            for window in sorted(windows):
+                first, last = max(window.base, base), min(window.base + window.size, base + size)
                 if first < last:
-                    wanted += [(at, first - at, 0)] if at < first else []
-                    wanted.append((first, last - first, pointer + first - start))
+                    wanted += [(at, first - at)] if at < first else []
+                    wanted.append(Shown(first, last - first, window.address + first - window.base, window.writable))
                     at = last
-            wanted += [(at, base + size - at, 0)] if at < base + size else []
+            wanted += [(at, base + size - at)] if at < base + size else []
             if wanted == now:
                 continue
             changed = True
-            for start, length, _ in now:
-                self.uc.mem_unmap(start, length)
-            for start, length, pointer in wanted:
-                if pointer:
-                    self.uc.mem_map_ptr(start, length, uc_const.UC_PROT_ALL, pointer)
+            for each in now:
+                self.uc.mem_unmap(each[0], each[1])
+            for each in wanted:
+                if isinstance(each, Shown):
+                    self.uc.mem_map_ptr(each.base, each.size, uc_const.UC_PROT_ALL, each.address)
+                    if not each.writable:
+                        self._protect(each.base)
                 else:
-                    self._map_mmio(start, length)
+                    self._map_mmio(*each)
             self._pieces[base, size] = wanted
         if changed:
             self.uc.ctl_flush_tb()  # the engine knows code by its place in all RAM, and gives places again
             self.flush_tlb()
+
+    def _protect(self, base: int) -> None:
+        """Let writes of the region at `base` be lost, as QEMU's ROM does; the API's own protection ends the run."""
+        find = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64)
+        region = find(self._memory_mapping)(self._handle, base)
+        self._lib.memory_region_set_readonly_x86_64(ctypes.c_void_p(region), ctypes.c_bool(True))
 
     def _map_mmio(self, base: int, size: int) -> None:
         """One pair of callbacks serves every piece: the engine gives them the offset in it, and its base."""

@@ -103,12 +103,17 @@ class Vm:
                 seen = at if a20 else at & ~_MIB
                 self._slot(self._slots, region.base + at, size, region.address + seen)
                 self._slots += 1
-        for base, size, address in self._ram.shown():
-            self._slot(self._slots, base, size, address)
+        for window in self._ram.shown():
+            if not window.writable and not abi.extension(self._vm, abi.CAP_READONLY_MEM):
+                raise BackendError("kvm: this host's KVM has not got KVM_CAP_READONLY_MEM, for a device's ROM")
+            flags = 0 if window.writable else abi.MEM_READONLY
+            self._slot(self._slots, window.base, window.size, window.address, flags)
             self._slots += 1
 
-    def _slot(self, number: int, base: int, size: int, address: int) -> None:
-        slot = abi.MemoryRegion(slot=number, guest_phys_addr=base, memory_size=size, userspace_addr=address)
+    def _slot(self, number: int, base: int, size: int, address: int, flags: int = 0) -> None:
+        slot = abi.MemoryRegion(
+            slot=number, flags=flags, guest_phys_addr=base, memory_size=size, userspace_addr=address
+        )
         abi.call("KVM_SET_USER_MEMORY_REGION", self._vm, abi.SET_USER_MEMORY_REGION, slot)
 
     def defer_writes(self, port: int, on: bool) -> None:

@@ -14,6 +14,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from snapshot.pages import NORESERVE
 from vmm.dirty_pages import PAGE, dirty_extents
@@ -89,17 +90,27 @@ def layout(size: int) -> list[tuple[int, int]]:
     return [(0, low)] + ([(HOLE_END, size - low)] if size > low else [])
 
 
+class Shown(NamedTuple):
+    """`size` bytes at guest-physical `base` are this computer's memory at `address`."""
+
+    base: int
+    size: int
+    address: int
+    writable: bool
+
+
 class RamWindow:
     """RAM of a device's own that the guest sees where the window is mapped, and a CPU accesses as it does the
-    machine's: a frame buffer. Nowhere until it is mapped. Shown are whole pages, below 4 GiB, where no RAM of the
-    machine's is and no window made before it; what moves is seen from the end of the block that moved it on."""
+    machine's: a frame buffer, or a ROM, which it may not write (its writes are lost). Nowhere until it is mapped. Shown
+    are whole pages, below 4 GiB, where no RAM of the machine's is and no window made before it; what moves is seen from
+    the end of the block that moved it on."""
 
-    def __init__(self, ram: Ram, size: int) -> None:
+    def __init__(self, ram: Ram, size: int, writable: bool) -> None:
         """Raises BackendError when the host has not the memory, ValueError for a size that is not whole pages."""
         if size <= 0 or size % PAGE:
             raise ValueError(f"a window of RAM is whole pages, not {size} bytes")
         self.base: int | None = None
-        self.size = size
+        self.size, self.writable = size, writable
         self._ram = ram
         try:
             self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
@@ -130,9 +141,9 @@ class Ram:
         self.on_change: Callable[[], None] = lambda: None
         self._windows: list[RamWindow] = []  # the one on top first
 
-    def window(self, size: int) -> RamWindow:
+    def window(self, size: int, *, writable: bool = True) -> RamWindow:
         """One more, below all there are, mapped nowhere. Raises as RamWindow does."""
-        made = RamWindow(self, size)
+        made = RamWindow(self, size, writable)
         self._windows.append(made)
         return made
 
@@ -140,8 +151,8 @@ class Ram:
         self.changes += 1
         self.on_change()
 
-    def shown(self) -> list[tuple[int, int, int]]:
-        """(base, size, host address) of what is seen of the devices' windows."""
+    def shown(self) -> list[Shown]:
+        """What is seen of the devices' windows."""
         free = list(self.holes(HOLE_END))
         found = []
         for window in self._windows:
@@ -153,7 +164,8 @@ class Ram:
                 if first >= last:
                     rest.append((base, size))
                     continue
-                found.append((first, last - first, window.address + first - window.base))
+                address = window.address + first - window.base
+                found.append(Shown(first, last - first, address, window.writable))
                 rest += [(at, end - at) for at, end in ((base, first), (last, base + size)) if at < end]
             free = rest
         return found

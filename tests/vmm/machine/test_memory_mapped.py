@@ -15,9 +15,11 @@ from tests.vmm.cpu.program import PRELUDE, Program, assemble
 from vmm.board import kinds
 from vmm.board.config import DeviceConfig, MachineConfig
 from vmm.device import Device
+from vmm.errors import BackendError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, Stopped, StopReason
-from vmm.registers import reads
+from vmm.ram import RamWindow
+from vmm.registers import reads, writes
 from vmm.testing.devices import check_device
 
 pytestmark = pytest.mark.no_roundtrip("it cuts by itself")
@@ -351,18 +353,94 @@ def test_a_hundred_moves_and_the_holes_around_them():
         assert beside.read == 1, "the dword below the window is the upper half of the register there"
 
 
+class Mover(Device[doorbell.DoorbellState]):
+    """Its register is where a window of RAM is mapped."""
+
+    State = doorbell.DoorbellState
+
+    def __init__(self, window: RamWindow) -> None:
+        super().__init__()
+        self._window = window
+
+    @writes(0, size=4)
+    def move(self, value: int) -> None:
+        self._window.map(value)
+
+
+def test_a_stop_in_the_block_that_moves_memory_leaves_no_trace():
+    """What the rest of that block sees is the old place. That is in no state, so the machine does not stop there."""
+    source = """
+        mov     $0xd0000000, %ebx
+        mov     $0xe1000000, %esi
+        mov     %esi, %edi
+        mov     $20, %ecx
+1:      mov     %esi, (%rbx)
+        incl    (%rdi)                          # seen at the old place yet
+        add     0x1000(%rdi), %r8d
+        xor     $0x1000, %esi
+        dec     %ecx
+        jnz     1b
+        mov     %r8d, %eax
+        jmp     done
+    """
+
+    def run(stops: range) -> tuple[int, int]:
+        program = Program(source)
+        window = program.machine.ram.window(0x1000)
+        program.machine.board.bus.memory.window(Mover(window), width=4).map(0xD000_0000)
+        for stop in stops:
+            program.machine.run(position=stop)
+            shown = program.machine.cpu._ram_shown == program.machine.ram.changes  # type: ignore[attr-defined]
+            assert shown or not program.machine.clock.prepaid
+        return program.finish().result, int.from_bytes(window.view[:4], "little")
+
+    begin = Program(source).labels["program"] - 0x100000
+    right = run(range(0))
+    assert right[1] > 5
+    for first in range(1, 40, 7):
+        assert run(range(begin + first, begin + 1000, 3)) == right
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_a_rom_is_read_and_run_and_not_written(backend):
+    """It holds a function that adds 1; the guest tries to make that 2, and calls it before and after."""
+    program = Program(
+        """
+        mov     $0xe1000000, %ebx
+        xor     %eax, %eax
+        call    *%rbx
+        movb    $2, 2(%rbx)
+        lock orb $0xff, 2(%rbx)
+        call    *%rbx
+        mov     (%rbx), %ecx
+        shl     $32, %rcx
+        or      %rcx, %rax
+        jmp     done
+        """,
+        backend,
+    )
+    rom = program.machine.ram.window(64 << 10, writable=False)
+    rom.view[:4] = bytes.fromhex("83c001c3")  # add eax, 1; ret
+    try:
+        rom.map(0xE100_0000)
+        program.finish()
+    except BackendError as error:
+        pytest.skip(str(error))
+    assert program.result == 0xC301C083 << 32 | 2 and bytes(rom.view[:4]) == bytes.fromhex("83c001c3")
+
+
 def test_machines_ram_and_an_earlier_window_are_on_top():
     with Machine.boot(MachineConfig(memory_bytes=4 << 20), Image(b"\xf4", flat=True)) as machine:
         first, second = machine.ram.window(0x4000), machine.ram.window(0x10000)
         first.map(0xE000_4000)
         second.map(0xE000_0000)
         assert machine.ram.shown() == [
-            (0xE000_4000, 0x4000, first.address),
-            (0xE000_0000, 0x4000, second.address),
-            (0xE000_8000, 0x8000, second.address + 0x8000),
+            (0xE000_4000, 0x4000, first.address, True),
+            (0xE000_0000, 0x4000, second.address, True),
+            (0xE000_8000, 0x8000, second.address + 0x8000, True),
         ]
         second.map(0x3F_8000)
-        assert machine.ram.shown()[1:] == [(0x40_0000, 0x8000, second.address + 0x8000)]
+        assert machine.ram.shown()[1:] == [(0x40_0000, 0x8000, second.address + 0x8000, True)]
         second.map(0x1_0000_0000)
         assert len(machine.ram.shown()) == 1, "above 4 GiB nothing is shown"
         with pytest.raises(ValueError, match="whole pages"):
