@@ -394,7 +394,10 @@ def test_a_stop_in_the_block_that_moves_memory_leaves_no_trace():
             assert shown or not program.machine.clock.prepaid
         return program.finish().result, int.from_bytes(window.view[:4], "little")
 
-    begin = Program(source).labels["program"] - 0x100000
+    looking = Program(source)
+    while looking.machine.cpu.save().rip != looking.labels["program"]:
+        looking.machine.run(position=looking.machine.position + 1)
+    begin = looking.machine.position
     right = run(range(0))
     assert right[1] > 5
     for first in range(1, 40, 7):
