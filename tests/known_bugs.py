@@ -20,10 +20,10 @@ from tests import scoreboard
 from tests.conftest import OWN
 from vmm.board.board import Board
 from vmm.cpu.protocol import FpuState
-from vmm.devices.i8042 import I8042
-from vmm.devices.pit import Pit
-from vmm.devices.rtc import Rtc
-from vmm.devices.uart import Uart
+from vmm.devices.isa.i8042 import I8042
+from vmm.devices.isa.pit import Pit
+from vmm.devices.isa.rtc import Rtc
+from vmm.devices.isa.uart import Uart
 from vmm.errors import BackendError
 from vmm.guest.image import Image
 from vmm.guest.image import load as load_image

@@ -146,7 +146,11 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("where", "line", "found"),
     [
-        ("vmm/devices/uart.py", "from vmm.board.board import Board", "vmm.devices.uart imports vmm.board.board"),
+        (
+            "vmm/devices/isa/uart.py",
+            "from vmm.board.board import Board",
+            "vmm.devices.isa.uart imports vmm.board.board",
+        ),
         ("vmm/board/slot.py", "    import vmm.machine.machine", "vmm.board.slot imports vmm.machine.machine"),
         ("snapshot/reader.py", "from vmm.errors import GuestError", "snapshot.reader imports vmm.errors"),
         ("emu/cpu.py", "from kvmbackend import abi", "emu.cpu imports kvmbackend.abi"),
@@ -162,9 +166,9 @@ def test_a_planted_import_upward_is_found(copy, where, line, found):
 
 def test_a_planted_circle_is_found(copy):
     for one, other in (("pit", "rtc"), ("rtc", "uart"), ("uart", "pit")):
-        file = copy / f"vmm/devices/{one}.py"
-        file.write_text(file.read_text() + f"\n\nfrom vmm.devices import {other}\n")
-    assert circles(copy) == ["vmm.devices.pit <-> vmm.devices.rtc <-> vmm.devices.uart"]
+        file = copy / f"vmm/devices/isa/{one}.py"
+        file.write_text(file.read_text() + f"\n\nfrom vmm.devices.isa import {other}\n")
+    assert circles(copy) == ["vmm.devices.isa.pit <-> vmm.devices.isa.rtc <-> vmm.devices.isa.uart"]
 
 
 def test_a_room_that_is_not_in_the_table_is_found(copy):
@@ -210,7 +214,7 @@ def test_wheel_holds_the_import_packages_only(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
-    assert "vmm/devices/uart.py" in names and any(name.startswith("vmm/saving/schemas/") for name in names)
+    assert "vmm/devices/isa/uart.py" in names and any(name.startswith("vmm/saving/schemas/") for name in names)
 
 
 def test_strict_typing():

@@ -16,7 +16,7 @@ from vmm.board.slot import A20, At, Cascade, Fixed, Intr, Irq, Serial, Slot
 from vmm.bus import Bus, Window
 from vmm.clock import GuestClock
 from vmm.device import Device
-from vmm.devices.pic import CASCADE, Pic, PicPair
+from vmm.devices.isa.pic import CASCADE, Pic, PicPair
 from vmm.errors import RequestError
 from vmm.host.console import Console
 from vmm.ram import Ram

@@ -6,16 +6,16 @@ from __future__ import annotations
 from vmm.board.config import ID, RESERVED, MachineConfig
 from vmm.board.kinds import kind
 from vmm.board.slot import A20, At, Cascade, Fixed, Intr, Irq, Serial, Slot, ports
-from vmm.devices import rtc
-from vmm.devices.debug_exit import DebugExit
-from vmm.devices.debugcon import Debugcon
-from vmm.devices.i8042 import I8042
-from vmm.devices.pic import Pic
-from vmm.devices.pit import Pit
-from vmm.devices.port92 import Port92
-from vmm.devices.reset_control import ResetControl
-from vmm.devices.rtc import Rtc
-from vmm.devices.uart import Uart
+from vmm.devices.isa import rtc
+from vmm.devices.isa.debug_exit import DebugExit
+from vmm.devices.isa.debugcon import Debugcon
+from vmm.devices.isa.i8042 import I8042
+from vmm.devices.isa.pic import Pic
+from vmm.devices.isa.pit import Pit
+from vmm.devices.isa.port92 import Port92
+from vmm.devices.isa.reset_control import ResetControl
+from vmm.devices.isa.rtc import Rtc
+from vmm.devices.isa.uart import Uart
 from vmm.errors import BackendError, RequestError
 from vmm.ram import layout
 

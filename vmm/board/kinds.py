@@ -25,9 +25,9 @@ from vmm.board import options
 from vmm.board.config import PLACES, DeviceConfig
 from vmm.board.slot import At, Fixed, Irq, Lead, Slot
 from vmm.device import Device
-from vmm.devices.debug_exit import DebugExit
-from vmm.devices.debugcon import Debugcon
-from vmm.devices.uart import Uart
+from vmm.devices.isa.debug_exit import DebugExit
+from vmm.devices.isa.debugcon import Debugcon
+from vmm.devices.isa.uart import Uart
 from vmm.errors import BackendError, RequestError
 from vmm.wires import Line
 

@@ -13,7 +13,7 @@ from snapshot.field_types import Json, Size, u8, u64
 from snapshot.schema import state
 from vmm.board.isapc import CHIPS
 from vmm.device import Device, invariant, outside
-from vmm.devices.debugcon import Debugcon
+from vmm.devices.isa.debugcon import Debugcon
 from vmm.qtest.board import Command
 from vmm.registers import reads, writes
 from vmm.testing import Subject, check_device, device_machine

@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from tests.conftest import ROOT
-from vmm.devices.pit import Pit
+from vmm.devices.isa.pit import Pit
 from vmm.errors import BackendError
 from vmm.qtest import board as qtest
 from vmm.qtest.board import Command, OurBoard

@@ -31,8 +31,8 @@ from vmm.testing.draw import case as drawn
 PARTS = [slot.id for slot in CHIPS]
 BROKEN = '''
 from vmm.registers import reads
-from vmm.devices.rtc import Rtc
-from vmm.devices.uart import Uart
+from vmm.devices.isa.rtc import Rtc
+from vmm.devices.isa.uart import Uart
 
 
 class Overflow(Uart):
@@ -142,7 +142,7 @@ def test_a_find_of_a_device_with_another_state_is_not_said_to_be_mended(broken):
 from dataclasses import dataclass
 from snapshot.schema import state
 from snapshot.field_types import u8
-from vmm.devices.rtc import RtcState
+from vmm.devices.isa.rtc import RtcState
 
 @state("rtc", version=99)
 class OtherState(RtcState):
@@ -158,7 +158,7 @@ class OtherState(RtcState):
 LOST = """
 import os
 from vmm.registers import writes
-from vmm.devices.uart import Uart
+from vmm.devices.isa.uart import Uart
 
 class Killed(Uart):
     def write_scr(self, value):

@@ -110,7 +110,7 @@ def test_round_trips_leave_no_trace(project):
 def test_round_trips_find_what_a_save_forgets(project):
     """Planted: the serial port's scratch register is not saved. Without round trips nothing sees it."""
     source = """
-from vmm.devices.uart import Uart
+from vmm.devices.isa.uart import Uart
 
 def restored(self, restored=Uart.restored):
     self.state.scr = 0

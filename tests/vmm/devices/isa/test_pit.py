@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.bus import Bus
-from vmm.devices.pit import HZ, Pit
+from vmm.devices.isa.pit import HZ, Pit
 from vmm.testing import Rig
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.bus import Bus
-from vmm.devices.uart import FIFO, HOST_QUEUE, Uart
+from vmm.devices.isa.uart import FIFO, HOST_QUEUE, Uart
 from vmm.testing import Rig
 
 DATA, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)

@@ -11,10 +11,10 @@ from snapshot.schema import encode, schema_of
 from snapshot.versions import decode
 from vmm.bus import Bus
 from vmm.device import Device
-from vmm.devices.debug_exit import DebugExit
-from vmm.devices.debugcon import Debugcon
-from vmm.devices.port92 import Port92, Port92State
-from vmm.devices.reset_control import ResetControl, ResetControlState
+from vmm.devices.isa.debug_exit import DebugExit
+from vmm.devices.isa.debugcon import Debugcon
+from vmm.devices.isa.port92 import Port92, Port92State
+from vmm.devices.isa.reset_control import ResetControl, ResetControlState
 
 PROGRAMS = st.lists(st.none() | st.integers(0, 255), max_size=12)  # None is a read
 

@@ -12,8 +12,8 @@ from snapshot.field_types import BoolType, BytesType, IntType, OptionalType, Typ
 from snapshot.schema import StructType, encode, schema_of
 from snapshot.versions import decode
 from vmm.bus import Bus
-from vmm.devices.i8042 import I8042, I8042State
-from vmm.devices.ps2 import SET_2_TO_1
+from vmm.devices.isa.i8042 import I8042, I8042State
+from vmm.devices.isa.ps2 import SET_2_TO_1
 from vmm.wires import Line
 
 OBF, SYS, A2, NOT_INHIBITED, AUX_OBF = 0x01, 0x04, 0x08, 0x10, 0x20

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.bus import Bus
-from vmm.devices.pic import CASCADE, Pic, PicPair
+from vmm.devices.isa.pic import CASCADE, Pic, PicPair
 from vmm.wires import Junction
 
 MASTER, SLAVE = 0x20, 0xA0

@@ -27,7 +27,7 @@ from typing import Annotated
 from snapshot.field_types import MaxSize, Range, Size, u5, u8
 from snapshot.schema import state
 from vmm.device import Device, invariant, outside
-from vmm.devices.ps2 import (
+from vmm.devices.isa.ps2 import (
     BREAK,
     SET_2_TO_1,
     KeyboardState,

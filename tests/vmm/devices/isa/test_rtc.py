@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.bus import Bus
-from vmm.devices import rtc
-from vmm.devices.rtc import SECOND, Rtc
+from vmm.devices.isa import rtc
+from vmm.devices.isa.rtc import SECOND, Rtc
 from vmm.testing import Rig
 
 NEVER = 0xC0

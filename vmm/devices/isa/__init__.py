@@ -1,0 +1,1 @@
+"""The PC/AT's chips, on ISA ports."""
