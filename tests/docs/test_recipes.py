@@ -117,4 +117,4 @@ def test_a_package_of_ones_own(copy):
 
 def test_a_recipe_that_is_stale_is_found(copy):
     with pytest.raises(AssertionError, match="does not apply"):
-        copy.patch("--- a/vmm/clock.py\n+++ b/vmm/clock.py\n -1,2 +1,3 \n not a line of it\n+new\n nor this\n")
+        copy.patch("--- a/vmm/clock.py\n+++ b/vmm/clock.py\n@@ -1,2 +1,3 @@\n not a line of it\n+new\n nor this\n")
