@@ -71,13 +71,6 @@ class _Mark:
     tsc_offset: int
 
 
-@dataclass(frozen=True)
-class _Left:
-    """The engine came back. `refused` is the size of the block it did not enter; 0 when it was stopped otherwise."""
-
-    refused: int
-
-
 class EmuCpu(Cpu):
     """One emulated CPU over shared RAM."""
 
@@ -94,7 +87,6 @@ class EmuCpu(Cpu):
         self._event: EventState | None = None
         self._kicked = False
         self._stop_at: int | None = None
-        self._exits = {"halt": 0, "stop": 0}
         msrs = msr.Msrs(engine, self._tsc, self._set_tsc)
         self._hooks = hooks = Hooks(engine, clock, bus, msrs, self._tsc, self._acknowledge)
         engine.hide_features(cpu_model.CPUID[1][2], cpu_model.CPUID[1][3])
@@ -132,24 +124,20 @@ class EmuCpu(Cpu):
                 self._halted = False
             goal = _FOREVER if self._stop_at is None else words[_TIME] + self._stop_at - clock.position
             nearest = min(limit, goal)
-            left = self._enter(nearest)
-            if not isinstance(left, _Left):
-                return left
+            if (ended := self._enter(nearest)) is not None:
+                return ended
             # A limit that was lowered meanwhile, by a kick or a rising INTR, is none: what wants to be seen at this
             # boundary is seen before the next block is gone into.
-            if not left.refused or words[_LIMIT] != nearest:
-                continue
-            time = words[_TIME]
-            if not time < nearest < time + left.refused:
+            refused, time = words[_REFUSED], words[_TIME]
+            if not refused or words[_LIMIT] != nearest or not time < nearest < time + refused:
                 continue
             # The next block crosses the limit. A deadline waits for its end; an exact stop goes into it.
             if nearest == limit:
-                crossed = self._enter(time + left.refused)
-                if not isinstance(crossed, _Left):
-                    return crossed
-            elif clock.position + left.refused > self._stop_at:  # type: ignore[operator]
-                words[_TIME] = time + left.refused
-                clock.prepaid = left.refused
+                if (ended := self._enter(time + refused)) is not None:
+                    return ended
+            elif clock.position + refused > self._stop_at:  # type: ignore[operator]
+                words[_TIME] = time + refused
+                clock.prepaid = refused
                 if (stopped := self._finish_block()) is not None:
                     return stopped
 
@@ -211,17 +199,18 @@ class EmuCpu(Cpu):
         self._engine.discard_code(start, end)
 
     def exits(self) -> dict[str, int]:
-        return self._hooks.counts | self._exits | {"exception": self._words[_EXCEPTIONS]}
+        return self._hooks.counts | {"exception": self._words[_EXCEPTIONS]}
 
     def close(self) -> None:
         self._engine.close()
 
     # --- running
 
-    def _enter(self, limit: int, inside: bool = False) -> _Left | Shutdown | Crashed:
-        """Run until the limit, a halt or a failure. `inside` a block nobody is heard: neither kicks nor the INTR
+    def _enter(self, limit: int, inside: bool = False) -> Shutdown | Crashed | None:
+        """Run until the limit, a halt or a failure. None: the CPU can go on, and the word REFUSED is the size of the
+        block that was not entered, 0 when there is none. `inside` a block nobody is heard: neither kicks nor the INTR
         pin."""
-        words, engine = self._words, self._engine
+        words, engine, hooks = self._words, self._engine, self._hooks
         if self._pin and not inside:
             engine.interrupt_request.value |= INTERRUPT_VIRQ
         else:
@@ -230,27 +219,24 @@ class EmuCpu(Cpu):
         words[_LIMIT] = limit
         if self._kicked and not inside:
             words[_LIMIT] = 0
-        self._exits["stop"] += 1
+        hooks.counts["stop"] += 1
         crash = None
         try:
             engine.start(engine.eip.value)
         except unicorn.UcError as error:
             crash = Crashed(engine.eip.value, f"{error} at {engine.eip.value:#x}")
-        if (failure := self._hooks.failure()) is not None:
-            raise failure
-        if self._hooks.shutdown:
-            self._hooks.shutdown = False
-            return Shutdown()
+        if hooks.ended is not None:
+            return hooks.end()
         if crash is not None:
             return crash
         if engine.halted.value:
             self._halted = True
-            self._exits["halt"] += 1
-        return _Left(words[_REFUSED])
+            hooks.counts["halt"] += 1
+        return None
 
     def _finish_block(self) -> Exit | None:
         """Run what is prepaid, one instruction at a time; None at the block's end. Time stands at the block's end."""
-        words, clock, engine = self._words, self._clock, self._engine
+        words, clock, engine, counts = self._words, self._clock, self._engine, self._hooks.counts
         while clock.prepaid:
             # Where the block has moved memory, what it sees is decided at its end: it is not cut before that.
             if self._stop_at is not None and clock.position >= self._stop_at and self._ram_shown == self._ram.changes:
@@ -258,26 +244,22 @@ class EmuCpu(Cpu):
             # The first entry is refused and tells the instruction's size; the second runs it.
             end = words[_TIME]
             engine.cflags_next_tb.value = 1
-            told = self._enter(end, inside=True)
-            if not isinstance(told, _Left):
-                return told
-            left = self._leavings()
+            if (ended := self._enter(end, inside=True)) is not None:
+                return ended
+            size = words[_REFUSED]
+            left = words[_EXCEPTIONS] + counts["msr"]
             engine.cflags_next_tb.value = 1
-            words[_TIME] = end - told.refused
-            ran = self._enter(end, inside=True)
-            if not isinstance(ran, _Left):
-                return ran
+            words[_TIME] = end - size
+            if (ended := self._enter(end, inside=True)) is not None:
+                return ended
             if words[_TIME] < end:
                 words[_TIME] = end
                 continue  # another thread's kick came in between and lowered the limit
             # A fault leaves the block, and so does an intercepted RDMSR or WRMSR; what is left of it stays charged, as
             # when the block ran whole.
-            clock.prepaid = 0 if self._leavings() != left else max(0, clock.prepaid - told.refused)
+            leaves = words[_EXCEPTIONS] + counts["msr"] != left
+            clock.prepaid = 0 if leaves else max(0, clock.prepaid - size)
         return None
-
-    def _leavings(self) -> int:
-        """How often code was left from within a block."""
-        return self._words[_EXCEPTIONS] + self._hooks.counts["msr"]
 
     def _show_windows(self) -> None:
         self._ram_shown = self._ram.changes

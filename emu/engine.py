@@ -23,7 +23,7 @@ from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
 
 from vmm.errors import BackendError
-from vmm.ram import Shown
+from vmm.ram import HOLE_START, Shown
 
 VERSION = "2.1.4"
 
@@ -95,7 +95,7 @@ _VMCB_MSRPM = 0x48
 _VMCB_VECTOR = 0x64
 
 _4_GIB = 1 << 32
-_PIECE = 64 << 20
+_PIECE, _LARGE_PIECE = 64 << 20, 256 << 20  # of the hole below 4 GiB: where PCI devices are put, and below that
 
 HOOK_INTR = uc_const.UC_HOOK_INTR
 HOOK_INSN = uc_const.UC_HOOK_INSN
@@ -242,7 +242,8 @@ class Engine:
 
         self._hole = self.keep(_MMIO_READ(on_read)), self.keep(_MMIO_WRITE(on_write))
         while size:
-            piece = min(size, _PIECE - base % _PIECE) if base < _4_GIB else size
+            whole = _PIECE if base >= HOLE_START else _LARGE_PIECE
+            piece = min(size, whole - base % whole) if base < _4_GIB else size
             self._map_mmio(base, piece)
             if base < _4_GIB:
                 self._pieces[base, piece] = [(base, piece)]

@@ -24,7 +24,7 @@ from emu.engine import (
 )
 from vmm.clock import BYTES_PER_NS, GuestClock, Word
 from vmm.cpu import model as cpu_model
-from vmm.cpu.protocol import IoBus
+from vmm.cpu.protocol import IoBus, Shutdown
 
 _TIME, _SKIPPED_NS, _EXCEPTIONS = Word.TIME.value, Word.SKIPPED_NS.value, Word.EXCEPTIONS.value
 _GP = 13
@@ -43,8 +43,8 @@ _BLOCK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint3
 
 
 class Hooks:
-    """The hooks of one engine. `acknowledge()` is the INTA cycle: the vector. `counts` is how often each was called, by
-    reason; `shutdown` is set by a triple fault."""
+    """The hooks of one engine. `acknowledge()` is the INTA cycle: the vector. `counts` is how often the guest's code
+    was left, by reason. `ended` is why a hook stopped the engine: a triple fault, or what it raised."""
 
     def __init__(
         self, engine: Engine, clock: GuestClock, bus: IoBus, msrs: msr.Msrs, tsc: Callable[[], int],
@@ -52,17 +52,19 @@ class Hooks:
     ) -> None:  # fmt: skip
         self._engine, self._clock, self._words, self._bus, self._msrs = engine, clock, clock.words, bus, msrs
         self._tsc = tsc
-        self.shutdown = False
-        self._failure: BaseException | None = None
-        self.counts = {"port_in": 0, "port_out": 0, "mmio": 0, "msr": 0, "interrupt": 0, "syscall": 0}
+        self.ended: Shutdown | BaseException | None = None
+        self.counts = dict.fromkeys(("port_in", "port_out", "mmio", "msr", "interrupt", "syscall", "halt", "stop"), 0)
         self.mmio_read: Callable[[int, int], int] = self._guarded(self._mmio_read)
         self.mmio_write: Callable[[int, int, int], None] = self._guarded(self._mmio_write)
         self.acknowledge: Callable[[], int] = self._guarded(acknowledge)
 
-    def failure(self) -> BaseException | None:
-        """What a hook raised since this was last asked."""
-        failure, self._failure = self._failure, None
-        return failure
+    def end(self) -> Shutdown:
+        """Give what the run ended with, once: raise what a hook raised."""
+        ended, self.ended = self.ended, None
+        if isinstance(ended, BaseException):
+            raise ended
+        assert ended is not None
+        return ended
 
     def install(self, native: bool) -> None:
         """Hand the hooks to the engine; with `native` in machine code where there is some."""
@@ -71,11 +73,11 @@ class Hooks:
         else:
             self._install_portable()
         for kind, hook, instruction in (
-            (_IN, self._on_in, x86.UC_X86_INS_IN),
-            (_OUT, self._on_out, x86.UC_X86_INS_OUT),
-            (_PLAIN, self._on_cpuid, x86.UC_X86_INS_CPUID),
-            (_PLAIN, self._on_syscall, x86.UC_X86_INS_SYSCALL),
-            (_PLAIN, self._on_sysenter, x86.UC_X86_INS_SYSENTER),
+            (_IN, self._in(), x86.UC_X86_INS_IN),
+            (_OUT, self._out(), x86.UC_X86_INS_OUT),
+            (_PLAIN, self._guarded(self._on_cpuid), x86.UC_X86_INS_CPUID),
+            (_PLAIN, self._guarded(self._on_syscall), x86.UC_X86_INS_SYSCALL),
+            (_PLAIN, self._guarded(self._on_sysenter), x86.UC_X86_INS_SYSENTER),
         ):
             self._engine.hook(HOOK_INSN, self._address(kind, hook), 0, instruction)
 
@@ -84,7 +86,7 @@ class Hooks:
         code, exceptions = engine.executable, words + 8 * _EXCEPTIONS
         do_interrupt = engine.symbol("x86_cpu_do_interrupt_x86_64")
         is_int, eflags = engine.address("exception_is_int"), engine.address("eflags")
-        other = self._address(_OTHER, self._on_intercept)
+        other = self._address(_OTHER, self._guarded(self._on_intercept))
         places = engine.address("regs"), engine.address("cr") + 32, engine.address("hflags")
         rdtscp = thunks.rdtsc(*places, tsc_aux=engine.address("tsc_aux"))
         engine.hook(HOOK_INTR, code(thunks.interrupt(exceptions, do_interrupt, is_int, eflags, other)), engine.cpu)
@@ -103,10 +105,10 @@ class Hooks:
             (HOOK_INSN, _PLAIN, calls.rdtsc, x86.UC_X86_INS_RDTSC),
             (HOOK_INSN, _PLAIN, calls.rdtscp, x86.UC_X86_INS_RDTSCP),
         ):
-            self._engine.hook(kind, self._address(prototype, function), 0, instruction)
+            self._engine.hook(kind, self._address(prototype, self._guarded(function)), 0, instruction)
 
     def _address(self, prototype: Any, function: Callable[..., Any]) -> int:
-        callback = self._engine.keep(prototype(self._guarded(function)))
+        callback = self._engine.keep(prototype(function))
         address = ctypes.cast(callback, ctypes.c_void_p).value
         assert address is not None
         return address
@@ -116,27 +118,45 @@ class Hooks:
             try:
                 return function(*arguments)
             except BaseException as failure:
-                self._failure = self._failure or failure
-                self._engine.uc.emu_stop()
-                return 0
+                return self._fail(failure)
 
         return guarded
 
-    # --- accesses
+    def _fail(self, failure: BaseException) -> int:
+        if not isinstance(self.ended, BaseException):
+            self.ended = failure
+        self._engine.uc.emu_stop()
+        return 0
 
-    def _on_in(self, _uc: Any, port: int, size: int, _data: Any) -> int:
-        self.counts["port_in"] += 1
-        words = self._words
-        words[_TIME] += _ACCESS_TIME
-        words[_SKIPPED_NS] += _ACCESS_NS
-        return self._bus.port_in(port, size)
+    # --- accesses. Those of ports guard themselves, and look nothing up: a wrapper is a tenth of what one costs.
 
-    def _on_out(self, _uc: Any, port: int, size: int, value: int, _data: Any) -> None:
-        self.counts["port_out"] += 1
-        words = self._words
-        words[_TIME] += _ACCESS_TIME
-        words[_SKIPPED_NS] += _ACCESS_NS
-        self._bus.port_out(port, size, value)
+    def _in(self) -> Callable[..., int]:
+        counts, words, port_in, fail = self.counts, self._words, self._bus.port_in, self._fail
+
+        def on_in(_uc: Any, port: int, size: int, _data: Any) -> int:
+            try:
+                counts["port_in"] += 1
+                words[_TIME] += _ACCESS_TIME
+                words[_SKIPPED_NS] += _ACCESS_NS
+                return port_in(port, size)
+            except BaseException as failure:
+                return fail(failure)
+
+        return on_in
+
+    def _out(self) -> Callable[..., None]:
+        counts, words, port_out, fail = self.counts, self._words, self._bus.port_out, self._fail
+
+        def on_out(_uc: Any, port: int, size: int, value: int, _data: Any) -> None:
+            try:
+                counts["port_out"] += 1
+                words[_TIME] += _ACCESS_TIME
+                words[_SKIPPED_NS] += _ACCESS_NS
+                port_out(port, size, value)
+            except BaseException as failure:
+                fail(failure)
+
+        return on_out
 
     def _mmio_read(self, address: int, size: int) -> int:
         self.counts["mmio"] += 1
@@ -158,7 +178,7 @@ class Hooks:
         if number < 0x100 and delivery.settle(self._engine):
             return 1
         if number < 0x100 or number == EXIT_SHUTDOWN:
-            self.shutdown = True
+            self.ended = self.ended or Shutdown()
             self._engine.uc.emu_stop()
             return 0
         raise AssertionError(f"the engine reports an intercept {number:#x} nobody asked for")

@@ -11,6 +11,7 @@ Rules
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import stat
@@ -359,16 +360,23 @@ def decode_part(part: Part, want: type) -> Any:
     assert isinstance(name, str) and isinstance(version, int)  # Part.from_json has seen to it
     cls = find(name, version)
     try:
-        if cls is not None and (field := _first_difference(schema_of(cls).describe(), part.schema)):
+        if cls is not None and (field := _first_difference(_fields(cls), part.schema["fields"])):
             raise SnapshotError(f"{name} version {version}: field {field} is declared otherwise in this program")
         return decode(name, version, part.state, want)
     except SnapshotError as error:
         raise SnapshotError(f"part {part.name}: {error}") from None
 
 
-def _first_difference(known: dict[str, Json], found: dict[str, Json]) -> str | None:
-    ours, theirs = known["fields"], found["fields"]
-    assert isinstance(ours, list) and isinstance(theirs, list)
+@functools.cache
+def _fields(cls: type) -> list[Json]:
+    """The fields of a state of ours, as a file has them."""
+    return schema_of(cls).describe_fields()
+
+
+def _first_difference(ours: list[Json], theirs: Json) -> str | None:
+    assert isinstance(theirs, list)
+    if ours == theirs:  # docs and all, as in most files
+        return None
     for our, their in zip_longest(ours, theirs):
         if without_docs(our) != without_docs(their):
             field = their or our

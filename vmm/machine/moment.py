@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from snapshot.field_types import ListType, OptionalType, Type
 from snapshot.schema import StructType, schema_of
+from vmm.board.config import MachineConfig
 from vmm.cpu.protocol import CpuState
 from vmm.dirty_pages import Scanner
 from vmm.errors import BackendError
@@ -119,13 +120,15 @@ class Moment:
     def __init__(self, machine: Subject, copies: tuple[RamCopy, ...], deltas: tuple[Delta, ...]) -> None:
         self.copies, self.deltas = copies, deltas
         self.states = {part.name: copy.deepcopy(part.get(machine)) for part in machine.parts}
-        self._cpus = [(cpu, cpu.mark()) for cpu in machine.cpus]  # in the backend's own shape, for these very CPUs
-        self._made: list[tuple[Part, Any]] = []  # parts whose state is made when asked for, but CPUs
+        cpus = (part for part in machine.parts if part.State is CpuState)
+        # In the backend's own shape, for these very CPUs, and by the schema.
+        self._cpus = [(cpu, cpu.mark(), self.states[next(cpus).name]) for cpu in machine.cpus]
+        self._made: list[tuple[Part, Any]] = []  # other parts whose state is made when asked for; a config is as it is
         self._held: list[tuple[Any, ...]] = []  # name, state, its fields, their values, what copies it
         for part in machine.parts:
             state = self.states[part.name]
             names = [field.name for field in schema_of(part.State).fields]
-            if part.holder is None and part.State is not CpuState:
+            if part.holder is None and part.State not in (CpuState, MachineConfig):
                 self._made.append((part, state))
             elif part.holder is not None and names:
                 fields = attrgetter(*names)
@@ -141,11 +144,11 @@ class Moment:
             if fields(holder.state) != values:  # a third of what == of the states takes
                 holder.state = copied(state)
                 changed = True
-        for cpu, (made_by, mark), part in zip(machine.cpus, self._cpus, _cpus(machine.parts), strict=True):
+        for cpu, (made_by, mark, state) in zip(machine.cpus, self._cpus, strict=True):
             if cpu is made_by:
                 cpu.reset(mark)
             else:
-                cpu.load(copy.deepcopy(self.states[part.name]))
+                cpu.load(copy.deepcopy(state))
                 changed = True
         if changed:
             machine.board.restored()
@@ -174,10 +177,6 @@ class Moment:
                     if region.view[at : at + mmap.PAGESIZE] != wanted[at : at + mmap.PAGESIZE]
                 ]
         return found
-
-
-def _cpus(parts: list[Part]) -> list[Part]:
-    return [part for part in parts if part.State is CpuState]
 
 
 def _copier(State: type) -> Callable[[Any], Any]:
