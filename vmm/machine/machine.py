@@ -361,6 +361,7 @@ class Machine:
         if self._open:
             self._open = False
             self._leave_file()
+            self._moments.close()
             self._bindings.close()
             self.cpu.close()
             self.ram.close()

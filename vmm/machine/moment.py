@@ -57,6 +57,10 @@ class Baseline:
         ram.regions = tuple(region.showing(kept) for region, kept in zip(ram.regions, copies, strict=True))
         return cls(copies, tuple(Scanner(region.address, region.size) for region in ram.regions))
 
+    def close(self) -> None:
+        for scanner in self.scanners:
+            scanner.close()
+
 
 class Moments:
     """The moments of one machine: makes them and goes back to them."""
@@ -71,9 +75,7 @@ class Moments:
         machine, baseline = self._machine, self._baseline
         try:
             if baseline is None or self._ram is not machine.ram or self._written(baseline) > _MOST_DELTA:
-                kept = tuple(region.kept() for region in machine.ram.regions)
-                baseline = self._baseline = Baseline.make(machine.ram, kept)
-                self._ram = machine.ram
+                baseline = self._show(tuple(region.kept() for region in machine.ram.regions))
         except OSError as error:
             raise BackendError(f"cannot keep the guest's RAM: {error.strerror}") from None
         deltas = tuple(
@@ -91,10 +93,9 @@ class Moments:
         if baseline is None or self._ram is not machine.ram or baseline.copies is not moment.copies:
             written += sum(end - start for region in machine.ram.regions for start, end in region.touched())
             try:
-                baseline = self._baseline = Baseline.make(machine.ram, moment.copies)
+                baseline = self._show(moment.copies)
             except OSError as error:
                 raise BackendError(f"cannot show the guest's RAM as it was: {error.strerror}") from None
-            self._ram = machine.ram
             for region in machine.ram.regions:
                 discard_code(region.base, region.base + region.size)
         for region, scanner, delta in zip(machine.ram.regions, baseline.scanners, moment.deltas, strict=True):
@@ -108,6 +109,18 @@ class Moments:
                 discard_code(region.base + start, region.base + start + len(data))
         moment.put_states(machine)
         return written
+
+    def _show(self, copies: tuple[RamCopy, ...]) -> Baseline:
+        """Make the RAM show these, and tell from then on what is written. Raises OSError."""
+        self.close()
+        self._baseline, self._ram = Baseline.make(self._machine.ram, copies), self._machine.ram
+        return self._baseline
+
+    def close(self) -> None:
+        """Give up what tells what was written; moments that were made can still be gone back to."""
+        if self._baseline is not None:
+            self._baseline.close()
+        self._baseline = self._ram = None
 
     @staticmethod
     def _written(baseline: Baseline) -> int:

@@ -32,6 +32,7 @@ from vmm.errors import BackendError, Cancelled
 
 _TELL_S = 0.1  # progress is told this often
 _MAX_FD = 1 << 20
+_NOT_FOR_THE_COPY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 Fill = Callable[[Writer], None]  # writes all of a snapshot but its end
 
@@ -63,6 +64,8 @@ class Checkpoint:
         except OSError as error:
             raise cannot(path, error) from None
         self._told, tell = os.pipe()
+        # Blocked meanwhile, so that none of them ends the copy before it ignores them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_COPY)
         try:
             self._pid = _fork()
         except OSError as error:
@@ -70,8 +73,11 @@ class Checkpoint:
             os.close(self._told)
             os.close(tell)
             raise cannot(path, error) from None
+        finally:
+            if getattr(self, "_pid", 1):
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self._pid == 0:
-            _write_and_end(self._writer, fill, _Teller(tell, total_bytes))
+            _write_and_end(self._writer, fill, _Teller(tell, total_bytes), before)
         os.close(tell)
         self._process = os.pidfd_open(self._pid)
         self._ended = False
@@ -138,11 +144,12 @@ def _fork() -> int:
         return os.fork()
 
 
-def _write_and_end(writer: Writer, fill: Fill, teller: _Teller) -> NoReturn:
+def _write_and_end(writer: Writer, fill: Fill, teller: _Teller, unblocked: set[int | signal.Signals]) -> NoReturn:
     """What the forked copy does from its first instruction to its end: write the file, tell how far it is, exit."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        for number in _NOT_FOR_THE_COPY:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         gc.disable()  # no finalizer of the machine's may run here
         _keep_only(writer.fileno(), teller.pipe)
         writer.progress = teller.progress

@@ -281,7 +281,6 @@ def test_a_terminals_or_managers_signals_do_not_reach_who_writes(box, tmp_path, 
     with box.client() as client:
         call = client.ask("checkpoint", path=str(tmp_path / "cut"))
         (helper,) = eventually(children)
-        time.sleep(0.05)  # it ignores them from its first instructions on
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             os.kill(helper, number)
         gate()
