@@ -29,7 +29,7 @@ from vmm.guest.debian import kernel_files
 
 FOLDER = ROOT / "guests" / "kvm-lane"
 REPORT = FOLDER / "report.xml"
-DEFAULT = ["-q", "tests/vmm/cpu", "tests/vmm/machine", "-m", "kvm and not slow"]
+DEFAULT = ["-q", "tests/vmm/cpu", "tests/vmm/machine", "tests/vmm/debug", "tests/vmm/saving", "-m", "kvm and not slow"]
 ALWAYS = ["--require-kvm", "--hypothesis-profile=emulated", "-p", "no:cacheprovider", "--color=no",
           "--junitxml=/tmp/report.xml", "--basetemp=/tmp/pytest"]  # fmt: skip
 MODULES = ("irqbypass.ko", "ccp.ko", "kvm.ko", "kvm-amd.ko")
