@@ -380,3 +380,6 @@ def test_the_example_exchange_is_true(box):
             for part in ("result", "error"):
                 if part in expected:
                     assert expected[part].keys() == found[part].keys()
+            if "error" in expected:
+                assert found["error"]["code"] == expected["error"]["code"]
+                assert found["error"]["message"].startswith(expected["error"]["message"].removesuffix("..."))
