@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from hypothesis import strategies as st
@@ -38,10 +39,13 @@ def values(kind: types.Type) -> st.SearchStrategy[Any]:
     raise AssertionError(f"no strategy for {kind}")
 
 
-def states(cls: type) -> st.SearchStrategy[Any]:
+def states(cls: type[Any]) -> st.SearchStrategy[Any]:
     """Any value of a @state class: its defaults with some fields replaced, or every field drawn."""
     fields = {f.name: values(f.type) for f in schema.schema_of(cls).fields}
-    some = st.fixed_dictionaries({}, optional=fields).map(lambda given: cls(**given))
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    always = {name: values for name, values in fields.items() if name in needed}
+    others = {name: values for name, values in fields.items() if name not in needed}
+    some = st.fixed_dictionaries(always, optional=others).map(lambda given: cls(**given))
     return some | st.fixed_dictionaries(fields).map(lambda given: cls(**given))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import pytest
@@ -20,6 +20,7 @@ from vmm.board.config import DeviceConfig, MachineConfig, MachineConfigV1, Machi
 from vmm.clock import GuestClock
 from vmm.errors import BackendError, RequestError
 from vmm.saving.parts import parts_of
+from vmm.testing.strategies import states
 
 
 def board(*devices: DeviceConfig) -> Board:
@@ -181,3 +182,33 @@ def test_any_text_is_an_option_or_one_line(name, text):
 def test_what_is_missing_is_named():
     with pytest.raises(RequestError, match="option 'needed' is missing: has to be given"):
         options.read(Every, [])
+
+
+PLACES = st.sampled_from(("port=0x2a8", "port=0x3f8", "port=99999", "memory=1", "slot=3.1", "port=", "=", "port"))
+DEVICES = st.builds(
+    DeviceConfig,
+    id=st.sampled_from(("", "com1", "com5", "x y", "cpu.0", "config")) | st.text("ab-_.9", max_size=32),
+    kind=st.sampled_from(("uart", "debugcon", "debug-exit", "nothing", "")),
+    place=PLACES | st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=64),
+    options=st.lists(
+        st.builds(
+            OptionConfig,
+            name=st.sampled_from(("irq", "readback", "other")),
+            value=st.sampled_from(("5", "2", "-1", "0x10", "9" * 1024, "")) | st.text("0123456789abcdefx_", max_size=9),
+        ),
+        max_size=3,
+    ).map(tuple),
+)
+
+
+@given(states(MachineConfig), st.lists(DEVICES, max_size=4).map(tuple))
+def test_any_config_a_file_may_hold_is_a_board_or_is_refused(config, devices):
+    """In one line, by its own fault: nothing else is raised."""
+    for each in (config, replace(config, cpus=1, board="isapc", devices=devices)):
+        try:
+            wanted = parts_of(each)
+        except (RequestError, BackendError) as error:
+            assert "\n" not in str(error)
+        else:
+            assert len({part.name for part in wanted}) == len(wanted)
+            Board(each, GuestClock(each.tsc_khz)).restored()
