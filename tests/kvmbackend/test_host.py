@@ -14,7 +14,7 @@ from kvmbackend.cpu import KvmCpu
 from vmm.cpu import backends
 from vmm.cpu import model as cpu_model
 from vmm.cpu.protocol import CpuState
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 from vmm.machine.machine import Machine, MachineConfig
 
 
@@ -111,5 +111,5 @@ def test_auto_takes_kvm_where_it_is_and_says_why(kvm):
 
 
 def test_a_position_cannot_be_reached(kvm):
-    with pytest.raises(BackendError, match="does not count the code it runs"):
+    with pytest.raises(RequestError, match="does not count the code it runs"):
         KvmCpu.stop_at(None, 5)  # type: ignore[arg-type]
