@@ -115,6 +115,7 @@ class KvmCpu(Cpu):
     def step(self, arrive: int, interrupted: bool, entered: bool, sysret: bool) -> None:
         """One instruction as another CPU ran it, which came to RIP `arrive`: after an interrupt, into a handler."""
         self._time.step()
+        self._kicked, self._run8[_IMMEDIATE_EXIT] = False, 0  # where it stops is the other CPU's affair
         if self._stepper is None:
             self._stepper = Stepper(self._vm, self._ram, self._alarm, self._serve, self.save)
         if interrupted:
