@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 GUEST := guests/debian
 
-.PHONY: demo test test-full test-kvm-emulated bench lint guest clean
+.PHONY: venv demo test test-full test-kvm-emulated bench lint guest clean
 
 .venv/done: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anyhyve needs Python 3.11 or newer")'
 	@$(PYTHON) -m venv .venv || { echo "make: this Python has no venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
 	touch $@
+
+venv: .venv/done
 
 # A machine without apt-get or network still runs everything that needs no Debian guest; what is skipped says so.
 guest: .venv/done

@@ -18,6 +18,7 @@ from typing import Annotated
 from snapshot.field_types import u16, u56
 from snapshot.schema import state
 
+LAST_NS = 1 << 55  # guest time ends there, after 1.1 years: a state holds 56 bits of it, so that it can be saved
 BYTES_PER_NS = 4  # a nominal 1 GHz guest: x86 code averages four bytes an instruction
 
 
@@ -73,8 +74,8 @@ class GuestClock:
         self.words[_TIME] += ns * BYTES_PER_NS
 
     def skip_to(self, when_ns: int) -> None:
-        """Let time pass to `when_ns`, if that is ahead."""
-        self.skip(max(0, when_ns - self.now_ns()))
+        """Let time pass to `when_ns`, if that is ahead; to LAST_NS at most."""
+        self.skip(max(0, min(when_ns, LAST_NS) - self.now_ns()))
 
     def save(self) -> ClockState:
         return ClockState(position=self.charged, skipped_ns=self.words[_SKIPPED_NS], prepaid=self.prepaid)

@@ -64,7 +64,7 @@ class RamCopy:
     """What a region held at one moment. `contents` is not to be changed."""
 
     def __init__(self, name: str, size: int, extents: list[tuple[int, int]]) -> None:
-        self.extents = extents
+        self.extents, self.size = extents, size
         self.file = os.memfd_create(name, os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self.file)
         os.truncate(self.file, size)

@@ -29,7 +29,10 @@ class Span:
 
 
 def span(start: int, count: int, step: int = 1) -> Span:
-    """A family of registers: its method takes the index of the one that is accessed, counted from 0."""
+    """A family of registers: its method takes the index of the one that is accessed, counted from 0. Raises ValueError
+    for a family of none, or of none apart."""
+    if start < 0 or count < 1 or step < 1:
+        raise ValueError(f"no family of registers: {count}, {step} bytes apart from {start}")
     return Span(start, count, step)
 
 

@@ -24,7 +24,9 @@ class Alarms:
         return len(self._due)
 
     def alarm(self) -> Alarm:
-        """The wire for one more device, which `belongs` is told of next."""
+        """The wire for one more device, which `belongs` is told of next. Raises TypeError for a second one of it."""
+        if len(self._due) > len(self._devices):
+            raise TypeError("a device has one alarm")
         due, own = self._due, len(self._due)
         due.append(None)
 
@@ -49,4 +51,5 @@ class Alarms:
             if self.next_ns is None or self.next_ns > now_ns:
                 return
             self._devices[self._due.index(self.next_ns)].expire()
-        raise AssertionError("a device's deadline stays in the past")
+        late = type(self._devices[self._due.index(self.next_ns)]).__name__
+        raise AssertionError(f"the deadline of a {late} stays in the past: what was missed is served in one expire()")

@@ -54,7 +54,7 @@ def slots(config: MachineConfig) -> list[Slot]:
             raise RequestError(f"device {name}: its id is taken, or is no name: {device.id!r}")
         try:
             slot = kind(device.kind).slot(device)
-            _check(slot, found)
+            _check(slot, found, config.memory_bytes)
         except RequestError as error:
             raise RequestError(f"device {name}: {error}") from None
         except BackendError as error:
@@ -63,7 +63,11 @@ def slots(config: MachineConfig) -> list[Slot]:
     return found
 
 
-def _check(slot: Slot, others: list[Slot]) -> None:
+def _check(slot: Slot, others: list[Slot], memory_bytes: int) -> None:
+    for at in slot.at:
+        for base, size in layout(memory_bytes):
+            if at.space == "memory" and at.base < base + size and base < at.base + slot.device.banks[at.bank].size:
+                raise RequestError(f"RAM lies at memory={at.base:#x}")
     for lead in slot.wires.values():
         if lead == Irq(CASCADE_IRQ):
             raise RequestError("interrupt 2 is where the second controller is connected")

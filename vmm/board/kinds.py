@@ -32,6 +32,7 @@ from vmm.errors import BackendError, RequestError
 from vmm.wires import Line
 
 GROUP = "anyhyve.devices"
+_PORTS, _MEMORY = 1 << 16, 1 << 40
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,26 @@ class Kind:
         """The first line of what the device's class says."""
         return (inspect.getdoc(self.device) or inspect.getdoc(self.device.State) or "").partition("\n")[0]
 
+    def wrong(self) -> str | None:
+        """What does not fit together in it, if anything: a device could not be made."""
+        if not hasattr(self.device, "State"):
+            return f"{self.device.__name__} has no State"
+        if unknown := [bank for bank in self.banks if bank not in self.device.banks]:
+            return f"{self.device.__name__} has no bank {unknown[0]!r}"
+        hints = typing.get_type_hints(self.device.__init__)
+        named = set(options.options_of(self.options))
+        if unused := sorted(named - hints.keys()):
+            return f"{self.device.__name__} takes no {unused[0]!r}, which is an option"
+        lines = sorted(name for name, hint in hints.items() if hint is Line and name not in named)
+        return f"no option says which interrupt {lines[0]!r} is" if lines else None
+
     def slot(self, config: DeviceConfig) -> Slot:
         """Raises RequestError for options or a place it cannot have."""
         chosen = options.read(self.options, [(option.name, option.value) for option in config.options])
         base = self._base(config.place or self.place)
+        end = max(base + offset + self.device.banks[bank].size for bank, offset in self.banks.items())
+        if end > (_PORTS if self.space == "port" else _MEMORY):
+            raise RequestError(f"{config.place}: it ends at {end:#x}, beyond the last address")
         at = tuple(At(base + offset, bank, self.space, self.width) for bank, offset in self.banks.items())
         return Slot(config.id, self.device, self._wires(chosen), at)
 
@@ -73,7 +90,7 @@ class Kind:
             base = int(at, 0)
         except ValueError:
             raise RequestError(f"{place}: not an address") from None
-        most = 0xFFFF if self.space == "port" else (1 << 40) - 1
+        most = (_PORTS if self.space == "port" else _MEMORY) - 1
         if not 0 <= base <= most:
             raise RequestError(f"{place}: not within 0..{most:#x}")
         return base
@@ -126,4 +143,6 @@ def kind(name: str) -> Kind:
         raise BackendError(f"device {name}: {point.value}: {type(error).__name__}: {error}") from None
     if not isinstance(found, Kind):
         raise BackendError(f"device {name}: {point.value} is no Kind")
+    if (wrong := found.wrong()) is not None:
+        raise BackendError(f"device {name}: {point.value}: {wrong}")
     return found

@@ -29,10 +29,6 @@ def ports(base: int, bank: str = "") -> At:
     return At(base, bank)
 
 
-def memory(base: int, bank: str = "", width: int = 4) -> At:
-    return At(base, bank, "memory", width)
-
-
 @dataclass(frozen=True)
 class Irq:
     """To ISA interrupt `number`; what shares it is ORed."""

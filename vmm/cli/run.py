@@ -215,7 +215,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
     """Run to the goal, save, report. Returns the exit status."""
     versions = None if goal.for_version is None else releases.versions(goal.for_version)
     if goal.save is not None:
-        machine.can_save(goal.save, goal.parent)  # said now, not after an hour's run
+        machine.can_save(goal.save, goal.parent, versions)  # said now, not after an hour's run
     vm = Supervisor(machine)
     for part, place in machine.far_ends.items():
         click.echo(f"anyhyve: {part} is at {place}", err=True)

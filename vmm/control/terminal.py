@@ -77,7 +77,8 @@ class Terminal:
     def _read(self) -> None:
         while not self._leave.is_set():
             try:
-                ready, _, _ = select.select([0], [], [], 0.1)
+                full = self._machine.board.console.full
+                ready, _, _ = select.select([] if full else [0], [], [], 0.1)
                 data = os.read(0, 1024) if ready else None
                 if not ready and self._line:
                     self._machine.post(self._flush)  # a prompt: whoever reads us may be waiting for it

@@ -16,11 +16,13 @@ is lost.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
 import stat
 import threading
+import time
 import tty
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +33,7 @@ from vmm.host.console import Console
 
 KINDS = ("console", "null", "file:PATH", "pty", "socket:PATH")
 _MOST_WAITING = 1 << 20  # bytes of output that wait for a slow far end
+_LOOK_AGAIN_MS = 50  # at what does not tell when it changes
 
 
 class FarEnd(Protocol):
@@ -87,42 +90,40 @@ def _make(name: str, spec: str, console: Console) -> FarEnd | None:
             case "socket" if path:
                 return _socket(console, Path(path))
     except OSError as error:
-        raise BackendError(f"--bind {name}={spec}: {error.strerror or error}") from None
+        fault = RequestError if error.errno == errno.EINVAL else BackendError
+        raise fault(f"--bind {name}={spec}: {error.strerror or error}") from None
     raise RequestError(f"--bind {name}={spec}: not one of {', '.join(KINDS)}")
 
 
 class _File:
-    """Output, appended to a regular file."""
+    """Output, appended to a regular file as it comes."""
 
     place: str | None = None
     takes_input = False
 
     def __init__(self, console: Console, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o600)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise RequestError(f"{path} is no regular file")
-        self._file = os.fdopen(descriptor, "ab")
+        self._descriptor = os.open(path, flags, 0o600)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            os.close(self._descriptor)
+            raise OSError(errno.EINVAL, "no regular file")
         self._console = console
         console.listen(self._take)
 
     def _take(self, byte: int) -> None:
         with contextlib.suppress(OSError):  # a full disk
-            self._file.write(bytes((byte,)))
-            if byte == 10:
-                self._file.flush()
+            os.write(self._descriptor, bytes((byte,)))
 
     def close(self) -> None:
         self._console.unlisten(self._take)
-        with contextlib.suppress(OSError):
-            self._file.close()
+        os.close(self._descriptor)
 
 
 def _pty(console: Console) -> FarEnd:
     ours, theirs = os.openpty()
     tty.setraw(theirs)
-    return _Stream(console, ours, os.ttyname(theirs), lambda: os.close(theirs))
+    os.set_blocking(ours, False)
+    return _Stream(console, None, ours, os.ttyname(theirs), lambda: os.close(theirs))
 
 
 def _socket(console: Console, path: Path) -> FarEnd:
@@ -131,22 +132,23 @@ def _socket(console: Console, path: Path) -> FarEnd:
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.lstat(path).st_mode) and not _answers(path):
                 path.unlink()  # of a machine that is gone
-        before = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
+        os.fchmod(listener.fileno(), 0o600)  # which the file then has from its first moment on
+        listener.bind(str(path))
         listener.listen(1)
+        listener.setblocking(False)
     except BaseException:
         listener.close()
         raise
-    return _Stream(console, listener, str(path), lambda: path.unlink(missing_ok=True))
+    return _Stream(console, listener, None, str(path), lambda: path.unlink(missing_ok=True))
 
 
 def _answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.setblocking(False)
         try:
             asking.connect(str(path))
+        except BlockingIOError:  # it has more who wait than it can keep
+            return True
         except ConnectionRefusedError:
             return False
     return True
@@ -157,19 +159,17 @@ class _Stream:
 
     takes_input = True
 
-    def __init__(self, console: Console, source: int | socket.socket, place: str, ended: Callable[[], None]) -> None:
+    def __init__(
+        self, console: Console, listener: socket.socket | None, stream: int | None, place: str,
+        ended: Callable[[], None],
+    ) -> None:  # fmt: skip
         self.place: str | None = place
-        self._console, self._ended = console, ended
-        self._listener = source if isinstance(source, socket.socket) else None
-        self._stream: int | None = source if isinstance(source, int) else None
+        self._console, self._listener, self._stream, self._ended = console, listener, stream, ended
+        self._sends = True  # the client, as far as we know
         self._waiting = bytearray()  # output that was not taken yet
         self._lock = threading.Lock()  # over that
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._leaving = False
-        if self._listener is not None:
-            self._listener.setblocking(False)
-        else:
-            os.set_blocking(self._stream or 0, False)
         console.listen(self._take)
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"far end {place}")
         self._thread.start()
@@ -184,42 +184,52 @@ class _Stream:
 
     def _run(self) -> None:
         while not self._leaving:
-            stream = self._stream
-            reads: list[int | socket.socket] = [self._wake]
+            stream, full = self._stream, self._console.full
+            poll = select.poll()
+            poll.register(self._wake, select.POLLIN)
             if stream is not None:
-                reads.append(stream)
+                reads = select.POLLIN if self._sends and not full else 0
+                poll.register(stream, reads | (select.POLLOUT if self._waiting else 0))
             elif self._listener is not None:
-                reads.append(self._listener)
-            ready, writable, _ = select.select(reads, [stream] if stream is not None and self._waiting else [], [])
+                poll.register(self._listener, select.POLLIN)
+            ready = dict(poll.poll(_LOOK_AGAIN_MS if full else None))
             if self._wake in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
-            if self._listener in ready:
-                self._accept()
-            if stream in ready:
-                self._read(stream)
-            if writable and self._stream is not None:
-                self._write(self._stream)
+            if self._listener is not None and stream is None and self._listener.fileno() in ready:
+                self._accept(self._listener)
+            elif stream is not None and (events := ready.get(stream, 0)):
+                self._move(stream, events)
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(OSError):
-            client, _ = self._listener.accept()
-            client.setblocking(False)
-            self._stream = client.detach()
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except OSError:  # out of descriptors, or the client is gone already
+            time.sleep(_LOOK_AGAIN_MS / 1000)
+            return
+        client.setblocking(False)
+        self._stream, self._sends = client.detach(), True
 
-    def _read(self, stream: int | None) -> None:
-        assert stream is not None
+    def _move(self, stream: int, events: int) -> None:
+        if events & select.POLLIN:
+            self._read(stream)
+        elif events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            self._hang_up()
+        elif events & select.POLLOUT:
+            self._write(stream)
+
+    def _read(self, stream: int) -> None:
         try:
             data = os.read(stream, 4096)
         except BlockingIOError:
             return
         except OSError:  # the client is gone
-            data = b""
+            self._hang_up()
+            return
         if data:
             self._console.send(data)
         else:
-            self._hang_up()
+            self._sends = False  # it may listen yet
 
     def _write(self, stream: int) -> None:
         with self._lock:
@@ -249,7 +259,6 @@ class _Stream:
         self._thread.join()
         if self._stream is not None:
             with self._lock, contextlib.suppress(OSError):
-                os.set_blocking(self._stream, False)
                 while self._waiting and (taken := os.write(self._stream, self._waiting[:4096])):
                     del self._waiting[:taken]
             os.close(self._stream)

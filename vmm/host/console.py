@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 _KEEP = 1 << 20
+_AT_ONCE, _ENOUGH = 4096, 1 << 16  # bytes typed: given to a port at a time, and waiting for it
 _BACK = 4096  # bytes of a line that are searched: one without an end must not take the square of its length
 
 
@@ -33,7 +34,12 @@ class Console:
 
     def take(self, receive: Callable[[bytes], int]) -> None:
         """Give what was typed to the guest's port, which says how much it took."""
-        del self.typed[: receive(bytes(self.typed))]
+        del self.typed[: receive(bytes(self.typed[:_AT_ONCE]))]
+
+    @property
+    def full(self) -> bool:
+        """Whether the guest should take what was typed before more is: who can wait does."""
+        return len(self.typed) >= _ENOUGH
 
     def listen(self, listener: Callable[[int], None]) -> None:
         self._listeners.append(listener)

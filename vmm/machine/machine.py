@@ -22,7 +22,7 @@ from snapshot.chain import Chain
 from snapshot.schema import encode, schema_of
 from vmm.board.board import Board
 from vmm.board.config import MachineConfig, named
-from vmm.clock import ClockState, GuestClock
+from vmm.clock import LAST_NS, ClockState, GuestClock
 from vmm.cpu import backends
 from vmm.cpu.protocol import Cpu, CpuState
 from vmm.errors import RequestError
@@ -40,8 +40,6 @@ from vmm.saving.saved import Saved, admit, host_memory, map_ram
 from vmm.saving.scrub import Scrub
 
 __all__ = ["Fault", "Machine", "MachineConfig", "Stop", "StopReason", "Stopped", "made"]
-
-_MOST_NS = 1 << 55  # guest time fits 56 bits: 2.3 years; half of it may be slept through
 
 Command = Callable[["Machine"], Stop | None]
 made: list[Callable[[Machine], None]] = []  # called with each machine there will be, once it can run
@@ -74,20 +72,16 @@ class Machine:
         self._moments = Moments(self)
         self._bindings = Bindings(self.board.consoles, {} if bind is None else bind)
         try:
-            self.cpu: Cpu = self._new_cpu()
+            self.cpu: Cpu = self._make_cpu(ram, self.board.bus, self.board.pics, self.clock)
+            self.loop = RunLoop(self.board, self.clock, self.cpu, self._check)
+            self.loop.awaits_input = self._bindings.takes_input
+            self.board.attach(self.cpu, ram)
+            self.board.restored()
+            for hook in made:
+                hook(self)
         except BaseException:
             self._bindings.close()
             raise
-        self.loop = RunLoop(self.board, self.clock, self.cpu, self._check)
-        self.loop.awaits_input = self._bindings.takes_input
-        self.board.restored()
-        for hook in made:
-            hook(self)
-
-    def _new_cpu(self) -> Cpu:
-        cpu = self._make_cpu(self.ram, self.board.bus, self.board.pics, self.clock)
-        self.board.attach(cpu, self.ram)
-        return cpu
 
     # --- making one
 
@@ -134,6 +128,7 @@ class Machine:
         try:
             saved = admit(Saved.decode(chain), backend, allow)
             _complete(saved.config, bind or {})
+            saved = replace(saved, config=replace(saved.config, bound=tuple(sorted(bind or ()))))
             if verify:
                 chain.verify_ram()
             machine = cls(saved.config, backend, Ram(map_ram(chain)), bind=bind, make_cpu=make_cpu)
@@ -162,11 +157,18 @@ class Machine:
         except BaseException:
             chain.close()
             raise
+        exits = self.exits()
+        try:
+            cpu = self._make_cpu(ram, self.board.bus, self.board.pics, self.clock)
+        except BaseException:
+            chain.close()
+            ram.close()
+            raise
         self._leave_file()
-        self._past_exits = self.exits()
+        self._past_exits = exits
         before = self.cpu, self.ram
-        self.ram = ram
-        self.cpu = self._new_cpu()
+        self.cpu, self.ram = cpu, ram
+        self.board.attach(cpu, ram)
         self.assign(saved)
         self.loop.replace(self.cpu)
         self._scrub = Scrub(chain, self.loop.attention)
@@ -203,6 +205,7 @@ class Machine:
         the console goes on to show has the regular expression `until` (in what was written after the first `since`
         bytes, by default from now on), guest time is `until_ns`, or a posted command says so. Raises SnapshotError
         when the RAM the machine was woken with turns out to be damaged."""
+        self._must_be_open()
         self.loop.aim(position, until, until_ns, since)
         return self.loop.go_on()
 
@@ -269,9 +272,10 @@ class Machine:
 
     def rewind(self, moment: Moment, *, verify: bool = False) -> int:
         """Back to a moment of this machine: how many bytes of RAM had been written since. With `verify` the machine
-        is compared with the moment, no file is read, and AssertionError names what differs. Raises BackendError when
-        the host has not the memory."""
+        is compared with the moment, no file is read, and AssertionError names what differs. Raises RequestError for a
+        moment of a machine with other RAM, BackendError when the host has not the memory."""
         written = self._moments.back_to(moment)
+        self.loop.time_moved()
         if verify and (found := moment.differences(self)):
             raise AssertionError(f"after the rewind differ: {', '.join(found[:8])}")
         return written
@@ -288,15 +292,17 @@ class Machine:
         self.clock.load(ClockState())
         self.board.reset()
         self._start(self.image)
+        self.loop.time_moved()
 
     def catch_up(self, wall_ns: int | None = None) -> None:
         """Let the time pass that the machine missed: its wall clock then shows `wall_ns` (Unix ns), by default this
         computer's. Raises RequestError when that is more than guest time can hold."""
         now = time.time_ns() if wall_ns is None else wall_ns
         missed = now - self.config.epoch_ns - self.clock.now_ns()
-        if missed >= _MOST_NS - self.clock.now_ns():
+        if missed >= LAST_NS - self.clock.now_ns():
             raise RequestError(f"the guest's clock is {missed / 86_400e9:.0f} days behind: too long to catch up with")
         self.clock.skip(max(0, missed))
+        self.loop.time_moved()
 
     # --- saving
 
@@ -327,11 +333,16 @@ class Machine:
         hashed_at_once = packed or parent is not None
         return Checkpoint(path, contents.fill, touched if hashed_at_once else 2 * touched)
 
-    def can_save(self, path: Path, parent: Path | None = None) -> None:
+    def can_save(self, path: Path, parent: Path | None = None, versions: Mapping[str, int] | None = None) -> None:
         """Raises what `save` would raise as far as it can be told now: RequestError, BackendError, SnapshotError."""
         preflight(path, parent, self.ram)
+        if versions is not None:
+            for part in self.parts:
+                if (state := schema_of(part.State).name) not in versions:
+                    raise RequestError(f"that release has no {state}, which is the state of {part.name}")
 
     def _contents(self, path: Path, packed: bool, parent: Path | None, versions: Mapping[str, int] | None) -> Contents:
+        self._must_be_open()
         refuse_kept(path)
         self.await_checked()
         return Contents(path, self.states(), self.ram, packed, parent, versions)
@@ -353,6 +364,10 @@ class Machine:
         """How often the CPU left the guest's code, by reason."""
         return {reason: count + self._past_exits.get(reason, 0) for reason, count in self.cpu.exits().items()}
 
+    def _must_be_open(self) -> None:
+        if not self._open:
+            raise RequestError("the machine is closed")
+
     @property
     def closed(self) -> bool:
         return not self._open
@@ -360,6 +375,7 @@ class Machine:
     def close(self) -> None:
         if self._open:
             self._open = False
+            self.loop.close()
             self._leave_file()
             self._moments.close()
             self._bindings.close()

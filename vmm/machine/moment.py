@@ -26,7 +26,7 @@ from snapshot.schema import StructType, schema_of
 from vmm.board.config import MachineConfig
 from vmm.cpu.protocol import CpuState
 from vmm.dirty_pages import Scanner
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 from vmm.ram import Ram, RamCopy
 from vmm.saving.parts import Part, Whole
 
@@ -86,10 +86,12 @@ class Moments:
 
     def back_to(self, moment: Moment) -> int:
         """How many bytes of RAM had been written since the moment, or since another that it is kept beside. Raises
-        BackendError when the host has not the memory."""
+        RequestError for a moment of another machine, BackendError when the host has not the memory."""
         machine, baseline = self._machine, self._baseline
         discard_code = machine.cpus[0].discard_code
         written = 0
+        if [region.size for region in machine.ram.regions] != [kept.size for kept in moment.copies]:
+            raise RequestError("that moment is of a machine with other RAM")
         if baseline is None or self._ram is not machine.ram or baseline.copies is not moment.copies:
             written += sum(end - start for region in machine.ram.regions for start, end in region.touched())
             try:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Protocol, assert_never
 
 from vmm.board.board import Board
-from vmm.clock import BYTES_PER_NS, GuestClock
+from vmm.clock import BYTES_PER_NS, LAST_NS, GuestClock
 from vmm.cpu.protocol import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown
+from vmm.errors import GuestError
 from vmm.machine.stop import Fault, Stop, Stopped, StopReason
 
 _SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
@@ -44,6 +45,7 @@ class RunLoop:
         self._until_ns: int | None = None
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._next: Command | None = None  # taken from the queue, not done yet
+        self._woken = self._closed = False
         self._real_zero: float | None = None  # what the clock on the wall showed at guest time zero
         board.console.on_match = self.attention
         for console in board.consoles.values():
@@ -62,12 +64,15 @@ class RunLoop:
         self.attention()  # a kick may have gone to the one before
 
     def go_on(self) -> Stop:
-        """Run towards what was aimed at."""
+        """Run towards what was aimed at. Raises GuestError when guest time has come to its end."""
         board, clock = self._board, self._clock
+        self.time_moved()
         while (stop := self._safe_point()) is None:
             deadline = board.alarms.next_ns
             if self._until_ns is not None and (deadline is None or self._until_ns < deadline):
                 deadline = self._until_ns
+            if clock.now_ns() >= LAST_NS:
+                raise GuestError(f"guest time has come to its end, {LAST_NS} ns: it has nothing more to wait for")
             limit_ns = clock.now_ns() + _SLICE_NS
             if deadline is not None and deadline < limit_ns:
                 limit_ns = deadline
@@ -96,7 +101,6 @@ class RunLoop:
         """Run nothing; do what is posted, until that ends it."""
         while (stop := self._obey()) is None:
             self._await_command(None)
-        self._real_zero = None  # the time that passed was not the guest's
         return stop
 
     def post(self, command: Command) -> None:
@@ -106,10 +110,25 @@ class RunLoop:
 
     def attention(self) -> None:
         """From any thread: come to a safe point soon."""
-        self.cpu.kick()
+        if not self._closed:
+            self.cpu.kick()
+
+    def time_moved(self) -> None:
+        """Guest time did not go on with the clock on the wall: pacing begins anew from here."""
+        self._real_zero = None
+
+    def close(self) -> None:
+        """There will be no run any more: what is posted is forgotten."""
+        self._closed = True
 
     def _look_around(self) -> None:
-        self.post(lambda: None)
+        """Something was typed. However much is, one wake-up is enough until it was seen."""
+        if not self._woken:
+            self._woken = True
+            self.post(self._seen)
+
+    def _seen(self) -> None:
+        self._woken = False
 
     def _safe_point(self) -> Stop | None:
         """The only place where a running machine may be changed from outside. Inside a block nothing may be: the block
@@ -161,6 +180,8 @@ class RunLoop:
                 return Stopped(StopReason.HALTED) if self._commands.empty() else None
             self._await_command(0.05)
             return None
+        for hook in self.hooks:
+            deadline = min(deadline, max(hook.due_ns(), self._clock.now_ns()))
         if self.pace_real and self._wait_real(deadline):
             return None
         self._clock.skip_to(deadline)

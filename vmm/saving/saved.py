@@ -60,7 +60,10 @@ ALLOWABLE = ("tsc-rate",)  # what a host may give otherwise than it was saved, i
 
 def admit(saved: Saved, backend: str, allow: Collection[str] = ()) -> Saved:
     """What can be woken here: the same, or with what is allowed to differ as this host gives it. Raises BackendError
-    when the backend is not here or cannot take a CPU's state."""
+    when the backend is not here or cannot take a CPU's state, RequestError for what cannot be allowed."""
+    for word in allow:
+        if word not in ALLOWABLE:
+            raise RequestError(f"nothing is called {word!r} that may differ; there is {', '.join(ALLOWABLE)}")
     cpu = backends.factory(backend)
     for state in saved.cpus:
         if (why := cpu.refusal(state)) is not None:

@@ -176,7 +176,7 @@ class _Twin:
                 self._told()
                 return
             self.device.expire()
-        raise AssertionError("the deadline stays in the past")
+        raise AssertionError(f"the deadline stays in the past: {_MAX_EXPIRIES} expire() did not serve all it missed")
 
     def _told(self) -> None:
         deadline = self.device.deadline()

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snapshot.field_types import Range
+from vmm.board import isapc
 from vmm.board.alarms import Alarms
 from vmm.board.board import Board
 from vmm.board.config import RESERVED, MachineConfig
 from vmm.board.dma import RamDma
 from vmm.board.isapc import CHIPS
+from vmm.board.kinds import OURS, Kind
+from vmm.board.slot import Slot
 from vmm.clock import GuestClock
+from vmm.device import Device
+from vmm.devices.isa.debugcon import Debugcon
+from vmm.devices.isa.pit import Pit
 from vmm.ram import Ram
+from vmm.registers import reads, span
 from vmm.saving.parts import parts_of
+from vmm.wires import Alarm
 
 WHENS = st.none() | st.integers(0, 50)
 PUSHES = st.lists(st.tuples(st.integers(0, 3), WHENS), max_size=40)
@@ -111,3 +121,52 @@ def test_names_of_parts_are_kept_from_devices():
     chips = [slot.id for slot in CHIPS]
     assert names[-len(chips) :] == chips and len(set(names)) == len(names)
     assert all(name in RESERVED or "." in name for name in names[: -len(chips)])
+
+
+class Greedy(Device[Any]):
+    State = Pit.State
+
+    def __init__(self, first: Alarm, second: Alarm) -> None:
+        super().__init__()
+
+
+def test_a_device_has_one_alarm(monkeypatch):
+    monkeypatch.setattr(isapc, "CHIPS", (*CHIPS, Slot("greedy", Greedy)))
+    with pytest.raises(TypeError, match="a device has one alarm"):
+        Board(MachineConfig(), GuestClock(1_000_000))
+
+
+def test_what_cannot_be_declared():
+    with pytest.raises(TypeError, match="two methods for the same register"):
+
+        class Twice(Device[Any]):
+            @reads(0)
+            def one(self) -> int:
+                return 1
+
+            @reads(0)
+            def two(self) -> int:
+                return 2
+
+    for start, count, step in ((0, 0, 1), (0, 1, 0), (-1, 1, 1)):
+        with pytest.raises(ValueError, match="no family"):
+            span(start, count, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unused:
+    colour: Annotated[int, Range(0, 3), "of nothing"] = 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Kind("x", Pit), "no option says which interrupt 'irq0' is"),
+        (Kind("x", Debugcon, Unused), "takes no 'colour', which is an option"),
+        (Kind("x", Debugcon, banks={"other": 0}), "has no bank 'other'"),
+        (Kind("x", Device), "has no State"),
+    ],
+)
+def test_a_kind_that_does_not_fit_together(kind, why):
+    assert why in (kind.wrong() or "")
+    assert all(ours.wrong() is None for ours in OURS)

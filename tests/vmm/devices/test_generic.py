@@ -12,6 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from snapshot.field_types import Json, Size, u8, u64
 from snapshot.schema import state
 from vmm.board.isapc import CHIPS
+from vmm.board.kinds import OURS
 from vmm.device import Device, invariant, outside
 from vmm.devices.isa.debugcon import Debugcon
 from vmm.qtest.board import Command
@@ -22,9 +23,10 @@ from vmm.testing.draw import case
 from vmm.wires import Alarm, Clock, Line
 
 PARTS = [slot.id for slot in CHIPS if slot.id not in ("com2", "com3", "com4")]  # as com1
+KINDS = [kind.name for kind in OURS if kind.device not in {slot.device for slot in CHIPS}]  # on no board by themselves
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [*PARTS, *KINDS])
 def test_device(part):
     check_device(Subject.named(part))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -190,3 +191,55 @@ def test_nothing_is_left(echo, tmp_path):
         with echo(com1="pty", com2=f"socket:{tmp_path / 'socket'}", com3=f"file:{tmp_path / 'file'}") as machine:
             machine.run(position=10_000)
     assert set(threading.enumerate()) == before and len(os.listdir("/proc/self/fd")) == files
+
+
+def test_who_has_said_all_may_still_listen(echo, tmp_path):
+    path = tmp_path / "com2"
+    with echo(com2=f"socket:{path}") as machine, socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(str(path))
+        running = in_a_thread(machine)
+        time.sleep(0.05)
+        client.sendall(b"HAL.")
+        client.shutdown(socket.SHUT_WR)
+        heard = b""
+        while len(heard) < 3:
+            heard += client.recv(10)
+        assert heard == b"IBM"
+        running.join(20)
+
+
+def test_what_is_typed_waits_where_it_comes_from(tmp_path):
+    """A guest that takes nothing: what comes is left with the client, and memory does not grow."""
+    console = Console()
+    ends = Bindings({"com2": console}, {"com2": f"socket:{tmp_path / 'socket'}"})
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "socket"))
+        client.setblocking(False)
+        sent = 0
+        for _ in range(200):
+            try:
+                sent += client.send(bytes(1 << 16))
+            except BlockingIOError:
+                time.sleep(0.005)
+        assert console.full and len(console.typed) < 1 << 17 and sent < 1 << 20
+        before = len(console.typed)
+        console.take(lambda data: min(len(data), 100))
+        assert len(console.typed) == before - 100
+    ends.close()
+
+
+def test_a_second_machine_does_not_wait_for_the_firsts_socket(tmp_path):
+    path, waiting = tmp_path / "socket", []
+    ours = Bindings({"com2": Console()}, {"com2": f"socket:{path}"})
+    for _ in range(6):  # more than may wait
+        client = socket.socket(socket.AF_UNIX)
+        client.setblocking(False)
+        waiting.append(client)
+        with contextlib.suppress(BlockingIOError):
+            client.connect(str(path))
+    with pytest.raises(BackendError, match="Address already in use"):
+        Bindings({"com2": Console()}, {"com2": f"socket:{path}"})
+    for client in waiting:
+        client.close()
+    ours.close()

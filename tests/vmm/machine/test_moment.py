@@ -11,6 +11,7 @@ import pytest
 
 from snapshot.verify import verify
 from tests.conftest import BACKENDS, OWN
+from vmm.errors import BackendError, GuestError, RequestError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
@@ -226,3 +227,53 @@ def test_ten_thousand_verified():
         for _ in range(10_000):
             machine.run(position=machine.position + draw.randrange(1, 20_000))
             machine.rewind(moment, verify=True)
+
+
+def test_a_moment_of_another_machine_is_refused():
+    with boot(mib=2) as small, boot(mib=8) as large:
+        moment = small.moment()
+        for _ in range(2):
+            with pytest.raises(RequestError, match="of a machine with other RAM"):
+                large.rewind(moment)
+            large.moment()
+        large.run(position=100_000)
+
+
+def test_a_closed_machine_says_so(tmp_path):
+    machine = boot()
+    machine.close()
+    for use in (machine.run, lambda: machine.save(tmp_path / "x"), lambda: machine.checkpoint(tmp_path / "x")):
+        with pytest.raises(RequestError, match="the machine is closed"):
+            use()
+    machine.send(b"x")
+    machine.post(lambda _: None)
+
+
+def test_going_on_that_cannot_be_changes_nothing(tmp_path, monkeypatch):
+    with boot() as machine, boot() as undisturbed:
+        for each in (machine, undisturbed):
+            each.run(position=500_000)
+        machine.save(tmp_path / "here")
+
+        def cannot(*_: object) -> None:
+            raise BackendError("no CPU to be had")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(machine, "_make_cpu", cannot)
+            with pytest.raises(BackendError, match="no CPU"):
+                machine.go_on_from(tmp_path / "here")
+        for each in (machine, undisturbed):
+            each.run(position=900_000)
+        assert machine.digests() == undisturbed.digests()
+
+
+def test_guest_time_comes_to_its_end_in_one_line(tmp_path):
+    """STI and HLT, and a timer whose next edge is as far away as its state can say."""
+    with boot(code=bytes.fromhex("fbf4ebfd")) as machine:
+        machine.board.devices["pit"].state.next_edge = (1 << 64) - 1
+        machine.board.restored()
+        with pytest.raises(GuestError, match="guest time has come to its end"):
+            machine.run()
+        machine.save(tmp_path / "last")
+    with Machine.restore(tmp_path / "last") as woken, pytest.raises(GuestError, match="come to its end"):
+        woken.run(until_ns=1 << 63)

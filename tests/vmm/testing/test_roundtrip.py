@@ -122,3 +122,12 @@ def test_time_comes_to_a_guest_that_sleeps(tmp_path):
         machine.loop.awaits_input = True
         assert machine.run(until_ns=5_000_000_000) == Stopped(StopReason.TIME)
         assert machine.clock.now_ns() == 5_000_000_000
+
+
+def test_trips_are_made_while_the_guest_sleeps():
+    """STI and HLT with the timer of the RTC far away: a hook is due all the same."""
+    with round_trips(1_000_000) as trips:
+        machine = Machine.boot(MachineConfig(memory_bytes=2 << 20), Image(b"\xfb\xf4\xeb\xfd", flat=True))
+        with machine:
+            machine.run(until_ns=20_000_000)
+            assert trips[0].made > 15 and machine.clock.now_ns() == 20_000_000
