@@ -24,6 +24,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,8 +111,8 @@ class Writer:
         self._end = FILE_HEADER.size
         self._json_total = 0
         self._open = True
-        if not _may_replace(self.path):
-            raise OSError(errno.EACCES, "the file there is read-only", str(path))
+        if (why := refusal(self.path)) is not None:
+            raise OSError(errno.EACCES, why, str(path))
         self._fd = _open_alone(self._temporary)
 
     def part(self, name: str, value: object) -> None:
@@ -328,11 +329,16 @@ class Writer:
             view, offset = view[written:], offset + written
 
 
-def _may_replace(path: Path) -> bool:
+def refusal(path: Path) -> str | None:
+    """Why what lies at `path` is not to be replaced, if it is not: a file that was marked to be kept, or no file at all
+    (a device, a FIFO, a socket, a link). Raises OSError where that cannot be told."""
     try:
-        return bool(path.lstat().st_mode & 0o222)
+        mode = path.lstat().st_mode
     except FileNotFoundError:
-        return True
+        return None
+    if not stat.S_ISREG(mode):
+        return "what lies there is no regular file"
+    return None if mode & 0o222 else "the file there is read-only"
 
 
 def _open_alone(path: Path) -> int:

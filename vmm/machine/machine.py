@@ -35,7 +35,7 @@ from vmm.machine.stop import Fault, Stop, Stopped, StopReason
 from vmm.ram import Ram
 from vmm.saving.checkpoint import Checkpoint, write
 from vmm.saving.parts import Part, parts_of
-from vmm.saving.save import Contents, preflight, refuse_kept
+from vmm.saving.save import Contents, preflight, refuse_what_is_kept
 from vmm.saving.saved import Saved, admit, host_memory, map_ram
 from vmm.saving.scrub import Scrub
 
@@ -343,7 +343,7 @@ class Machine:
 
     def _contents(self, path: Path, packed: bool, parent: Path | None, versions: Mapping[str, int] | None) -> Contents:
         self._must_be_open()
-        refuse_kept(path)
+        refuse_what_is_kept(path)
         self.await_checked()
         return Contents(path, self.states(), self.ram, packed, parent, versions)
 

@@ -12,7 +12,7 @@ from snapshot.chain import Chain
 from snapshot.container import Parent
 from snapshot.schema import schema_of
 from snapshot.versions import lower
-from snapshot.writer import Writer
+from snapshot.writer import Writer, refusal
 from vmm.errors import BackendError, RequestError
 from vmm.ram import Ram
 
@@ -52,15 +52,19 @@ def preflight(path: Path, parent: Path | None, ram: Ram) -> None:
         raise RequestError(f"cannot save to {path}: {path.parent} is not a folder")
     if not os.access(path.parent, os.W_OK):
         raise BackendError(f"cannot save to {path}: permission denied")
-    refuse_kept(path)
+    refuse_what_is_kept(path)
     if parent is not None:
         Chain.for_child(parent, path, _layout(ram)).close()
 
 
-def refuse_kept(path: Path) -> None:
-    """Raises RequestError for a file that is read-only: it was marked to be kept."""
-    if path.exists() and not path.stat().st_mode & 0o222:
-        raise RequestError(f"cannot save to {path}: the file there is read-only")
+def refuse_what_is_kept(path: Path) -> None:
+    """Raises RequestError for a path where something lies that a snapshot does not replace."""
+    try:
+        why = refusal(path)
+    except OSError as error:
+        raise BackendError(f"cannot save to {path}: {error.strerror}") from None
+    if why is not None:
+        raise RequestError(f"cannot save to {path}: {why}")
 
 
 def _layout(ram: Ram) -> list[tuple[str, int, int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 from vmm.machine.machine import Machine, Stopped, StopReason
 
 
@@ -78,3 +80,32 @@ def test_kill_9_while_saving(boot_own, tmp_path, milliseconds):
     process.stdout.close()
     with Machine.restore(file, verify=True) as woken:
         assert woken.run(position=woken.position + 1_000_000) == Stopped(StopReason.POSITION)
+
+
+@pytest.mark.parametrize("what", ["fifo", "socket", "link", "folder", "device"])
+def test_what_is_no_file_is_not_replaced(boot_own, tmp_path, what):
+    path = tmp_path / "there"
+    match what:
+        case "fifo":
+            os.mkfifo(path)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(str(path))
+        case "link":
+            (tmp_path / "elsewhere").write_text("mine")
+            path.symlink_to(tmp_path / "elsewhere")
+        case "folder":
+            path.mkdir()
+        case _:
+            try:
+                os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+            except PermissionError:
+                return  # only root makes one, and only root could lose one
+    before = path.lstat()
+    with boot_own() as machine:
+        for save in (machine.save, machine.checkpoint, machine.can_save):
+            with pytest.raises(RequestError, match="what lies there is no regular file"):
+                save(path)
+    after = path.lstat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert not list(tmp_path.glob("*.tmp"))
