@@ -204,7 +204,8 @@ class Machine:
         """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), a line
         the console goes on to show has the regular expression `until` (in what was written after the first `since`
         bytes, by default from now on), guest time is `until_ns`, or a posted command says so. Raises SnapshotError
-        when the RAM the machine was woken with turns out to be damaged."""
+        when the RAM the machine was woken with turns out to be damaged, GuestError when guest time has come to its end,
+        RequestError for a position on KVM, re.error for what is no expression."""
         self._must_be_open()
         self.loop.aim(position, until, until_ns, since)
         return self.loop.go_on()
