@@ -30,8 +30,8 @@ _TIME, _SKIPPED_NS, _EXCEPTIONS = Word.TIME.value, Word.SKIPPED_NS.value, Word.E
 _GP = 13
 
 # What an access of a device costs the guest: about that of eight bits on an ISA bus, six clocks of 8.33 MHz and what
-# the bridge adds (IEEE P996). Without it a guest that times a chip by polling it (the PIT, to calibrate the TSC) polls a
-# hundred thousand times.
+# the bridge adds (IEEE P996). Without it a guest that times a chip by polling it (the PIT, to calibrate the TSC) polls
+# a hundred thousand times.
 _ACCESS_NS = 1000
 _ACCESS_TIME = _ACCESS_NS * BYTES_PER_NS
 
