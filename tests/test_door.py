@@ -17,10 +17,6 @@ from tests.conftest import ROOT
 # The recipes change the inside, and import from it.
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "recipes.md"]
 PAGES += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "recipes.md"),
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-]
 
 
 def typed_names(module: str) -> dict[str, str]:
