@@ -125,6 +125,30 @@ def assemble(source: str, base: int = 0x100000) -> tuple[bytes, dict[str, int]]:
         return (path / "p.bin").read_bytes(), labels
 
 
+def echo_program(port: int) -> str:
+    """Sends back each character of the serial port at `port`, one on, until a full stop comes. It polls: no interrupt
+    and no timer."""
+    return f"""
+        mov     ${port + 3:#x}, %edx            # 8 bits, RTS
+        mov     $3, %al
+        out     %al, (%dx)
+        mov     ${port + 4:#x}, %edx
+        mov     $3, %al
+        out     %al, (%dx)
+1:      mov     ${port + 5:#x}, %edx
+        in      (%dx), %al
+        test    $1, %al
+        jz      1b
+        mov     ${port:#x}, %edx
+        in      (%dx), %al
+        cmp     $'.', %al
+        je      done
+        inc     %al
+        out     %al, (%dx)
+        jmp     1b
+"""
+
+
 class Program:
     """A program on a machine."""
 

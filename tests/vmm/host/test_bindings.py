@@ -13,7 +13,7 @@ import pytest
 
 from snapshot.chain import Chain
 from tests.vmm.conftest import eventually
-from tests.vmm.cpu.program import Program
+from tests.vmm.cpu.program import Program, echo_program
 from vmm.board.config import MachineConfig
 from vmm.errors import BackendError, RequestError
 from vmm.guest.image import Image
@@ -23,31 +23,13 @@ from vmm.machine.machine import Machine
 
 pytestmark = pytest.mark.no_roundtrip("far ends are looked at between")
 
-ECHO = """
-        mov     $0x2fb, %edx                    # COM2: 8 bits, RTS
-        mov     $3, %al
-        out     %al, (%dx)
-        mov     $0x2fc, %edx
-        mov     $3, %al
-        out     %al, (%dx)
-1:      mov     $0x2fd, %edx
-        in      (%dx), %al
-        test    $1, %al
-        jz      1b
-        mov     $0x2f8, %edx
-        in      (%dx), %al
-        cmp     $'.', %al
-        je      done
-        inc     %al
-        out     %al, (%dx)
-        jmp     1b
-"""
+COM2 = 0x2F8
 
 
 @pytest.fixture
 def echo():
     """A function that boots a guest which sends back each character of COM2, one on, until a full stop comes."""
-    code = Program(ECHO).machine.image
+    code = Program(echo_program(COM2)).machine.image
 
     def boot(**bind: str) -> Machine:
         assert code is not None

@@ -9,43 +9,12 @@ import pytest
 
 from snapshot.errors import SnapshotError
 from tests.conftest import BACKENDS
-from tests.vmm.cpu.program import Program
+from tests.vmm.cpu.program import Program, echo_program
 from vmm.errors import BackendError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 from vmm.testing.expect import Expect
 from vmm.testing.roundtrip import round_trips
-
-ECHO = """
-        mov     $0x3fb, %edx                    # COM1: 8 bits, RTS
-        mov     $3, %al
-        out     %al, (%dx)
-        mov     $0x3fc, %edx
-        mov     $3, %al
-        out     %al, (%dx)
-        mov     $ready, %esi
-        mov     $0x3f8, %edx
-1:      lodsb
-        test    %al, %al
-        jz      2f
-        out     %al, (%dx)
-        jmp     1b
-2:      mov     $0x3fd, %edx
-        in      (%dx), %al
-        test    $1, %al
-        jz      2b
-        mov     $0x3f8, %edx
-        in      (%dx), %al
-        mov     %al, %bl
-        mov     $'[', %al
-        out     %al, (%dx)
-        mov     %bl, %al
-        out     %al, (%dx)
-        mov     $']', %al
-        out     %al, (%dx)
-        jmp     2b
-ready:  .asciz  "ready "
-"""
 
 pytestmark = pytest.mark.no_roundtrip("it makes its own")
 
@@ -90,25 +59,27 @@ def test_an_interrupt_that_is_up_is_up_at_the_new_cpu(boot_own, tmp_path):
 
 def test_what_is_typed_and_what_is_awaited_goes_on(boot_own, tmp_path):
     with boot_own() as machine:
-        answers(machine, "own guest", tmp_path / "here")
+        Expect(machine).expect("own guest")
+        answers(machine, r"\[y\]", tmp_path / "here")
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_port_that_is_polled_goes_on(backend, tmp_path):
     """Without a timer: where one KVM runs in another that is emulated, a tick may take longer than the next one waits,
     and no other interrupt is taken."""
-    with Program(ECHO, backend).machine as machine:
-        answers(machine, "ready", tmp_path / "here")
+    with Program(echo_program(0x3F8), backend).machine as machine:
+        machine.run(until_ns=1_000_000)
+        answers(machine, "yz", tmp_path / "here")
 
 
-def answers(machine: Machine, ready: str, path: Path) -> None:
+def answers(machine: Machine, answer: str, path: Path) -> None:
+    """What was typed before two trips is answered after them."""
     talk = Expect(machine)
-    talk.expect(ready)
     talk.send("xy")
     for _ in range(2):
         machine.save(path)
         machine.go_on_from(path)
-    talk.expect(r"\[y\]")
+    talk.expect(answer)
 
 
 def test_trips_are_made_as_it_runs(boot_own):
