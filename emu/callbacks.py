@@ -1,4 +1,4 @@
-"""What `emu.thunks` does, in Python: for hosts that refuse executable memory or are not x86-64.
+"""What `emu.native` does, in Python: for hosts that refuse executable memory or are not x86-64.
 
 Same results, slower. One thing cannot be done from Python: the engine's exception delivery may itself fault, and then
 leaves by longjmp, which must not cross a Python frame. So it is settled first what can be delivered (emu.delivery).
@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from emu.delivery import settle
-from emu.engine import EXIT_SHUTDOWN, Engine
+from emu.engine import EXIT_SHUTDOWN, MOST_DELIVERIES, Engine
 from vmm.clock import Word
 
 _TIME, _LIMIT, _REFUSED = Word.TIME.value, Word.LIMIT.value, Word.REFUSED.value
-_EXCEPTIONS = Word.EXCEPTIONS.value
+_STEPPING = Word.STEPPING.value
+_EXCEPTIONS, _DELIVERED_AT, _DELIVERIES = Word.EXCEPTIONS.value, Word.DELIVERED_AT.value, Word.DELIVERIES.value
 
 
 class Callbacks:
@@ -34,8 +35,10 @@ class Callbacks:
         if after > words[_LIMIT]:
             words[_REFUSED] = size
             self._engine.uc.emu_stop()
-        else:
-            words[_TIME] = after
+            return
+        words[_TIME] = after
+        if after == words[_LIMIT] and words[_STEPPING]:
+            self._engine.cflags_next_tb.value = 1
 
     def interrupt(self, _uc: Any, number: int, _data: Any) -> None:
         if number < 0x100 or self._other(None, number, None):
@@ -60,8 +63,14 @@ class Callbacks:
         return handled
 
     def _deliver(self) -> None:
-        if settle(self._engine):
-            self._words[_EXCEPTIONS] += 1
+        words = self._words
+        if words[_DELIVERED_AT] != words[_TIME]:
+            words[_DELIVERED_AT], words[_DELIVERIES] = words[_TIME], 0
+        words[_DELIVERIES] += 1
+        if words[_DELIVERIES] > MOST_DELIVERIES:
+            self._engine.uc.emu_stop()
+        elif settle(self._engine):
+            words[_EXCEPTIONS] += 1
             self._engine.do_interrupt()
         else:
             self._other(None, EXIT_SHUTDOWN, None)

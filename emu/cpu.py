@@ -35,8 +35,9 @@ import unicorn
 from unicorn import x86_const as x86
 
 from emu import delivery, layout, msr, state
-from emu.engine import INTERRUPT_VIRQ
+from emu.engine import HF2_NMI, INTERRUPT_NMI, INTERRUPT_VIRQ, MOST_DELIVERIES
 from emu.hooks import Hooks
+from emu.native import replaced
 from vmm.clock import BYTES_PER_NS, GuestClock, Word
 from vmm.cpu import model as cpu_model
 from vmm.cpu.protocol import (
@@ -57,6 +58,7 @@ from vmm.ram import Ram
 
 _TIME, _LIMIT, _REFUSED = Word.TIME.value, Word.LIMIT.value, Word.REFUSED.value
 _EXCEPTIONS, _TSC_OFFSET, _TSC_SCALE = Word.EXCEPTIONS.value, Word.TSC_OFFSET.value, Word.TSC_SCALE.value
+_DELIVERIES, _STEPPING = Word.DELIVERIES.value, Word.STEPPING.value
 _FOREVER = (1 << 64) - 1
 _IF = 1 << 9
 
@@ -67,7 +69,7 @@ PORTABLE = "ANYHYVE_PORTABLE"  # set in the environment: use Python callbacks th
 class _Mark:
     context: Any
     saved: CpuState
-    dr: tuple[int, ...]
+    armed: bool
     tsc_offset: int
 
 
@@ -75,6 +77,8 @@ class EmuCpu(Cpu):
     """One emulated CPU over shared RAM."""
 
     def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> None:
+        if native_refusal() is None:
+            replaced.replace()
         self._engine = engine = layout.checked_engine()
         self._clock = clock
         self._words = clock.words
@@ -85,6 +89,7 @@ class EmuCpu(Cpu):
         self._pin = False
         self._halted = False
         self._event: EventState | None = None
+        self._accepted: int | None = None  # vector of an interrupt that has had its INTA and is about to be delivered
         self._kicked = False
         self._stop_at: int | None = None
         msrs = msr.Msrs(engine, self._tsc, self._set_tsc)
@@ -95,17 +100,15 @@ class EmuCpu(Cpu):
         for base, size in ram.holes(1 << cpu_model.PHYS_BITS):
             engine.map_hole(base, size, hooks.mmio_read, hooks.mmio_write)
         engine.show_windows(ram.shown())
-        engine.intercept(hooks.acknowledge, msr.NATIVE)
+        engine.intercept(hooks.acknowledge, msr.BASES)
         hooks.install(native=native_refusal() is None)
 
     # --- the protocol
 
     def run(self, limit: int) -> Exit:
         words, clock = self._words, self._clock
-        if self._event is not None:
-            event, self._event = self._event, None
-            if not delivery.deliver(self._engine, event):
-                return Shutdown()
+        if self._event is not None and (ended := self._deliver()) is not None:
+            return ended
         if clock.prepaid and (stopped := self._finish_block()) is not None:
             return stopped
         while True:
@@ -172,21 +175,20 @@ class EmuCpu(Cpu):
         state.load(self._engine, saved)
 
     def mark(self) -> object:
-        return _Mark(self._engine.context(), self.save(), tuple(self._engine.dr), self._words[_TSC_OFFSET])
+        return _Mark(self._engine.context(), self.save(), self._engine.breakpoints_armed, self._words[_TSC_OFFSET])
 
     def reset(self, mark: object) -> None:
         assert isinstance(mark, _Mark)
-        if tuple(self._engine.dr) != mark.dr:
+        if mark.armed or self._engine.breakpoints_armed:
             self.load(mark.saved)
             return
         self._engine.restore_context(mark.context)
-        self._engine.old_exception.value = -1
         self._words[_TSC_OFFSET] = mark.tsc_offset
         self._event, self._halted = mark.saved.event, mark.saved.halted
 
     @staticmethod
     def refusal(state: CpuState) -> str | None:
-        return None
+        return None  # what this CPU cannot hold, none can
 
     @staticmethod
     def tsc_khz(wanted: int | None = None) -> int:
@@ -211,7 +213,7 @@ class EmuCpu(Cpu):
         block that was not entered, 0 when there is none. `inside` a block nobody is heard: neither kicks nor the INTR
         pin."""
         words, engine, hooks = self._words, self._engine, self._hooks
-        if self._pin and not inside:
+        if self._accepted is not None or (self._pin and not inside):
             engine.interrupt_request.value |= INTERRUPT_VIRQ
         else:
             engine.interrupt_request.value &= ~INTERRUPT_VIRQ
@@ -223,12 +225,24 @@ class EmuCpu(Cpu):
         crash = None
         try:
             engine.start(engine.eip.value)
+            while hooks.ended is None:
+                if engine.watchpoint_hit.value and words[_REFUSED]:
+                    # A data breakpoint: the engine left the instruction and runs it again, alone and charged again, to
+                    # trap behind it. That it is half way is no state, so it is let through.
+                    words[_LIMIT], words[_REFUSED] = words[_TIME] + words[_REFUSED], 0
+                    engine.one_instruction(True)
+                elif not engine.accepted:
+                    break
+                engine.start(engine.eip.value)
         except unicorn.UcError as error:
             crash = Crashed(engine.eip.value, f"{error} at {engine.eip.value:#x}")
         if hooks.ended is not None:
             return hooks.end()
         if crash is not None:
             return crash
+        if words[_DELIVERIES] > MOST_DELIVERIES:
+            words[_DELIVERIES] = 0
+            return Crashed(engine.eip.value, "an exception's handler cannot be fetched, which raises another")
         if engine.halted.value:
             self._halted = True
             hooks.counts["halt"] += 1
@@ -236,37 +250,81 @@ class EmuCpu(Cpu):
 
     def _finish_block(self) -> Exit | None:
         """Run what is prepaid, one instruction at a time; None at the block's end. Time stands at the block's end."""
-        words, clock, engine, counts = self._words, self._clock, self._engine, self._hooks.counts
+        self._words[_STEPPING] = 1
+        try:
+            return self._step()
+        finally:
+            self._words[_STEPPING] = 0
+            self._engine.one_instruction(False)
+
+    def _step(self) -> Exit | None:
+        words, clock, engine = self._words, self._clock, self._engine
         while clock.prepaid:
             # Where the block has moved memory, what it sees is decided at its end: it is not cut before that.
             if self._stop_at is not None and clock.position >= self._stop_at and self._ram_shown == self._ram.changes:
                 return Reached()
             # The first entry is refused and tells the instruction's size; the second runs it.
-            end = words[_TIME]
-            engine.cflags_next_tb.value = 1
+            end, left = words[_TIME], self._blocks_left()
+            engine.one_instruction(True)
             if (ended := self._enter(end, inside=True)) is not None:
                 return ended
             size = words[_REFUSED]
-            left = words[_EXCEPTIONS] + counts["msr"]
-            engine.cflags_next_tb.value = 1
-            words[_TIME] = end - size
-            if (ended := self._enter(end, inside=True)) is not None:
-                return ended
-            if words[_TIME] < end:
-                words[_TIME] = end
-                continue  # another thread's kick came in between and lowered the limit
-            # A fault leaves the block, and so does an intercepted RDMSR or WRMSR; what is left of it stays charged, as
-            # when the block ran whole.
-            leaves = words[_EXCEPTIONS] + counts["msr"] != left
+            if size and self._blocks_left() == left:
+                engine.one_instruction(True)
+                words[_TIME] = end - size
+                if (ended := self._enter(end, inside=True)) is not None:
+                    return ended
+                if words[_TIME] < end:
+                    words[_TIME] = end
+                    continue  # another thread's kick came in between and lowered the limit
+            # What leaves the block leaves the rest of it charged, as when the block ran whole.
+            leaves = not size or self._halted or self._blocks_left() != left
             clock.prepaid = 0 if leaves else max(0, clock.prepaid - size)
         return None
+
+    def _blocks_left(self) -> int:
+        """How many blocks were left before their end: by a fault, or for an instruction that is done here."""
+        counts = self._hooks.counts
+        return int(self._words[_EXCEPTIONS]) + counts["msr"] + counts["system"]
 
     def _show_windows(self) -> None:
         self._ram_shown = self._ram.changes
         self._engine.show_windows(self._ram.shown())
 
+    def _deliver(self) -> Shutdown | Crashed | None:
+        """Deliver the event that another CPU had accepted, or what a fault in its delivery leads to. The engine does
+        it, at the head of a run that goes no further."""
+        event, self._event = self._event, None
+        assert event is not None
+        engine = self._engine
+        if event.kind == "software":
+            return None  # RIP is still at the INT n: it runs again
+        engine.set_exception(event.vector, event.error_code or 0)
+        if event.kind == "exception" or (fault := delivery.fault_of(engine, event.vector)) is not None:
+            if event.kind != "exception":
+                assert fault is not None
+                engine.raise_exception(*fault)
+            if not delivery.settle(engine):
+                return Shutdown()
+            engine.accept(engine.exception_index.value, engine.error_code.value)
+        elif event.kind == "nmi":
+            engine.hflags2.value &= ~HF2_NMI
+            engine.interrupt_request.value |= INTERRUPT_NMI
+        else:
+            self._accepted = event.vector
+        ended = self._enter(0, inside=True)
+        if self._accepted is not None:
+            self._accepted = None
+            return ended or Crashed(engine.eip.value, "an interrupt was accepted that cannot be: IF is 0")
+        return ended
+
     def _acknowledge(self) -> int:
         """The interrupt is taken: INTA."""
+        # The engine does this behind the delivery, which may fault: there would be a second INTA.
+        self._engine.interrupt_request.value &= ~INTERRUPT_VIRQ
+        if self._accepted is not None:
+            vector, self._accepted = self._accepted, None
+            return vector
         self._hooks.counts["interrupt"] += 1
         self._pin = False
         vector = self._intr.acknowledge()

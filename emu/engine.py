@@ -12,7 +12,6 @@ a hidden page from which the engine fetches an interrupt's vector (so that INTA 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import platform
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import unicorn
 from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
 
+from emu.native.code import Code
 from vmm.errors import BackendError
 from vmm.ram import HOLE_START, Shown
 
@@ -33,10 +33,16 @@ _UC_NO_EXIT_REQUEST = 0x7F2
 _CPU_CFLAGS_NEXT_TB = 0x18
 _CPU_INTERRUPT_REQUEST = 0x1C
 _CPU_ENV = 0x128
+_CPU_CLUSTER_INDEX = 0x8194
 _CPU_HALTED = 0x8198
+_CPU_WATCHPOINT_HIT = 0x8168
 _CPU_EXCEPTION_INDEX = 0x81A0
+_CPU_CLASS = 0x81B0  # a pointer to its methods
+_CLASS_DEBUG_EXCEPTION, _CLASS_EXEC_ENTER = 0x78, 0x80
+_WATCHPOINT_FLAGS, _WATCHPOINT_HIT = 0x1C, 0xC0  # of a CPUWatchpoint
 _CPU_TO_ENV = 0x8A50
 _UC_MEMORY_MAPPING = 0x120  # a function pointer: guest-physical address to memory region
+_UC_PAGES = {"l1_map": 0x2E0, "v_l1_size": 0x2F0, "v_l1_shift": 0x2F4, "v_l2_levels": 0x2F8}  # pages with code
 
 # The slow store of this build, up to its call of uc->memory_mapping: found by its bytes, never assumed.
 _SLOW_STORE = bytes.fromhex(
@@ -58,7 +64,9 @@ _ENV = {
     "cr": 0x1A8,
     "a20_mask": 0x1F0,
     "efer": 0x250,
+    "mxcsr": 0x330,
     "star": 0x12D8,
+    "pass": 0x12E0,  # VM_HSAVE_PA, which nothing else uses here: nonzero lets an instruction pass that was looked at
     "lstar": 0x12E8,
     "cstar": 0x12F0,
     "fmask": 0x12F8,
@@ -68,28 +76,48 @@ _ENV = {
     "error_code": 0x1508,
     "exception_is_int": 0x150C,
     "dr": 0x1518,
+    "breakpoints": 0x1558,
     "old_exception": 0x1578,
     "vm_vmcb": 0x1580,
     "intercept": 0x1590,
+    "intercept_cr_write": 0x159A,
+    "intercept_dr_read": 0x159C,
+    "intercept_dr_write": 0x159E,
     "features": 0x1600,
     "uc": 0x1B58,
 }
 
 INTERRUPT_VIRQ = 0x100
+INTERRUPT_NMI = 0x200
 HF_INHIBIT_IRQ = 1 << 3
-RF = 1 << 16  # RFLAGS
+# The flags that the engine takes from RFLAGS itself whenever it looks for code: here too, nothing would clear them.
+_HF_OF_RFLAGS = 1 << 8 | 3 << 12 | 1 << 17  # TF, IOPL, VM
+_TF, RF = 1 << 8, 1 << 16  # RFLAGS
+_DR6_BS = 1 << 14
+HF_LMA = 1 << 14
 HF_GUEST = 1 << 21
 HF2_GIF = 1 << 0
 HF2_NMI = 1 << 2
-_INTERCEPT_MSR = 1 << (0x7C - 0x60)
+# What is intercepted, by the SVM's exit codes (AMD APM vol. 2, appendix C), which reach HOOK_INTR with 0x100 added.
+EXIT_READ_DR, EXIT_WRITE_CR, EXIT_WRITE_DR = 0x120, 0x110, 0x130  # and the register's number
+EXIT_IDTR, EXIT_GDTR, EXIT_LDTR, EXIT_TR = 0x16A, 0x16B, 0x16C, 0x16D  # writes
+CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))  # exceptions: SDM vol. 3, table 6-4
+MOST_DELIVERIES = 1000  # of exceptions, with no code run in between
+_CFLAGS_NONE = 0xFFFFFFFF
+_EXECUTE, _IO = 0, 2  # what a breakpoint waits for, in DR7
+_MASK64 = (1 << 64) - 1
+_DR7_NONE = 0x400  # no breakpoint: the one bit that is always set
 EXIT_MSR = 0x17C
 EXIT_SHUTDOWN = 0x17F
+EXIT_IRETD = 0x300  # our own: a 32-bit IRET in long mode
+_INTERCEPT = sum(1 << (code - 0x160) for code in (EXIT_MSR, EXIT_IDTR, EXIT_GDTR, EXIT_LDTR, EXIT_TR))
+_INTERCEPT_CR_WRITE, _INTERCEPT_DR = 0x119, 0xFF  # CR0, CR3, CR4, CR8; all
 
 # The engine's leftover SVM code reads a VMCB by physical address: MSR permission map at +0x48, interrupt vector at
 # +0x64, event injection at +0xa8. Placed across a page end, the first two are MMIO (a callback is the INTA cycle) and
 # the last, touched by every exception, is plain memory. It lies above the guest's 40 physical bits, out of reach.
 _HIDDEN = 1 << 41
-_VMCB = _HIDDEN + 0x1000 - 0x70
+VMCB = _HIDDEN + 0x1000 - 0x70
 _MSRPM = _HIDDEN + 0x10000
 _VMCB_MSRPM = 0x48
 _VMCB_VECTOR = 0x64
@@ -102,6 +130,7 @@ HOOK_INSN = uc_const.UC_HOOK_INSN
 HOOK_BLOCK = uc_const.UC_HOOK_BLOCK
 HOOK_INSN_INVALID = uc_const.UC_HOOK_INSN_INVALID
 
+_OF_CPU = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _MMIO_READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_void_p)
 _MMIO_WRITE = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p
@@ -111,7 +140,8 @@ Read = Callable[[int, int], int]
 Write = Callable[[int, int, int], None]
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The engine's shared library: each of its functions is an exported symbol."""
     from unicorn.unicorn_py3 import unicorn as binding
 
     return ctypes.CDLL(binding.uclib._name)
@@ -125,7 +155,7 @@ class Engine:
             raise BackendError(f"emu needs unicorn {VERSION}, this is {unicorn.__version__}")
         if sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8:
             raise BackendError(f"emu needs a 64-bit little-endian host, this is {platform.machine()}")
-        self._lib = _library()
+        self._lib = library()
         self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_EPYC)
         self._keep: list[Any] = []  # what the engine points at must outlive it
@@ -146,7 +176,20 @@ class Engine:
         self.halted = ctypes.c_uint32.from_address(self.cpu + _CPU_HALTED)
         self.interrupt_request = ctypes.c_uint32.from_address(self.cpu + _CPU_INTERRUPT_REQUEST)
         self.cflags_next_tb = ctypes.c_uint32.from_address(self.cpu + _CPU_CFLAGS_NEXT_TB)
+        self.watchpoint_hit = ctypes.c_uint64.from_address(self.cpu + _CPU_WATCHPOINT_HIT)
         self.exception_index = ctypes.c_int32.from_address(self.cpu + _CPU_EXCEPTION_INDEX)
+        self._cluster_index = ctypes.c_uint32.from_address(self.cpu + _CPU_CLUSTER_INDEX)
+        self._translated_for: dict[frozenset[int], int] = {frozenset(): 0}
+        self._accepted: int | None = None  # an exception that the next start() begins with
+        methods = self._pointer(self.cpu + _CPU_CLASS)
+        self._exec_enter = ctypes.c_uint64.from_address(methods + _CLASS_EXEC_ENTER)
+        debug_exception = ctypes.c_uint64.from_address(methods + _CLASS_DEBUG_EXCEPTION)
+        self._exec_enter_of_engine = self.symbol("x86_cpu_exec_enter_x86_64")
+        known = self._exec_enter_of_engine, self.symbol("breakpoint_handler_x86_64")
+        if (self._exec_enter.value, debug_exception.value) != known:
+            raise BackendError("unicorn's CPU class is not laid out as 2.1.4's")
+        self._enter_with_exception = self._callback(self._begin)
+        debug_exception.value = self._callback(self._on_breakpoint)
         self.regs = (ctypes.c_uint64 * 16).from_address(self.address("regs"))  # RAX RCX RDX RBX RSP RBP RSI RDI R8..
         self.eip = self.u64("eip")
         self.eflags = self.u64("eflags")
@@ -161,6 +204,8 @@ class Engine:
         self._intercept = self.u64("intercept")
         # Stops happen only at block entries: a stop inside a block re-executes a load or store.
         ctypes.c_uint8.from_address(self._handle + _UC_NO_EXIT_REQUEST).value = 1
+        # No address ends a run. Otherwise the one that start() must name would, and 0 is an address like another.
+        self.uc.ctl_exits_enabled(True)
 
     # --- views
 
@@ -170,6 +215,9 @@ class Engine:
 
     def address(self, field: str) -> int:
         return self.env + _ENV[field]
+
+    def u16(self, field: str) -> ctypes.c_uint16:
+        return ctypes.c_uint16.from_address(self.address(field))
 
     def u32(self, field: str, offset: int = 0) -> ctypes.c_uint32:
         return ctypes.c_uint32.from_address(self.address(field) + offset)
@@ -185,8 +233,40 @@ class Engine:
         return Segment.from_address(self.address("segs") + 24 * ("es", "cs", "ss", "ds", "fs", "gs").index(name))
 
     def update_hflags(self) -> None:
-        """Derive the engine's hidden flags from segments, control registers and RFLAGS."""
+        """Derive the engine's hidden flags from segments and control registers."""
         self._call("x86_update_hflags_x86_64", self.env)
+        self.hflags.value &= ~_HF_OF_RFLAGS
+
+    def set_debug_registers(self, addresses: tuple[int, int, int, int], dr7: int) -> None:
+        """Arm the breakpoints of DR0 to DR3 as DR7 says, and those alone. The engine keeps a list of what is armed,
+        beside the registers: writing the registers changes nothing in it."""
+        update = self._lib.cpu_x86_update_dr7_x86_64
+        env = ctypes.c_void_p(self.env)
+        update(env, ctypes.c_uint32(_DR7_NONE))
+        for i, address in enumerate(addresses):
+            self.dr[i] = address
+        update(env, ctypes.c_uint32(dr7))
+        # The engine looks for those of code when it translates. What it had translated before is kept apart, by a
+        # number that is a part of each block's key: one for every set of breakpoints.
+        armed = frozenset(addresses[i] for i in range(4) if dr7 >> 2 * i & 3 and dr7 >> 16 + 4 * i & 3 == _EXECUTE)
+        if armed not in self._translated_for and len(self._translated_for) > 0xFF:
+            self.uc.ctl_flush_tb()
+            self._translated_for = {frozenset(): 0}
+        self._cluster_index.value = self._translated_for.setdefault(armed, len(self._translated_for))
+
+    @property
+    def breakpoints_armed(self) -> bool:
+        return bool(self.dr[7] & 0xFF)
+
+    def set_cr0(self, value: int) -> None:
+        """With what follows from it: EFER.LMA, hidden flags, translations."""
+        self._lib.cpu_x86_update_cr0_x86_64(ctypes.c_void_p(self.env), ctypes.c_uint32(value))
+
+    def set_cr3(self, value: int) -> None:
+        self._lib.cpu_x86_update_cr3_x86_64(ctypes.c_void_p(self.env), ctypes.c_uint64(value))
+
+    def set_cr4(self, value: int) -> None:
+        self._lib.cpu_x86_update_cr4_x86_64(ctypes.c_void_p(self.env), ctypes.c_uint32(value))
 
     def flush_tlb(self) -> None:
         self._call("tlb_flush_x86_64", self.cpu)
@@ -330,24 +410,18 @@ class Engine:
     def _call(self, name: str, pointer: int) -> None:
         getattr(self._lib, name)(ctypes.c_void_p(pointer))
 
-    def executable(self, code: bytes) -> int:
-        """The address of `code` in executable memory. Raises OSError where the host refuses such memory."""
-        memory = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        memory.write(code)
-        self.keep(memory)
-        return ctypes.addressof(self.keep(ctypes.c_char.from_buffer(memory)))
-
-    def intercept(self, acknowledge: Callable[[], int], native_msrs: tuple[int, ...]) -> None:
-        """Take interrupt vectors from `acknowledge()` at the moment of INTA, and send every MSR access but those of
-        `native_msrs` to HOOK_INTR as EXIT_MSR."""
+    def intercept(self, acknowledge: Callable[[], int], readable_msrs: tuple[int, ...]) -> None:
+        """Take interrupt vectors from `acknowledge()` at the moment of INTA. Send to HOOK_INTR, as EXIT_*, every MSR
+        access but reads of `readable_msrs`, every access of a debug register, and every write of a control register or
+        a table's register."""
         permissions = bytearray(b"\xff" * 0x2000)
-        for number in native_msrs:
+        for number in readable_msrs:
             bit = 2 * (number if number < 0x2000 else 0x2000 + number - 0xC0000000)
-            permissions[bit // 8] &= ~(3 << bit % 8) & 0xFF
+            permissions[bit // 8] &= ~(1 << bit % 8) & 0xFF
         self.uc.mem_map(_MSRPM, 0x2000)
         self.uc.mem_write(_MSRPM, bytes(permissions))
         self.uc.mem_map(_HIDDEN + 0x1000, 0x1000)
-        offset = _VMCB - _HIDDEN
+        offset = VMCB - _HIDDEN
 
         def read(_uc: object, where: int, _size: int, _data: object) -> int:
             if where == offset + _VMCB_VECTOR:
@@ -356,20 +430,23 @@ class Engine:
             return _MSRPM >> shift & 0xFFFFFFFF if 0 <= shift < 64 else 0
 
         self.uc.mmio_map(_HIDDEN, 0x1000, read, None, lambda *_: None, None)
-        self.u64("vm_vmcb").value = _VMCB
-        self._intercept.value = _INTERCEPT_MSR
+        self.u64("vm_vmcb").value = VMCB
+        self._intercept.value = _INTERCEPT
+        self.u16("intercept_cr_write").value = _INTERCEPT_CR_WRITE
+        self.u16("intercept_dr_read").value = self.u16("intercept_dr_write").value = _INTERCEPT_DR
         self.hflags.value |= HF_GUEST
         self.hflags2.value |= HF2_GIF
 
-    def filter_stores(self, thunk: Callable[[int, int], bytes]) -> bool:
-        """Put `thunk(site, original)` before the memory look-up of slow stores. False where this build's slow store is
-        not the one we know: then such stores stay slow, and nothing else changes."""
+    def filter_stores(self, code: Code) -> bool:
+        """Put the code's `store_filter` before the memory look-up of slow stores. False where this build's slow store
+        is not the one we know: then such stores stay slow, and nothing else changes."""
         start = self.symbol("tlb_set_dirty_x86_64")
         found = ctypes.string_at(start, 0x1000).find(_SLOW_STORE)
         if found < 0:
             return False
         pointer = ctypes.c_uint64.from_address(self._handle + _UC_MEMORY_MAPPING)
-        pointer.value = self.executable(thunk(start + found + len(_SLOW_STORE), pointer.value))
+        code.set(store_site=start + found + len(_SLOW_STORE), memory_mapping=pointer.value)
+        pointer.value = code["store_filter"]
         return True
 
     def context(self) -> Any:
@@ -377,16 +454,30 @@ class Engine:
         return self.uc.context_save()
 
     def restore_context(self, context: Any) -> None:
-        """Breakpoints must be armed as they were then: an armed one is a host pointer beside the register."""
+        """No breakpoint may be armed, now or then: an armed one is a host pointer beside the register."""
         self.uc.context_restore(context)
+        self.settle_down()
         self.flush_tlb()
 
     def raise_exception(self, vector: int, error_code: int) -> None:
-        """Set up a fault for the INTR hook to deliver."""
+        """Set up a fault for the INTR hook to deliver, in place of what it was called for."""
+        self.set_exception(vector, error_code)
+        self.eflags.value |= RF
+
+    def set_exception(self, vector: int, error_code: int) -> None:
         self.exception_index.value = vector
         self.error_code.value = error_code
-        self.eflags.value |= RF
         self.u32("exception_is_int").value = 0
+
+    def retire(self) -> bool:
+        """End an instruction that was done in the engine's place. True when a single-step trap is to be delivered."""
+        self.hflags.value &= ~HF_INHIBIT_IRQ
+        self.eflags.value &= ~RF
+        if not self.eflags.value & _TF:
+            return False
+        self.dr[6] |= _DR6_BS
+        self.set_exception(1, 0)
+        return True
 
     def do_interrupt(self) -> None:
         """Deliver the exception that is set up. Must not fault: a fault leaves by longjmp, across Python's frames."""
@@ -395,13 +486,94 @@ class Engine:
         self._call("x86_cpu_do_interrupt_x86_64", self.cpu)
         self.u32("exception_is_int").value = 0
 
-    def do_hardware_interrupt(self, vector: int) -> None:
-        """Deliver an interrupt that was acknowledged, or an NMI: no error code. Must not fault either."""
-        self._lib.do_interrupt_x86_hardirq_x86_64(ctypes.c_void_p(self.env), ctypes.c_int(vector), ctypes.c_int(1))
+    def accept(self, vector: int, error_code: int) -> None:
+        """Let the next start() begin with this exception."""
+        self._accepted = vector
+        self.error_code.value = error_code
+        self.u32("exception_is_int").value = 0
+        if vector == 8 or vector == 14 or vector in CONTRIBUTORY:
+            self.old_exception.value = vector  # what comes of a fault in its delivery (SDM vol. 3, table 6-5)
+
+    def one_instruction(self, on: bool) -> None:
+        """Make the next block that is looked for one instruction long, or not."""
+        self.cflags_next_tb.value = 1 if on else _CFLAGS_NONE
+
+    def settle_down(self) -> None:
+        """Forget what is under way and is no part of the state: the engine stands between two instructions."""
+        self._accepted = None
+        self.exception_index.value = self.old_exception.value = -1
+        self.u32("exception_is_int").value = 0
+        self.interrupt_request.value = 0
+        self.cflags_next_tb.value = _CFLAGS_NONE
+        self.watchpoint_hit.value = 0
+
+    def set_cr8(self, value: int) -> None:
+        self.uc.reg_write(x86.UC_X86_REG_CR8, value)
+
+    def write_physical(self, address: int, data: bytes) -> None:
+        """Guest-physical memory as the CPU's own tables see it; lost where nothing is."""
+        address &= self.a20_mask.value
+        try:
+            self.uc.mem_write(address, data)
+        except unicorn.UcError:
+            return
+        self.discard_code(address, address + len(data))
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        """Guest-physical memory as the CPU's page walks see it; ones where nothing is."""
+        try:
+            return bytes(self.uc.mem_read(address & self.a20_mask.value, size))
+        except unicorn.UcError:
+            return b"\xff" * size
 
     def start(self, rip: int) -> None:
         """Run from `rip` until a hook stops it or the CPU halts. Raises unicorn.UcError."""
-        self.uc.emu_start(rip, 0)
+        if self._accepted is None:
+            self.uc.emu_start(rip, 0)
+            return
+        # Starting clears what is set up. The engine calls this then, before it looks for an exception.
+        self._exec_enter.value = self._enter_with_exception
+        try:
+            self.uc.emu_start(rip, 0)
+        finally:
+            self._exec_enter.value = self._exec_enter_of_engine
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the next start() begins with an exception."""
+        return self._accepted is not None
+
+    def _callback(self, function: Callable[[int], None]) -> int:
+        return ctypes.cast(self.keep(_OF_CPU(function)), ctypes.c_void_p).value or 0
+
+    def _on_breakpoint(self, _cpu: int) -> None:
+        """In the place of the engine's own handler, which takes EIP for a linear address: set DR6 (SDM vol. 3, 17.2.3)
+        and stop; the next start() delivers #DB."""
+        watched, self.watchpoint_hit.value = self.watchpoint_hit.value, 0
+        code, dr7 = self.segment("cs"), self.dr[7]
+        linear = code.base + self.eip.value & (_MASK64 if code.flags >> 21 & 1 else 0xFFFFFFFF)
+        found = enabled = 0
+        for i in range(4):
+            kind = dr7 >> 16 + 4 * i & 3
+            if kind == _EXECUTE:
+                met = not watched and self.dr[i] == linear
+            else:
+                watchpoint = self.u64("breakpoints", 8 * i).value if kind != _IO else 0
+                flags = ctypes.c_uint32.from_address(watchpoint + _WATCHPOINT_FLAGS).value if watchpoint else 0
+                met = bool(watched and flags & _WATCHPOINT_HIT)
+            found |= met << i
+            enabled |= met and dr7 >> 2 * i & 3
+        self.dr[6] = self.dr[6] & ~0xF | found
+        if enabled:
+            self.accept(1, 0)
+        else:
+            self.eflags.value |= RF  # there is nothing at this instruction
+        self.uc.emu_stop()
+
+    def _begin(self, _cpu: int) -> None:
+        self._call("x86_cpu_exec_enter_x86_64", self.cpu)
+        assert self._accepted is not None
+        self.exception_index.value, self._accepted = self._accepted, None
 
     def close(self) -> None:
         """Free the engine. No view may be used afterwards."""

@@ -1,7 +1,7 @@
 """What the engine calls while it runs: ports and memory-mapped I/O, interrupts, exceptions, MSRs, CPUID, system calls.
 
 No exception may cross the engine's frames: each hook runs guarded, and what it raises is kept, the engine stopped, and
-raised again from `run()`. Where machine code can do a hook's work it does (emu.thunks, emu.callbacks).
+raised again from `run()`. Where machine code can do a hook's work it does (emu.native, emu.callbacks).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 from unicorn import x86_const as x86
 
-from emu import callbacks, delivery, msr, system_calls, thunks
+from emu import callbacks, delivery, msr, system, system_calls
 from emu.engine import (
+    EXIT_IRETD,
     EXIT_MSR,
     EXIT_SHUTDOWN,
     HOOK_BLOCK,
@@ -22,18 +23,21 @@ from emu.engine import (
     HOOK_INTR,
     Engine,
 )
+from emu.linear import GP, FaultError
+from emu.native.code import Code
 from vmm.clock import BYTES_PER_NS, GuestClock, Word
 from vmm.cpu import model as cpu_model
 from vmm.cpu.protocol import IoBus, Shutdown
 
-_TIME, _SKIPPED_NS, _EXCEPTIONS = Word.TIME.value, Word.SKIPPED_NS.value, Word.EXCEPTIONS.value
-_GP = 13
+_TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value
 
 # What an access of a device costs the guest: about that of eight bits on an ISA bus, six clocks of 8.33 MHz and what
 # the bridge adds (IEEE P996). Without it a guest that times a chip by polling it (the PIT, to calibrate the TSC) polls
 # a hundred thousand times.
 _ACCESS_NS = 1000
 _ACCESS_TIME = _ACCESS_NS * BYTES_PER_NS
+
+_COUNTED = ("port_in", "port_out", "mmio", "msr", "system", "interrupt", "syscall", "halt", "stop")
 
 _IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
 _OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p)
@@ -54,7 +58,9 @@ class Hooks:
         self._engine, self._clock, self._words, self._bus, self._msrs = engine, clock, clock.words, bus, msrs
         self._tsc = tsc
         self.ended: Shutdown | BaseException | None = None
-        self.counts = dict.fromkeys(("port_in", "port_out", "mmio", "msr", "interrupt", "syscall", "halt", "stop"), 0)
+        self.counts = dict.fromkeys(
+            ("port_in", "port_out", "mmio", "msr", "system", "interrupt", "syscall", "halt", "stop"), 0
+        )
         self.mmio_read: Callable[[int, int], int] = self._guarded(self._mmio_read)
         self.mmio_write: Callable[[int, int, int], None] = self._guarded(self._mmio_write)
         self.acknowledge: Callable[[], int] = self._guarded(acknowledge)
@@ -84,18 +90,21 @@ class Hooks:
 
     def _install_native(self) -> None:
         engine, words = self._engine, ctypes.addressof(self._clock.memory)
-        code, exceptions = engine.executable, words + 8 * _EXCEPTIONS
-        do_interrupt = engine.symbol("x86_cpu_do_interrupt_x86_64")
-        is_int, eflags = engine.address("exception_is_int"), engine.address("eflags")
-        other = self._address(_OTHER, self._guarded(self._on_intercept))
-        places = engine.address("regs"), engine.address("cr") + 32, engine.address("hflags")
-        rdtscp = thunks.rdtsc(*places, tsc_aux=engine.address("tsc_aux"))
-        engine.hook(HOOK_INTR, code(thunks.interrupt(exceptions, do_interrupt, is_int, eflags, other)), engine.cpu)
-        engine.hook(HOOK_INSN_INVALID, code(thunks.invalid_opcode(exceptions, do_interrupt, eflags)), engine.cpu)
-        engine.hook(HOOK_BLOCK, code(thunks.block(engine.symbol("uc_emu_stop"))), words)
-        engine.hook(HOOK_INSN, code(thunks.rdtsc(*places)), words, x86.UC_X86_INS_RDTSC)
-        engine.hook(HOOK_INSN, code(rdtscp), words, x86.UC_X86_INS_RDTSCP)
-        engine.filter_stores(thunks.store_filter)
+        code = engine.keep(
+            Code(
+                env=engine.env,
+                words=words,
+                emu_stop=engine.symbol("uc_emu_stop"),
+                do_interrupt=engine.symbol("x86_cpu_do_interrupt_x86_64"),
+                other=self._address(_OTHER, self._guarded(self._on_intercept)),
+            )
+        )
+        engine.hook(HOOK_INTR, code["interrupt"], engine.cpu)
+        engine.hook(HOOK_INSN_INVALID, code["invalid_opcode"], engine.cpu)
+        engine.hook(HOOK_BLOCK, code["block"], words)
+        engine.hook(HOOK_INSN, code["rdtsc"], words, x86.UC_X86_INS_RDTSC)
+        engine.hook(HOOK_INSN, code["rdtscp"], words, x86.UC_X86_INS_RDTSCP)
+        engine.filter_stores(code)
 
     def _install_portable(self) -> None:
         calls = callbacks.Callbacks(self._engine, self._words, self._guarded(self._on_intercept), self._tsc)
@@ -173,32 +182,40 @@ class Hooks:
 
     def _on_intercept(self, _uc: Any, number: int, _data: Any) -> int:
         """Nonzero: the exception that is set up is to be delivered."""
-        if number == EXIT_MSR:
-            self.counts["msr"] += 1
-            return self._on_msr()
-        if number < 0x100 and delivery.settle(self._engine):
+        engine = self._engine
+        if number < 0x100 and delivery.settle(engine):
             return 1
         if number < 0x100 or number == EXIT_SHUTDOWN:
             self.ended = self.ended or Shutdown()
-            self._engine.uc.emu_stop()
+            engine.uc.emu_stop()
             return 0
-        raise AssertionError(f"the engine reports an intercept {number:#x} nobody asked for")
+        try:
+            if number == EXIT_MSR:
+                self.counts["msr"] += 1
+                self._access_msr()
+            elif number == EXIT_IRETD:
+                system.look_at_iret(engine)
+                return 0
+            else:
+                self.counts["system"] += 1
+                system.perform(engine, number)
+        except FaultError as fault:
+            engine.raise_exception(fault.vector, fault.error_code)
+            return 1
+        return int(engine.retire())
 
-    def _on_msr(self) -> int:
+    def _access_msr(self) -> None:
+        """RDMSR or WRMSR. Raises FaultError."""
         engine = self._engine
         regs, number = engine.regs, engine.regs[1] & 0xFFFFFFFF
         if engine.error_code.value:
-            done = self._msrs.write(number, (regs[2] & 0xFFFFFFFF) << 32 | regs[0] & 0xFFFFFFFF)
+            if not self._msrs.write(number, (regs[2] & 0xFFFFFFFF) << 32 | regs[0] & 0xFFFFFFFF):
+                raise FaultError(GP)
         elif (value := self._msrs.read(number)) is not None:
             regs[0], regs[2] = value & 0xFFFFFFFF, value >> 32
-            done = True
         else:
-            done = False
-        if done:
-            engine.eip.value += 2
-            return 0
-        engine.raise_exception(_GP, 0)
-        return 1
+            raise FaultError(GP)
+        engine.eip.value += 2
 
     def _on_cpuid(self, _uc: Any, _data: Any) -> int:
         regs = self._engine.regs

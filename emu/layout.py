@@ -13,7 +13,7 @@ from typing import Any
 import unicorn
 from unicorn import x86_const as x86
 
-from emu.engine import EXIT_MSR, INTERRUPT_VIRQ, Engine
+from emu.engine import EXIT_MSR, EXIT_READ_DR, EXIT_WRITE_CR, EXIT_WRITE_DR, INTERRUPT_VIRQ, Engine
 from vmm.errors import BackendError
 
 # What the fields without an API hold in a new engine of this build and CPU model.
@@ -29,6 +29,7 @@ _MSRS = {
     "kernelgsbase": 0xC0000102,
     "tsc_aux": 0xC0000103,
     "pat": 0x277,
+    "pass": 0xC0010117,
 }
 
 
@@ -92,6 +93,13 @@ def check_fields(engine: Engine) -> None:
     write("DR0", 0x777000)
     same("dr", engine.dr[0], 0x777000)
     write("DR0", 0)
+    write("MXCSR", 0x1FA0)
+    same("mxcsr", engine.u32("mxcsr").value, 0x1FA0)
+    write("MXCSR", 0x1F80)
+    engine.set_debug_registers((0x777000, 0, 0, 0), 0x401)
+    same("breakpoints", bool(engine.u64("breakpoints").value), True)
+    engine.set_debug_registers((0, 0, 0, 0), 0x400)
+    same("breakpoints", engine.u64("breakpoints").value, 0)
     same("efer", engine.u64("efer").value, uc.msr_read(0xC0000080))
     same("hflags", engine.hflags.value, _HFLAGS)
     same("hflags2", engine.hflags2.value, _HFLAGS2)
@@ -107,11 +115,15 @@ def check_fields(engine: Engine) -> None:
 
 _GDT, _IDT, _CODE, _HANDLER, _STACK = 0x1000, 0x2000, 0x4000, 0x5000, 0x7000
 _VECTOR = 0x66
+_MOST_SEEN = 20  # of exceptions: another layout may raise them for ever
 _PROGRAM = bytes.fromhex(
     "cd55"  # int 0x55
     "b8301200008ed8"  # mov eax, 0x1230; mov ds, eax: #GP(0x1230)
     "b910000000"  # mov ecx, 0x10
     "0f32"  # rdmsr
+    "0f22c0"  # mov cr0, rax
+    "0f21f8"  # mov rax, dr7
+    "0f23f8"  # mov dr7, rax
     "fb90"  # sti; nop
     "0f0b"  # ud2: never reached, the interrupt comes first
 )
@@ -119,20 +131,23 @@ _PROGRAM = bytes.fromhex(
 
 @cache
 def check_running() -> None:
-    """Watch an engine take an INT, a fault, an MSR intercept and an interrupt, and halt. Raises BackendError."""
+    """Watch an engine take an INT, a fault, intercepts and an interrupt, and halt. Raises BackendError."""
     engine = Engine()
     check_fields(engine)
     uc = engine.uc
     seen: list[tuple[int, ...]] = []
 
     def on_exception(_uc: object, number: int, _data: object) -> None:
+        if len(seen) > _MOST_SEEN:
+            engine.interrupt_request.value = 0
+            uc.emu_stop()
         is_int, error = engine.u32("exception_is_int").value, engine.error_code.value
         seen.append((number, is_int, error if number != 0x55 else 0, engine.exception_index.value & 0xFF))
         if number == 0x55:
             engine.u32("exception_is_int").value = 0
             return
-        engine.eip.value += 2
-        if number == EXIT_MSR:
+        engine.eip.value += 2 if number in (13, EXIT_MSR) else 3
+        if number == EXIT_WRITE_DR + 7:
             engine.interrupt_request.value |= INTERRUPT_VIRQ
 
     def acknowledge() -> int:
@@ -156,7 +171,8 @@ def check_running() -> None:
     except unicorn.UcError as error:
         seen.append((-1, error.errno))
     halted = engine.halted.value
-    wanted = [(0x55, 1, 0, 0x55), (13, 0, 0x1230, 13), (EXIT_MSR, 0, 0, EXIT_MSR & 0xFF), (_VECTOR,)]
+    exits = [(number, 0, 0, number & 0xFF) for number in (EXIT_MSR, EXIT_WRITE_CR, EXIT_READ_DR + 7, EXIT_WRITE_DR + 7)]
+    wanted = [(0x55, 1, 0, 0x55), (13, 0, 0x1230, 13), *exits, (_VECTOR,)]
     engine.close()
     if seen != wanted or not halted:
         raise BackendError(f"unicorn 2.1.4 does not run as it should on this host: {seen}, halted {halted}")

@@ -1,6 +1,7 @@
 """Model-specific registers of the CPU model, for RDMSR and WRMSR that the engine hands over.
 
-FS.base, GS.base and KERNEL_GS_BASE stay with the engine, for speed. Everything else comes here, and a number that
+Reads of FS.base, GS.base and KERNEL_GS_BASE stay with the engine, and where machine code can look at them (emu.native)
+most writes too. Everything else comes here, and a number that
 is not in the table is #GP(0), as on hardware (SDM vol. 2, RDMSR).
 """
 
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from emu.engine import Engine
+from vmm.cpu.validity import EFER_BITS, canonical, pat_refused
 
-NATIVE = (0xC0000100, 0xC0000101, 0xC0000102)
+BASES = (0xC0000100, 0xC0000101, 0xC0000102)  # the engine reads them, and writes what the machine code lets pass
 
-_EFER_BITS = 0xD01  # NXE LMA LME SCE
-_PAT_TYPES = {0, 1, 4, 5, 6, 7}
+_CANONICAL = (*BASES, 0xC0000082, 0xC0000083)
 
 
 class Msrs:
@@ -42,19 +43,21 @@ class Msrs:
         return None
 
     def write(self, number: int, value: int) -> bool:
-        if number in (0xC0000082, 0xC0000083) and not _canonical(value):
+        if number in _CANONICAL and not canonical(value):
             return False
         if number == 0xC0000103 and value >> 32:
             return False
-        if number == 0x277 and any(value >> 8 * i & 0xFF not in _PAT_TYPES for i in range(8)):
+        if number == 0x277 and pat_refused(value):
             return False
         if number in self._fields:
             self._fields[number].value = value & 0xFFFFFFFF if number == 0xC0000084 else value
         elif number == 0x10:
             self._set_tsc(value)
+        elif number in BASES:
+            self._engine.write_msr(number, value)
         elif number == 0xC0000080:
             old = self._engine.u64("efer").value
-            if value & ~_EFER_BITS or ((value ^ old) & 0x100 and self._engine.cr[0] >> 31 & 1):
+            if value & ~EFER_BITS or ((value ^ old) & 0x100 and self._engine.cr[0] >> 31 & 1):
                 return False
             self._engine.write_msr(number, value & ~0x400 | old & 0x400)  # LMA is read-only
         elif number in (0x174, 0x175, 0x176):
@@ -62,7 +65,3 @@ class Msrs:
         else:
             return False
         return True
-
-
-def _canonical(value: int) -> bool:
-    return value >> 47 in (0, 0x1FFFF)

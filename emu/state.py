@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from unicorn import x86_const as x86
 
 from emu.engine import HF2_NMI, HF_INHIBIT_IRQ, Engine
+from emu.linear import MASK64
 from vmm.cpu.protocol import CpuState, EventState, FpuState, SegmentState, TableState
+from vmm.cpu.validity import LMA, MXCSR_BITS, RFLAGS_BITS
 
 _GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)))
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
+_BUSY = 2 << 8  # of a TSS's type, in a segment's flags
 _ENV_MSRS = {
     "star": "star",
     "lstar": "lstar",
@@ -27,9 +28,14 @@ def save(engine: Engine, tsc: int, halted: bool, event: EventState | None) -> Cp
     """The architectural state between two instructions. Changes nothing."""
     uc = engine.uc
     values: dict[str, object] = {name: engine.regs[i] for i, name in enumerate(_GPRS)}
-    values |= {name: _segment(engine, name) for name in _SEGMENTS}
-    # LTR marks the task busy in the register's hidden part too (SDM vol. 2, LTR); this engine in memory only.
-    values["tr"] = dataclasses.replace(_segment(engine, "tr"), type=engine.segment("tr").flags >> 8 & 15 | 2)
+    segments = {name: _segment(engine, name) for name in _SEGMENTS}
+    for name, segment in segments.items():
+        _complete(segment, busy=name == "tr")
+    long_mode = bool(engine.u64("efer").value & LMA)
+    code64 = long_mode and segments["cs"].long
+    if code64:
+        segments["cs"].db = False
+    values |= segments
     values |= {name: TableState(base=s.base, limit=s.limit & 0xFFFF)
                for name in ("gdtr", "idtr") for s in (engine.segment(name),)}  # fmt: skip
     values |= {f"cr{i}": engine.cr[i] for i in (0, 2, 3, 4)}
@@ -38,8 +44,8 @@ def save(engine: Engine, tsc: int, halted: bool, event: EventState | None) -> Cp
     values |= {name: engine.read_msr(number) for name, number in _SYSENTER.items()}
     return CpuState(
         **values,  # type: ignore[arg-type]
-        rip=engine.eip.value,
-        rflags=uc.reg_read(x86.UC_X86_REG_RFLAGS) & 0xFFFFFFFF,
+        rip=engine.eip.value & (MASK64 if code64 else 0xFFFFFFFF),
+        rflags=uc.reg_read(x86.UC_X86_REG_RFLAGS) & RFLAGS_BITS,
         cr8=uc.reg_read(x86.UC_X86_REG_CR8) & 0xF,
         efer=engine.u64("efer").value,
         tsc=tsc,
@@ -63,15 +69,11 @@ def load(engine: Engine, state: CpuState) -> None:
         engine.regs[i] = getattr(state, name)
     for name in _SEGMENTS:
         _set_segment(engine, name, getattr(state, name))
+    engine.segment("tr").flags &= ~_BUSY  # as this engine's LTR leaves it: it aborts where it finds another type
     for name, table in (("gdtr", state.gdtr), ("idtr", state.idtr)):
         segment = engine.segment(name)
         segment.base, segment.limit = table.base, table.limit
-    # Breakpoints are armed through the API: an armed one is a host pointer beside the register.
-    uc.reg_write(x86.UC_X86_REG_DR7, 0x400)
-    for i, value in enumerate((state.dr0, state.dr1, state.dr2, state.dr3)):
-        uc.reg_write((x86.UC_X86_REG_DR0, x86.UC_X86_REG_DR1, x86.UC_X86_REG_DR2, x86.UC_X86_REG_DR3)[i], value)
-    uc.reg_write(x86.UC_X86_REG_DR6, state.dr6)
-    uc.reg_write(x86.UC_X86_REG_DR7, state.dr7)
+    engine.dr[6] = state.dr6
     for name, field in _ENV_MSRS.items():
         engine.u64(field).value = getattr(state, name)
     for name, number in _SYSENTER.items():
@@ -80,8 +82,9 @@ def load(engine: Engine, state: CpuState) -> None:
     engine.eip.value = state.rip
     _set_fpu(engine, state.fpu)
     engine.hflags2.value = engine.hflags2.value & ~HF2_NMI | (HF2_NMI if state.nmi_blocked else 0)
-    engine.old_exception.value = -1
+    engine.settle_down()
     engine.update_hflags()
+    engine.set_debug_registers((state.dr0, state.dr1, state.dr2, state.dr3), state.dr7)
     if state.interrupt_shadow:
         engine.hflags.value |= HF_INHIBIT_IRQ
     engine.flush_tlb()
@@ -103,6 +106,15 @@ def _segment(engine: Engine, name: str) -> SegmentState:
         db=bool(f >> 22 & 1),
         granular=bool(f >> 23 & 1),
     )
+
+
+def _complete(segment: SegmentState, busy: bool) -> None:
+    """What loading marks in the hidden part too, and this engine in memory only: LTR a task as busy (SDM vol. 2), a far
+    transfer a code segment as accessed."""
+    if busy:
+        segment.type |= 2
+    elif segment.s and segment.present:
+        segment.type |= 1
 
 
 def _set_segment(engine: Engine, name: str, state: SegmentState) -> None:
@@ -132,7 +144,7 @@ def _fpu(engine: Engine) -> FpuState:
         fip=uc.reg_read(x86.UC_X86_REG_FIP),
         fdp=uc.reg_read(x86.UC_X86_REG_FDP),
         st=tuple(_st(uc.reg_read(x86.UC_X86_REG_FP0 + i)) for i in range(8)),
-        mxcsr=uc.reg_read(x86.UC_X86_REG_MXCSR),
+        mxcsr=uc.reg_read(x86.UC_X86_REG_MXCSR) & MXCSR_BITS,
         xmm=tuple(uc.reg_read(x86.UC_X86_REG_XMM0 + i).to_bytes(16, "little") for i in range(16)),
     )
 

@@ -18,6 +18,7 @@ from typing import Annotated
 from snapshot.field_types import u16, u56
 from snapshot.schema import state
 
+LARGEST_BLOCK = 512 * 15  # bytes: as many instructions as the emulated CPU puts into one, each as long as they come
 LAST_NS = 1 << 55  # guest time ends there, after 1.1 years: a state holds 56 bits of it, so that it can be saved
 BYTES_PER_NS = 4  # a nominal 1 GHz guest: x86 code averages four bytes an instruction
 
@@ -41,6 +42,9 @@ class Word(IntEnum):
     EXCEPTIONS = 4  # how many were delivered
     TSC_OFFSET = 5
     TSC_SCALE = 6  # TSC ticks in a quarter of a ns, times 2**32
+    DELIVERED_AT = 7  # TIME when an exception was delivered last
+    DELIVERIES = 8  # how many were delivered at that TIME
+    STEPPING = 9  # 1: blocks are run an instruction at a time
 
 
 _TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value

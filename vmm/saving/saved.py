@@ -12,7 +12,8 @@ from snapshot.errors import SnapshotError
 from snapshot.reader import Part as FilePart
 from snapshot.reader import decode_part
 from vmm.board.config import MAX_MEMORY, MachineConfig
-from vmm.cpu import backends
+from vmm.clock import LARGEST_BLOCK, ClockState
+from vmm.cpu import backends, validity
 from vmm.cpu.protocol import CpuState
 from vmm.errors import BackendError, GuestError, RequestError
 from vmm.ram import Region, layout
@@ -44,6 +45,11 @@ class Saved:
         except (GuestError, RequestError) as error:
             raise SnapshotError(f"config: {error}") from None
         states = {"config": config, **{part.name: take(part.name, part.State) for part in wanted[1:]}}
+        for state in states.values():
+            if isinstance(state, CpuState) and (why := validity.refusal(state)) is not None:
+                raise SnapshotError(f"no CPU can be in this state: {why}")
+            if isinstance(state, ClockState) and state.prepaid > min(LARGEST_BLOCK, state.position):
+                raise SnapshotError(f"clock.prepaid: {state.prepaid} bytes are more than a block can be, or than ran")
         if found:
             raise SnapshotError(f"the snapshot has a part this machine does not know: {next(iter(found))}")
         if [(image.base, image.size) for image in chain.rams] != regions:

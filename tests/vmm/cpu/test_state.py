@@ -150,6 +150,8 @@ def test_an_accepted_event_is_delivered_before_anything_runs(backend, name):
     program = Program("lea after(%rip), %r15; pause; at: inc %rbx; after: jmp done", backend).pause()
     machine = program.machine
     state = dataclasses.replace(machine.cpu.save(), rip=program.labels["at"], rbx=5, event=event, rsp=0x80000)
+    if name == "interrupt":
+        state.rflags |= 0x200  # or it were not accepted
     machine.cpu.load(state)
     assert machine.cpu.save().event == event
     program.finish()
@@ -164,7 +166,7 @@ def test_an_event_that_cannot_be_delivered(backend):
     program = Program("lea next(%rip), %r15; pause; next: jmp done", backend).pause()
     machine = program.machine
     event = EventState(kind="interrupt", vector=0x70)
-    machine.cpu.load(dataclasses.replace(machine.cpu.save(), event=event))
+    machine.cpu.load(dataclasses.replace(machine.cpu.save(), event=event, rflags=0x202))
     program.finish()
     assert [(t.vector, t.error & ~1) for t in program.traps] == [(13, 0x70 * 8 + 2)]
 
