@@ -66,7 +66,6 @@ _ENV = {
     "efer": 0x250,
     "mxcsr": 0x330,
     "star": 0x12D8,
-    "pass": 0x12E0,  # VM_HSAVE_PA, which nothing else uses here: nonzero lets an instruction pass that was looked at
     "lstar": 0x12E8,
     "cstar": 0x12F0,
     "fmask": 0x12F8,
@@ -109,7 +108,6 @@ _MASK64 = (1 << 64) - 1
 _DR7_NONE = 0x400  # no breakpoint: the one bit that is always set
 EXIT_MSR = 0x17C
 EXIT_SHUTDOWN = 0x17F
-EXIT_IRETD = 0x300  # our own: a 32-bit IRET in long mode
 _INTERCEPT = sum(1 << (code - 0x160) for code in (EXIT_MSR, EXIT_IDTR, EXIT_GDTR, EXIT_LDTR, EXIT_TR))
 _INTERCEPT_CR_WRITE, _INTERCEPT_DR = 0x119, 0xFF  # CR0, CR3, CR4, CR8; all
 
@@ -568,6 +566,7 @@ class Engine:
             self.accept(1, 0)
         else:
             self.eflags.value |= RF  # there is nothing at this instruction
+            self.hflags.value |= HF_INHIBIT_IRQ
         self.uc.emu_stop()
 
     def _begin(self, _cpu: int) -> None:

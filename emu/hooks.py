@@ -14,7 +14,6 @@ from unicorn import x86_const as x86
 
 from emu import callbacks, delivery, msr, system, system_calls
 from emu.engine import (
-    EXIT_IRETD,
     EXIT_MSR,
     EXIT_SHUTDOWN,
     HOOK_BLOCK,
@@ -193,9 +192,6 @@ class Hooks:
             if number == EXIT_MSR:
                 self.counts["msr"] += 1
                 self._access_msr()
-            elif number == EXIT_IRETD:
-                system.look_at_iret(engine)
-                return 0
             else:
                 self.counts["system"] += 1
                 system.perform(engine, number)

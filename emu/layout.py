@@ -29,7 +29,6 @@ _MSRS = {
     "kernelgsbase": 0xC0000102,
     "tsc_aux": 0xC0000103,
     "pat": 0x277,
-    "pass": 0xC0010117,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unicorn import x86_const as x86
 
-from emu.engine import HF2_NMI, HF_INHIBIT_IRQ, Engine
+from emu.engine import HF2_NMI, HF_INHIBIT_IRQ, RF, Engine
 from emu.linear import MASK64
 from vmm.cpu.protocol import CpuState, EventState, FpuState, SegmentState, TableState
 from vmm.cpu.validity import LMA, MXCSR_BITS, RFLAGS_BITS
@@ -85,7 +85,7 @@ def load(engine: Engine, state: CpuState) -> None:
     engine.settle_down()
     engine.update_hflags()
     engine.set_debug_registers((state.dr0, state.dr1, state.dr2, state.dr3), state.dr7)
-    if state.interrupt_shadow:
+    if state.interrupt_shadow or state.rflags & RF:  # RF too makes a block of one instruction
         engine.hflags.value |= HF_INHIBIT_IRQ
     engine.flush_tlb()
 

@@ -11,7 +11,16 @@ from __future__ import annotations
 import capstone
 from capstone import x86
 
-from emu.engine import EXIT_GDTR, EXIT_IDTR, EXIT_LDTR, EXIT_READ_DR, EXIT_TR, EXIT_WRITE_CR, EXIT_WRITE_DR, Engine
+from emu.engine import (
+    EXIT_GDTR,
+    EXIT_IDTR,
+    EXIT_LDTR,
+    EXIT_READ_DR,
+    EXIT_TR,
+    EXIT_WRITE_CR,
+    EXIT_WRITE_DR,
+    Engine,
+)
 from emu.linear import DB, GP, MASK64, NP, UD, FaultError, physical, read
 from vmm.cpu import validity
 
@@ -108,20 +117,6 @@ def perform(engine: Engine, number: int) -> None:
     else:
         raise AssertionError(f"the engine reports an intercept {number:#x} nobody asked for")
     engine.eip.value = engine.eip.value + instruction.length & (MASK64 if instruction.code64 else 0xFFFFFFFF)
-
-
-def look_at_iret(engine: Engine) -> None:
-    """Let a 32-bit IRET of long mode go on, unless what it loads has VM, which there is not in long mode. Raises
-    FaultError."""
-    code64 = engine.segment("cs").flags >> 21 & 1
-    stack = engine.segment("ss")
-    if code64:
-        at = engine.regs[4] + 8
-    else:
-        at = stack.base + (engine.regs[4] + 8 & (0xFFFFFFFF if stack.flags >> 22 & 1 else 0xFFFF)) & 0xFFFFFFFF
-    if read(engine, at, 4) & validity.VM:
-        raise FaultError(GP)
-    engine.u32("pass").value = 1
 
 
 def _write_control(engine: Engine, instruction: Instruction, number: int) -> None:

@@ -30,8 +30,10 @@ def symbols() -> dict[str, int]:
         "VM": 1 << 17,  # RFLAGS
         "HF_GUEST": engine.HF_GUEST,
         "HF_LMA": engine.HF_LMA,
+        "HF_SS32": 1 << 5,
+        "HF_CS64": 1 << 15,
+        "HF_INHIBIT_IRQ": engine.HF_INHIBIT_IRQ,
         "PHYS_BITS": PHYS_BITS,
-        "EXIT_IRETD": engine.EXIT_IRETD,
         "MOST_DELIVERIES": engine.MOST_DELIVERIES,
     }
 

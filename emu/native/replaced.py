@@ -46,7 +46,6 @@ def replace() -> list[str]:
         update_mxcsr=address("update_mxcsr_status"),
         raise_exception=address("raise_exception_err_ra"),
         load_long=address("cpu_ldl_data_ra"),
-        exit=address("cpu_vmexit"),
         sysret_undefined=address("helper_sysret") + _SYSRET_UNDEFINED,
     )
     _KEPT.append(code)

@@ -271,24 +271,46 @@ sysret: mov     vmcb(%rip), %rax
         jmp     *sysret_rest(%rip)
 2:      jmp     *sysret_undefined(%rip)
 
-# helper_iret_protected(env, size, next): a 32-bit IRET in long mode is looked at first: the engine would go to
-# virtual-8086 mode, which there is none of (SDM vol. 2, IRET).
+# helper_iret_protected(env, size, next): the flags that it will load are looked at first, for two bits.
+#
+# VM in long mode is #GP(0): the engine would go to virtual-8086 mode, which there is none of. And RF is to last for one
+# instruction (SDM vol. 3, 17.3.1.1); the engine clears it where a block ends by other than a jump. The shadow that STI
+# has makes an instruction a block of its own, which ends so.
         .globl  iret
 iret:   mov     vmcb(%rip), %rax
         cmp     %rax, ENV_VM_VMCB(%rdi)
-        jne     1f
+        jne     4f
+        mov     ENV_REGS + 8 * 4(%rdi), %rax
         cmp     $1, %esi
-        jne     1f
+        jb      4f                              # 16 bits: neither
+        ja      1f
+        add     $8, %rax
+        jmp     2f
+1:      add     $16, %rax
+2:      testl   $HF_CS64, ENV_HFLAGS(%rdi)
+        jnz     3f
+        testl   $HF_SS32, ENV_HFLAGS(%rdi)
+        mov     %eax, %ecx
+        movzwl  %ax, %eax
+        cmovnz  %ecx, %eax
+        add     ENV_SEGS + 24 * 2 + 8(%rdi), %eax
+3:      push    %rdi
+        push    %rsi
+        push    %rdx
+        mov     24(%rsp), %rdx
+        mov     %rax, %rsi
+        call    *load_long(%rip)
+        pop     %rdx
+        pop     %rsi
+        pop     %rdi
+        test    $RF, %eax
+        jz      5f
+        orl     $HF_INHIBIT_IRQ, ENV_HFLAGS(%rdi)
+5:      test    $VM, %eax
+        jz      4f
         testl   $HF_LMA, ENV_HFLAGS(%rdi)
-        jz      1f
-        cmpl    $0, ENV_PASS(%rdi)
-        jne     2f
-        mov     $EXIT_IRETD - 0x100, %esi
-        xor     %edx, %edx
-        mov     (%rsp), %rcx
-        jmp     *exit(%rip)
-2:      movl    $0, ENV_PASS(%rdi)
-1:      push    %r15
+        jnz     general_protection
+4:      push    %r15
         push    %r14
         push    %r13
         push    %r12
@@ -310,7 +332,7 @@ memory_mapping: .quad   0                       # as it was
 
 # Of the replaced functions.
         .globl  vmcb, check_intercept_rest, update_mxcsr, raise_exception, load_long, fxrstor_rest, sysret_rest
-        .globl  sysret_undefined, exit, iret_rest
+        .globl  sysret_undefined, iret_rest
 vmcb:                   .quad   0               # what our engines have in vm_vmcb
 check_intercept_rest:   .quad   0
 update_mxcsr:           .quad   0               # update_mxcsr_status(env)
@@ -319,5 +341,4 @@ load_long:              .quad   0               # cpu_ldl_data_ra(env, address, 
 fxrstor_rest:           .quad   0
 sysret_rest:            .quad   0
 sysret_undefined:       .quad   0
-exit:                   .quad   0               # cpu_vmexit(env, code, information, ra)
 iret_rest:              .quad   0
