@@ -7,13 +7,14 @@ A parent that is missing, is another or was changed is SnapshotError, by name.
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from snapshot.container import BLOCK, MAX_CHAIN, Parent
-from snapshot.errors import SnapshotError
+from snapshot.errors import SnapshotError, check_path
 from snapshot.field_types import Json
 from snapshot.pages import NORESERVE
 from snapshot.reader import Part, RamImage, Reader
@@ -24,6 +25,7 @@ class Chain:
 
     def __init__(self, path: Path, *, max_ram: int = 1 << 40) -> None:
         """Raises SnapshotError; OSError when the host will not open or read `path` itself."""
+        self._path = Path(path)
         self.readers = [Reader(path, max_ram=max_ram)]  # from the leaf to the root
         try:
             folder = Path(path).parent
@@ -39,7 +41,8 @@ class Chain:
     @classmethod
     def for_child(cls, parent: Path, child: Path, regions: list[tuple[str, int, int]]) -> Chain:
         """The chain a difference `child`, with these (name, base, size) of RAM, is to stand on. Raises SnapshotError,
-        naming why it cannot."""
+        naming why it cannot; OSError where that cannot be told of `child`."""
+        check_path(child)
         try:
             chain = cls(parent)
         except OSError as error:
@@ -49,13 +52,13 @@ class Chain:
         try:
             if len(chain.readers) == MAX_CHAIN:
                 raise SnapshotError(f"parent {parent}: the chain has {MAX_CHAIN} snapshots already")
-            if parent.resolve().parent != child.resolve().parent:
+            if _real(parent).parent != _real(child.parent):
                 raise SnapshotError(f"parent {parent}: it is not in the folder of {child}")
-            if child.name in [parent.name, *(reader.parent.file for reader in chain.readers if reader.parent)]:
+            if chain.has(child):
                 raise SnapshotError(f"parent {parent}: {child} is part of its chain, and would be replaced")
             if [(image.name, image.base, image.size) for image in chain.rams] != regions:
                 raise SnapshotError(f"parent {parent}: its RAM is laid out otherwise")
-            Parent.from_json(Parent(chain.identity, parent.name).to_json())
+            chain.as_parent()
         except BaseException:
             chain.close()
             raise
@@ -67,6 +70,19 @@ class Chain:
             raise SnapshotError(f"parent {file}: it is not the snapshot this one was made from, or was changed")
         if [(r.name, r.base, r.size) for r in parent.rams] != [(r.name, r.base, r.size) for r in child.rams]:
             raise SnapshotError(f"parent {file}: its RAM is laid out otherwise")
+
+    def as_parent(self) -> Parent:
+        """What a difference to it names as its parent: the file itself, also where a link led to it. Raises
+        SnapshotError when its name cannot be written down."""
+        return Parent.from_json(Parent(self.identity, _real(self._path).name).to_json())
+
+    def has(self, path: Path) -> bool:
+        """Whether the file at `path` is one of its own, by whatever name."""
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return False
+        return any(os.path.samestat(status, os.fstat(reader.fileno())) for reader in self.readers)
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -152,6 +168,10 @@ class Chain:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | Any | None) -> None:
         self.close()
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for a loop of links
 
 
 def _open_parent(path: Path, max_ram: int) -> Reader:

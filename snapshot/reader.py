@@ -57,7 +57,7 @@ from snapshot.container import (
     Parent,
     Part,
 )
-from snapshot.errors import SnapshotError
+from snapshot.errors import SnapshotError, check_path
 from snapshot.field_types import Json
 from snapshot.pages import NORESERVE, present_extents
 from snapshot.schema import schema_of, without_docs
@@ -100,6 +100,7 @@ class Reader:
     meta_at: int  # how many of them come before META
 
     def __init__(self, path: Path, *, max_ram: int = 1 << 40) -> None:
+        check_path(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: it may be a FIFO
         try:
             self._load(max_ram)

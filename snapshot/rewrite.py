@@ -10,14 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from snapshot.chain import Chain
-from snapshot.container import Parent, Part
+from snapshot.container import Part
 from snapshot.reader import Reader
 from snapshot.writer import Writer
 
 
-def with_parts(source: Path, target: Path, parts: Mapping[str, Part]) -> None:
+def with_parts(source: Path, target: Path, parts: Mapping[str, Part], *, force: bool = False) -> None:
     """Copy `source`, some of its parts replaced; `target` may be `source`. Raises SnapshotError, OSError."""
-    with Reader(source) as reader, Writer(target, minor=reader.minor) as writer:
+    with Reader(source) as reader, Writer(target, minor=reader.minor, force=force) as writer:
         _parts(reader, writer, parts)
         if reader.parent is not None:
             writer.base(reader.parent)
@@ -29,29 +29,29 @@ def with_parts(source: Path, target: Path, parts: Mapping[str, Part]) -> None:
         writer.commit()
 
 
-def merge(source: Path, target: Path, *, packed: bool = False) -> None:
+def merge(source: Path, target: Path, *, packed: bool = False, force: bool = False) -> None:
     """A snapshot that stands alone, of a chain. Raises SnapshotError, OSError."""
-    _with_ram(source, target, None, packed)
+    _with_ram(source, target, None, packed, force)
 
 
-def rebase(source: Path, parent: Path, target: Path, *, packed: bool = False) -> None:
+def rebase(source: Path, parent: Path, target: Path, *, packed: bool = False, force: bool = False) -> None:
     """`source` as a difference to `parent`, which lies in the folder of `target`. Raises SnapshotError, OSError."""
-    _with_ram(source, target, parent, packed)
+    _with_ram(source, target, parent, packed, force)
 
 
-def _with_ram(source: Path, target: Path, parent: Path | None, packed: bool) -> None:
+def _with_ram(source: Path, target: Path, parent: Path | None, packed: bool, force: bool) -> None:
     with ExitStack() as stack:
         chain = stack.enter_context(Chain(source))
-        chain.verify_ram()  # its digests are about to be made anew: damage must not become good
         base = None
         if parent is not None:
             layout = [(image.name, image.base, image.size) for image in chain.rams]
             base = stack.enter_context(Chain.for_child(parent, target, layout))
         leaf = chain.readers[0]
-        writer = stack.enter_context(Writer(target, minor=leaf.minor))
+        writer = stack.enter_context(Writer(target, minor=leaf.minor, force=force))
+        chain.verify_ram()  # its digests are about to be made anew: damage must not become good
         _parts(leaf, writer, {})
-        if base is not None and parent is not None:
-            writer.base(Parent(base.identity, parent.name))
+        if base is not None:
+            writer.base(base.as_parent())
         for i, image in enumerate(chain.rams):
             known = None if base is None else base.digests(i)
             extents = [image.span(number) for number in chain.digests(i)]

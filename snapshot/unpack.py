@@ -14,13 +14,13 @@ import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 from blake3 import blake3
 
 from snapshot.container import BLOCK, Extra, Parent, good_name
-from snapshot.errors import SnapshotError
+from snapshot.errors import SnapshotError, check_path
 from snapshot.pages import present_extents
 from snapshot.reader import RamImage, Reader
 from snapshot.writer import Writer
@@ -29,12 +29,14 @@ _COPY = 1 << 20
 
 
 def unpack(source: Path, folder: Path) -> None:
-    """Raises SnapshotError for a bad snapshot, damaged RAM included; OSError, also where `folder` is there already."""
+    """What is written is this user's alone. Raises SnapshotError for a bad snapshot, damaged RAM included; OSError,
+    also where there is something at `folder` already."""
+    check_path(folder)
     with Reader(source) as reader:
         reader.verify_ram()
-        folder.mkdir()
-        for name in ("parts", "ram", "extra"):
-            (folder / name).mkdir()
+        for each in (folder, *(folder / name for name in ("parts", "ram", "extra"))):
+            each.mkdir(mode=0o700)
+            each.chmod(0o700)
         for name, part in reader.parts.items():
             _write_json(folder / "parts" / f"{name}.json", {"schema": part.schema, "state": part.state})
         manifest: dict[str, Any] = {
@@ -46,7 +48,8 @@ def unpack(source: Path, folder: Path) -> None:
             "meta_at": reader.meta_at,
         }
         for i, extra in enumerate(reader.extras):
-            (folder / "extra" / str(i)).write_bytes(extra.payload)
+            with _new(folder / "extra" / str(i)) as file:
+                file.write(extra.payload)
             manifest["extra"].append([extra.kind.decode("ascii"), extra.version, extra.name, extra.alignment])
         if reader.meta is not None:
             _write_json(folder / "meta.json", reader.meta)
@@ -57,7 +60,7 @@ def _unpack_ram(reader: Reader, image: RamImage, target: Path) -> dict[str, Any]
     entries = reader.entries(image)
     packed = image.places is not None
     length = sum(stored for _, stored, _ in entries) if packed else image.size
-    with target.open("wb") as file:
+    with _new(target) as file:
         file.truncate(length)
         for start, end in present_extents(reader.fileno(), length, image.file_offset):
             for at in range(start, end, _COPY):
@@ -67,14 +70,14 @@ def _unpack_ram(reader: Reader, image: RamImage, target: Path) -> dict[str, Any]
     return {"name": image.name, "base": image.base, "size": image.size, "packed": packed, "blocks": blocks}
 
 
-def pack(folder: Path, target: Path) -> None:
+def pack(folder: Path, target: Path, *, force: bool = False) -> None:
     """Raises SnapshotError, naming the file, when the folder is not what unpack makes of a snapshot; OSError."""
     manifest = _read_json(folder / "snapshot.json")
     try:
         major, minor = manifest["format"]
         if major != 1 or not 0 <= minor <= 0xFFFF:
             raise ValueError("format is not 1.x")
-        with Writer(target, minor=minor) as writer:
+        with Writer(target, minor=minor, force=force) as writer:
             for name in manifest["parts"]:
                 _good(name)
                 part = _read_json(folder / "parts" / f"{name}.json")
@@ -154,7 +157,16 @@ def _good(name: object) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    with _new(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def _new(path: Path) -> BinaryIO:
+    """A file that was not there before, and that only this user may read, whatever the umask. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    file = os.fdopen(fd, "wb")
+    os.fchmod(fd, 0o600)
+    return file
 
 
 def _read_json(path: Path) -> Any:

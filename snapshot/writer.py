@@ -12,19 +12,15 @@ Rules
   machine no longer waits. The file is read, not mapped: a disk error is then an OSError and not a SIGBUS.
 * A fork of this process may finish the file: the child calls ram() and commit(), the parent asks in_place() when the
   child has ended, and leaves the block, which removes what is not in place.
-* A read-only file is not replaced (EACCES): so a snapshot is kept.
-* One writer to a name: a second is refused with EBUSY while the first is at work. What a killed one left is reused.
+* What may be replaced, and that a name has one writer, is the affair of snapshot.target.
 * Parts first, "config" before all others; then RAM in order of base; then optional chunks.
 * What does not fit the format is SnapshotError; what the host refuses is OSError; calls out of order are our fault.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,6 +72,7 @@ from snapshot.errors import SnapshotError
 from snapshot.field_types import Json
 from snapshot.pages import present_extents
 from snapshot.schema import encode, schema_of
+from snapshot.target import Target
 
 _ZEROS = bytes(BLOCK)
 _PACK = zstandard.ZstdCompressor(level=3)
@@ -101,19 +98,25 @@ class Writer:
     """Builds one snapshot file and puts it in place with commit(). `progress` is called with the number of bytes of RAM
     just written or hashed."""
 
-    def __init__(self, path: Path, *, minor: int = MINOR, progress: Callable[[int], None] = lambda _: None) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        minor: int = MINOR,
+        progress: Callable[[int], None] = lambda _: None,
+        force: bool = False,
+    ) -> None:
+        """`force` replaces what snapshot.target says. Raises Refused, OSError."""
         self.progress = progress
         self._minor = minor
-        self._temporary = self.path.with_name(f"{self.path.name}.tmp")
         self._chunks: list[Chunk] = []
+        self._names: set[tuple[bytes, str]] = set()
         self._images: list[_Image] = []
         self._end = FILE_HEADER.size
         self._json_total = 0
         self._open = True
-        if (why := refusal(self.path)) is not None:
-            raise OSError(errno.EACCES, why, str(path))
-        self._fd = _open_alone(self._temporary)
+        self._target = Target(path, force=force)
+        self._fd = self._target.fd
 
     def part(self, name: str, value: object) -> None:
         """Write a @state value with its schema."""
@@ -225,19 +228,17 @@ class Writer:
         payload = END_PAYLOAD.pack(count, end.end, seal.digest())
         self._write_payload(replace(end, digest=blake3(payload).digest()), payload)
         self._pwrite(header, 0)
-        os.fsync(self._fd)
-        os.rename(self._temporary, self.path)
-        self._close()
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        self._target.put()
+        self._leave()
+
+    @property
+    def path(self) -> Path:
+        return self._target.path
 
     @property
     def in_place(self) -> bool:
         """Whether the file has its name: also when another process, a fork of this one, gave it that."""
-        return self._is(self.path)
+        return self._target.in_place
 
     def fileno(self) -> int:
         return self._fd
@@ -247,21 +248,11 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._open:
-            with contextlib.suppress(OSError):  # the first error is the one to report
-                if self._is(self._temporary):  # by now the name may be another writer's
-                    os.unlink(self._temporary)
-            self._close()
+            self._leave()
 
-    def _is(self, path: Path) -> bool:
-        try:
-            ours, named = os.fstat(self._fd), path.stat()
-        except FileNotFoundError:
-            return False
-        return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)
-
-    def _close(self) -> None:
+    def _leave(self) -> None:
         self._open = False
-        os.close(self._fd)
+        self._target.leave()
 
     def _write_chunk(
         self, kind: bytes, name: str, payload: bytes, version: int = 1, flags: int = 0, alignment: int = CHUNK_ALIGN
@@ -284,12 +275,13 @@ class Writer:
     ) -> Chunk:
         """The next chunk's header and its place, not written yet."""
         assert self._open and good_name(name), f"bad chunk name {name!r}"
-        assert all((c.kind, c.name) != (kind, name) for c in self._chunks), f"two {kind!r} chunks named {name}"
+        assert (kind, name) not in self._names, f"two {kind!r} chunks named {name}"
         assert not self._chunks or _rank(self._chunks[-1].kind) <= _rank(kind), f"{kind!r} out of order"
         if len(self._chunks) == MAX_CHUNKS:
             raise SnapshotError(f"more than {MAX_CHUNKS} chunks")
         chunk = Chunk(self._end, kind, version, flags, alignment or KINDS[kind].alignment, length, name, digest)
         self._chunks.append(chunk)
+        self._names.add((kind, name))
         self._end = chunk.next
         return chunk
 
@@ -316,7 +308,7 @@ class Writer:
                 start = number * BLOCK
                 end = min(start + len(buffer), stop * BLOCK, image.size)
                 if os.preadv(self._fd, [view[: end - start]], image.data.payload + start) != end - start:
-                    raise OSError(f"{self._temporary}: short read of what was just written")
+                    raise OSError(errno.EIO, "short read of what was just written", str(self.path))
                 self.progress(end - start)
                 for at in range(0, end - start, BLOCK):
                     known[number + at // BLOCK] = 0, blake3(view[at : min(at + BLOCK, end - start)]).digest()
@@ -327,40 +319,6 @@ class Writer:
         while view:
             written = os.pwrite(self._fd, view, offset)
             view, offset = view[written:], offset + written
-
-
-def refusal(path: Path) -> str | None:
-    """Why what lies at `path` is not to be replaced, if it is not: a file that was marked to be kept, or no file at all
-    (a device, a FIFO, a socket, a link). Raises OSError where that cannot be told."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(mode):
-        return "what lies there is no regular file"
-    return None if mode & 0o222 else "the file there is read-only"
-
-
-def _open_alone(path: Path) -> int:
-    """The file at `path`, empty, ours alone until it is closed. OSError EBUSY while it is somebody else's."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours, named = os.fstat(fd), path.stat()
-            # Between open and lock its last owner may have finished: then this is a good snapshot by another name.
-            if (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino):
-                os.ftruncate(fd, 0)
-                return fd
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(fd)
-            raise OSError(errno.EBUSY, "another is writing a snapshot of this name", str(path)) from None
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
 
 
 def _rank(kind: bytes) -> int:

@@ -188,8 +188,9 @@ def first_region(right: Any, self: Writer, name: str, *rest: Any, **more: Any) -
 
 def in_place(right: Any, self: Writer, path: Path, **more: Any) -> None:
     right(self, path, **more)
-    os.rename(self._temporary, self.path)
-    self._temporary = self.path
+    target = self._target
+    os.rename(target.temporary, target.path)
+    target.temporary = target.path
 
 
 def no_level(right: Any, self: I8042) -> None:

@@ -426,7 +426,7 @@ def test_kill_9_at_any_operation_leaves_the_old_file_or_the_new(tmp_path: Path) 
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 9
         seen.add((tmp_path / "s").read_bytes())
-        for temporary in tmp_path.glob("s.tmp"):
+        for temporary in tmp_path.glob(".*.tmp"):
             assert temporary.read_bytes()[:12] != MAGIC or temporary.read_bytes() == after
     assert seen == {before, after}
 
@@ -443,13 +443,6 @@ def test_a_name_has_one_writer(tmp_path: Path) -> None:
         first.commit()
     save(tmp_path / "s")
     assert sorted(os.listdir(tmp_path)) == ["other", "s"]
-
-
-def test_what_a_killed_writer_left_is_reused(tmp_path: Path) -> None:
-    (tmp_path / "s.tmp").write_bytes(MAGIC + b"\1" * 100_000)
-    save(tmp_path / "s")
-    Reader(tmp_path / "s").close()
-    assert os.listdir(tmp_path) == ["s"]
 
 
 def test_many_writers_of_one_name_leave_one_whole_snapshot(tmp_path: Path) -> None:
@@ -897,9 +890,10 @@ def test_a_file_another_process_put_in_place_is_left_alone(tmp_path):
     path = tmp_path / "cut"
     with Writer(path) as writer:
         assert not writer.in_place
-        path.with_name("cut.tmp").rename(path)  # as the fork does
+        (temporary,) = tmp_path.iterdir()
+        temporary.rename(path)  # as the fork does
         assert writer.in_place
-        with Writer(path) as other:
+        with Writer(path, force=True) as other:
             writer.__exit__(None, None, None)
-            assert path.with_name("cut.tmp").exists() and not other.in_place
+            assert temporary.exists() and not other.in_place
     assert [file.name for file in tmp_path.iterdir()] == ["cut"]

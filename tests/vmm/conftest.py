@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from snapshot.container import MAGIC
 from tests.conftest import OWN
 from tests.vmm.cpu.hosts import host
 from vmm.control.client import Client
@@ -21,6 +22,8 @@ from vmm.control.server import Server
 from vmm.control.supervisor import Supervisor
 from vmm.machine.machine import Machine
 from vmm.saving.save import Contents
+
+LAST_GOOD = MAGIC + b"the last good one"  # what a save is to replace, or to leave
 
 
 def children() -> set[int]:

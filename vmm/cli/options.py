@@ -94,6 +94,9 @@ backend_option = click.option(
 allow_option = click.option(
     "--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved."
 )
+force_option = click.option(
+    "--force", is_flag=True, help="Replace any file that can be written, also a snapshot that others stand on."
+)
 pack_option = click.option("--pack", "packed", is_flag=True, help="Pack the RAM with zstd.")
 
 

@@ -26,6 +26,7 @@ from vmm.cli.options import (
     allow_option,
     backend_option,
     chosen,
+    force_option,
     json_option,
     pack_option,
     rundir_option,
@@ -51,6 +52,7 @@ class Goal:
     until: str | None
     at: int | None
     save: Path | None
+    force: bool
     packed: bool
     parent: Path | None
     for_version: str | None
@@ -70,6 +72,7 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--at", type=click.IntRange(0), metavar="POSITION",
                          help="Stop at this many bytes of code executed."),
             click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Save when the run stops."),
+            force_option,
             pack_option,
             click.option("--parent", type=FILE, help=PARENT),
             click.option("--for-version", metavar="RELEASE", help="Save what this older release can wake."),
@@ -215,7 +218,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
     """Run to the goal, save, report. Returns the exit status."""
     versions = None if goal.for_version is None else releases.versions(goal.for_version)
     if goal.save is not None:
-        machine.can_save(goal.save, goal.parent, versions)  # said now, not after an hour's run
+        machine.can_save(goal.save, goal.parent, versions, force=goal.force)  # said now, not after an hour's run
     vm = Supervisor(machine)
     for part, place in machine.far_ends.items():
         click.echo(f"anyhyve: {part} is at {place}", err=True)
@@ -224,7 +227,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
             _name(vm, goal, stack)
         interactive = False
         if not goal.as_json:
-            interactive = stack.enter_context(Terminal(vm, goal.save)).interactive
+            interactive = stack.enter_context(Terminal(vm, goal.save, force=goal.force)).interactive
         machine.loop.pace_real = goal.pace == "real" or (goal.pace is None and (interactive or goal.name is not None))
         started = time.perf_counter()
         try:
@@ -233,7 +236,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
             vm.close()
     wall = time.perf_counter() - started
     if goal.save is not None and isinstance(stop, Stopped) and stop.reason not in _NOT_SAVED:
-        machine.save(goal.save, packed=goal.packed, parent=goal.parent, versions=versions)
+        machine.save(goal.save, packed=goal.packed, parent=goal.parent, versions=versions, force=goal.force)
     if goal.as_json:
         click.echo(json.dumps(report(machine, stop, wall)))
     else:

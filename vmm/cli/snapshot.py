@@ -22,7 +22,7 @@ from snapshot.container import BLOCK, Part
 from snapshot.errors import SnapshotError
 from snapshot.field_types import Json
 from snapshot.reader import decode_part
-from vmm.cli.options import FILE, PARENT, allow_option, backend_option, chosen, json_option, pack_option
+from vmm.cli.options import FILE, PARENT, allow_option, backend_option, chosen, force_option, json_option, pack_option
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
 from vmm.guest.symbols import Symbols
@@ -170,32 +170,35 @@ def unpack(file: Path, folder: Path) -> None:
 @snapshot.command()
 @click.argument("folder", type=FILE)
 @click.argument("file", type=FILE)
-def pack(folder: Path, file: Path) -> None:
+@force_option
+def pack(folder: Path, file: Path, force: bool) -> None:
     """Make a snapshot of what `unpack` wrote, byte for byte the same if nothing was changed."""
-    unpacking.pack(folder, file)
+    unpacking.pack(folder, file, force=force)
 
 
 @snapshot.command()
 @click.argument("file", type=FILE)
 @click.option("--set", "assignments", multiple=True, required=True, metavar="PART.FIELD=VALUE", help="May be repeated.")
 @click.option("--out", type=FILE, help="Write here; by default FILE is replaced.")
-def edit(file: Path, assignments: tuple[str, ...], out: Path | None) -> None:
+@force_option
+def edit(file: Path, assignments: tuple[str, ...], out: Path | None, force: bool) -> None:
     """Change fields, such as --set com1.lcr=0x83, checked against the schema in the file."""
     with Chain(file) as chain:
         parts = dict(chain.parts)
     for assignment in assignments:
         part = editing.set_field(parts, assignment)
         parts[part.name] = part
-    rewrite.with_parts(file, out or file, parts)
+    rewrite.with_parts(file, out or file, parts, force=force)
 
 
 @snapshot.command()
 @click.argument("file", type=FILE)
 @click.argument("out", type=FILE)
 @pack_option
-def merge(file: Path, out: Path, packed: bool) -> None:
+@force_option
+def merge(file: Path, out: Path, packed: bool, force: bool) -> None:
     """Make a snapshot that stands alone of one that stands on parents."""
-    rewrite.merge(file, out, packed=packed)
+    rewrite.merge(file, out, packed=packed, force=force)
 
 
 @snapshot.command()
@@ -203,9 +206,10 @@ def merge(file: Path, out: Path, packed: bool) -> None:
 @click.argument("out", type=FILE)
 @click.option("--parent", required=True, type=FILE, help=PARENT)
 @pack_option
-def rebase(file: Path, out: Path, parent: Path, packed: bool) -> None:
+@force_option
+def rebase(file: Path, out: Path, parent: Path, packed: bool, force: bool) -> None:
     """Save the same machine as a difference to another snapshot."""
-    rewrite.rebase(file, parent, out, packed=packed)
+    rewrite.rebase(file, parent, out, packed=packed, force=force)
 
 
 @snapshot.command()

@@ -68,10 +68,11 @@ async def checkpoint(
     pack: Annotated[bool, "pack the RAM with zstd"] = False,
     parent: Annotated[Path | None, "save only what differs from this snapshot, in the same folder"] = None,
     for_version: Annotated[str | None, "save what this older release can wake"] = None,
+    force: Annotated[bool, "replace any file, also one that others stand on"] = False,
 ) -> Any:
     """Save and go on: the file is the state at one instant, and is written while the machine runs. The answer comes
     when it is on disk."""
-    return await _save(session, path, hold=hold, pack=pack, parent=parent, for_version=for_version)
+    return await _save(session, path, hold=hold, pack=pack, parent=parent, for_version=for_version, force=force)
 
 
 @METHODS.method("suspend", _AWAKE)
@@ -81,9 +82,10 @@ async def suspend(
     pack: Annotated[bool, "pack the RAM with zstd"] = False,
     parent: Annotated[Path | None, "save only what differs from this snapshot, in the same folder"] = None,
     for_version: Annotated[str | None, "save what this older release can wake"] = None,
+    force: Annotated[bool, "replace any file, also one that others stand on"] = False,
 ) -> Any:
     """Save, then end the machine. When it cannot be saved the machine goes on."""
-    return await _save(session, path, end=True, pack=pack, parent=parent, for_version=for_version)
+    return await _save(session, path, end=True, pack=pack, parent=parent, for_version=for_version, force=force)
 
 
 @METHODS.method("cancel", ALL)
@@ -142,10 +144,11 @@ async def preflight(
     session: Session,
     path: Annotated[Path, "the file it would be"],
     parent: Annotated[Path | None, "the snapshot it would be a difference to"] = None,
+    force: Annotated[bool, "replace any file, also one that others stand on"] = False,
 ) -> Any:
     """Whether a save would succeed, as far as can be told now; with the bytes it may take and the bytes free there."""
     machine = session.vm.machine
-    machine.can_save(path, parent)
+    machine.can_save(path, parent, force=force)
     most = await _safe(session, session.vm.at_safe_point(machine.touched_bytes))
     info = os.statvfs(path.parent)
     if (free := info.f_bavail * info.f_frsize) < most and parent is None:
@@ -196,11 +199,12 @@ async def events(
 
 
 async def _save(
-    session: Session, path: Path, *, pack: bool, parent: Path | None, for_version: str | None, **how: bool
+    session: Session, path: Path, *, pack: bool, parent: Path | None, for_version: str | None, force: bool, **how: bool
 ) -> Any:
     versions = None if for_version is None else releases.versions(for_version)
-    session.vm.machine.can_save(path, parent)
-    return await asyncio.wrap_future(session.vm.save(path, packed=pack, parent=parent, versions=versions, **how))
+    session.vm.machine.can_save(path, parent, force=force)
+    saved = session.vm.save(path, packed=pack, parent=parent, versions=versions, force=force, **how)
+    return await asyncio.wrap_future(saved)
 
 
 async def _safe(session: Session, done: Future[T]) -> T:

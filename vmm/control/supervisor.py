@@ -134,11 +134,13 @@ class Supervisor:
         packed: bool = False,
         parent: Path | None = None,
         versions: Mapping[str, int] | None = None,
+        force: bool = False,
     ) -> Future[dict[str, Any]]:
         """Save to `path`: with `end` the machine then ends, with `hold` or `end` it stands still until the file is on
         disk. Raises WrongState when a save is under way; the Future fails as `Machine.save` does, with Cancelled, or
         with BackendError when the machine does not come to a safe point in time."""
-        asked = Save(path, end, hold or end, {"packed": packed, "parent": parent, "versions": versions})
+        options = {"packed": packed, "parent": parent, "versions": versions, "force": force}
+        asked = Save(path, end, hold or end, options)
         with self._lock:
             if self._save is not None:
                 raise WrongState(f"a save to {self._save.path} is under way")

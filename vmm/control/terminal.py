@@ -38,10 +38,10 @@ def raw_mode() -> Iterator[bool]:
 class Terminal:
     """Context manager: while it is entered, console output goes to standard output and typing goes to the guest."""
 
-    def __init__(self, vm: Supervisor, save_path: Path | None) -> None:
+    def __init__(self, vm: Supervisor, save_path: Path | None, *, force: bool = False) -> None:
         self._vm = vm
         self._machine = machine = vm.machine
-        self._save_path = save_path or Path("anyhyve.snapshot")
+        self._save_path, self._force = save_path or Path("anyhyve.snapshot"), force
         self.interactive = sys.stdin is not None and sys.stdin.isatty()
         self._raw = contextlib.ExitStack()
         self._leave = threading.Event()
@@ -118,7 +118,7 @@ class Terminal:
                 self._note(f"not saved: {error}")
 
         try:
-            self._vm.save(self._save_path.absolute()).add_done_callback(done)
+            self._vm.save(self._save_path.absolute(), force=self._force).add_done_callback(done)
         except WrongState as error:
             self._note(f"not saved: {error}")
 

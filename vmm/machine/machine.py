@@ -35,7 +35,7 @@ from vmm.machine.stop import Fault, Stop, Stopped, StopReason
 from vmm.ram import Ram
 from vmm.saving.checkpoint import Checkpoint, write
 from vmm.saving.parts import Part, parts_of
-from vmm.saving.save import Contents, preflight, refuse_what_is_kept
+from vmm.saving.save import Contents, preflight
 from vmm.saving.saved import Saved, admit, host_memory, map_ram
 from vmm.saving.scrub import Scrub
 
@@ -314,12 +314,14 @@ class Machine:
         packed: bool = False,
         parent: Path | None = None,
         versions: Mapping[str, int] | None = None,
+        force: bool = False,
     ) -> None:
-        """Write a snapshot; `path` is replaced only by a whole new one. The options are those of
+        """Write a snapshot; `path` is replaced only by a whole new one, and only where a snapshot lies that no other
+        stands on: `force` replaces any file that can be written. The other options are those of
         vmm.saving.save.Contents. Raises SnapshotError for a parent that cannot be one or a state an older version
-        cannot say, RequestError for a file that is kept, BackendError when the host cannot write; the machine is
-        unchanged either way."""
-        write(path, self._contents(path, packed, parent, versions).fill)
+        cannot say, RequestError for what is not to be replaced, BackendError when the host cannot write; the machine
+        is unchanged either way."""
+        write(path, self._contents(path, packed, parent, versions).fill, force=force)
 
     def checkpoint(
         self,
@@ -328,15 +330,23 @@ class Machine:
         packed: bool = False,
         parent: Path | None = None,
         versions: Mapping[str, int] | None = None,
+        force: bool = False,
     ) -> Checkpoint:
         """As `save`, but the machine may run on at once: what is written is its state at this instant."""
         contents, touched = self._contents(path, packed, parent, versions), self.touched_bytes()
         hashed_at_once = packed or parent is not None
-        return Checkpoint(path, contents.fill, touched if hashed_at_once else 2 * touched)
+        return Checkpoint(path, contents.fill, touched if hashed_at_once else 2 * touched, force=force)
 
-    def can_save(self, path: Path, parent: Path | None = None, versions: Mapping[str, int] | None = None) -> None:
+    def can_save(
+        self,
+        path: Path,
+        parent: Path | None = None,
+        versions: Mapping[str, int] | None = None,
+        *,
+        force: bool = False,
+    ) -> None:
         """Raises what `save` would raise as far as it can be told now: RequestError, BackendError, SnapshotError."""
-        preflight(path, parent, self.ram)
+        preflight(path, parent, self.ram, force=force)
         if versions is not None:
             for part in self.parts:
                 if (state := schema_of(part.State).name) not in versions:
@@ -344,7 +354,6 @@ class Machine:
 
     def _contents(self, path: Path, packed: bool, parent: Path | None, versions: Mapping[str, int] | None) -> Contents:
         self._must_be_open()
-        refuse_what_is_kept(path)
         self.await_checked()
         return Contents(path, self.states(), self.ram, packed, parent, versions)
 

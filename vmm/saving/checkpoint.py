@@ -23,12 +23,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
 from snapshot.errors import SnapshotError
 from snapshot.writer import Writer
-from vmm.errors import BackendError, Cancelled
+from vmm.errors import BackendError, Cancelled, RequestError
+from vmm.saving.save import cannot
 
 _TELL_S = 0.1  # progress is told this often
 _MAX_FD = 1 << 20
@@ -37,15 +39,11 @@ _NOT_FOR_THE_COPY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUI
 Fill = Callable[[Writer], None]  # writes all of a snapshot but its end
 
 
-def cannot(path: Path, error: OSError) -> BackendError:
-    """Say which file could not be written, and why, as the host's fault."""
-    return BackendError(f"cannot save to {path}: {error.strerror or error}")
-
-
-def write(path: Path, fill: Fill) -> None:
-    """Write a snapshot while the caller waits. Raises SnapshotError, BackendError."""
+def write(path: Path, fill: Fill, *, force: bool = False) -> None:
+    """Write a snapshot while the caller waits. Raises SnapshotError, RequestError for what is not to be replaced,
+    BackendError."""
     try:
-        with Writer(path) as writer:
+        with Writer(path, force=force) as writer:
             fill(writer)
             writer.commit()
     except OSError as error:
@@ -55,37 +53,30 @@ def write(path: Path, fill: Fill) -> None:
 class Checkpoint:
     """A snapshot on its way to disk. One thread must call `wait()`."""
 
-    def __init__(self, path: Path, fill: Fill, total_bytes: int) -> None:
-        """Raises BackendError when the host does not let it begin."""
+    def __init__(self, path: Path, fill: Fill, total_bytes: int, *, force: bool = False) -> None:
+        """Raises RequestError for what is not to be replaced, BackendError when the host does not let it begin; then
+        nothing of it is left."""
         self.path = path
-        self._cancelled = False
-        try:
-            self._writer = Writer(path)
-        except OSError as error:
-            raise cannot(path, error) from None
-        self._told, tell = os.pipe()
-        # Blocked meanwhile, so that none of them ends the copy before it ignores them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_COPY)
-        try:
-            self._pid = _fork()
-        except OSError as error:
-            self._writer.__exit__(None, None, None)
-            os.close(self._told)
-            os.close(tell)
-            raise cannot(path, error) from None
-        finally:
-            if getattr(self, "_pid", 1):
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if self._pid == 0:
-            _write_and_end(self._writer, fill, _Teller(tell, total_bytes), before)
-        os.close(tell)
-        self._process = os.pidfd_open(self._pid)
-        self._ended = False
+        self._cancelled = self._ended = False
         self._lock = threading.Lock()  # over the descriptor of the process: its number is used again
+        try:
+            with ExitStack() as undo:
+                self._writer = undo.enter_context(Writer(path, force=force))
+                self._told, tell = os.pipe()
+                undo.callback(os.close, self._told)
+                with ExitStack() as after:
+                    after.callback(os.close, tell)
+                    self._pid = _fork_to(self._writer, fill, _Teller(tell, total_bytes))
+                undo.callback(os.waitpid, self._pid, 0)
+                undo.callback(os.kill, self._pid, signal.SIGKILL)
+                self._process = os.pidfd_open(self._pid)
+                undo.pop_all()
+        except OSError as error:
+            raise cannot(path, error) from None
 
     def wait(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Block until the file is in place. `progress` is called with bytes done and in all. Raises SnapshotError or
-        BackendError when it failed, Cancelled after `cancel()`."""
+        """Block until the file is in place. `progress` is called with bytes done and in all. Raises SnapshotError,
+        RequestError or BackendError when it failed, Cancelled after `cancel()`."""
         last: dict[str, Any] = {}
         with os.fdopen(self._told, "rb") as lines:
             for line in lines:
@@ -107,6 +98,8 @@ class Checkpoint:
                 raise SnapshotError(why)
             case {"fault": "host", "why": why}:
                 raise BackendError(why)
+            case {"fault": "request", "why": why}:
+                raise RequestError(why)
             case {"fault": "us", "why": why}:
                 raise AssertionError(why)
         raise BackendError(f"cannot save to {self.path}: the process writing it was ended by signal {status & 0x7F}")
@@ -138,10 +131,21 @@ class _Teller:
             os.write(self.pipe, json.dumps(what).encode() + b"\n")
 
 
-def _fork() -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # about threads: see the rules above
-        return os.fork()
+def _fork_to(writer: Writer, fill: Fill, teller: _Teller) -> int:
+    """Let a copy of this process write the file. Returns its pid. Raises OSError."""
+    # Blocked meanwhile, so that none of them ends the copy before it ignores them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_COPY)
+    pid = -1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # about threads: see the rules above
+            pid = os.fork()
+    finally:
+        if pid != 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if pid == 0:
+        _write_and_end(writer, fill, teller, before)
+    return pid
 
 
 def _write_and_end(writer: Writer, fill: Fill, teller: _Teller, unblocked: set[int | signal.Signals]) -> NoReturn:
@@ -162,7 +166,8 @@ def _write_and_end(writer: Writer, fill: Fill, teller: _Teller, unblocked: set[i
         except BackendError as error:
             teller.say(fault="host", why=str(error))
         except OSError as error:
-            teller.say(fault="host", why=str(cannot(writer.path, error)))
+            fault = cannot(writer.path, error)
+            teller.say(fault="request" if isinstance(fault, RequestError) else "host", why=str(fault))
         except BaseException as error:
             teller.say(fault="us", why=f"{type(error).__name__}: {error}")
     finally:

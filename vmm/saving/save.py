@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from snapshot.chain import Chain
-from snapshot.container import Parent
+from snapshot.errors import Refused
 from snapshot.schema import schema_of
+from snapshot.target import refuse
 from snapshot.versions import lower
-from snapshot.writer import Writer, refusal
+from snapshot.writer import Writer
 from vmm.errors import BackendError, RequestError
 from vmm.ram import Ram
 
@@ -40,31 +41,30 @@ class Contents:
         if self.parent is not None:
             with Chain.for_child(self.parent, self.path, _layout(self.ram)) as chain:
                 known = [chain.digests(i) for i in range(len(chain.rams))]
-                writer.base(Parent(chain.identity, self.parent.name))
+                writer.base(chain.as_parent())
         for i, region in enumerate(self.ram.regions):
             before = known[i] if known else None
             writer.ram(region.name, region.base, region.view, region.touched(), packed=self.packed, parent=before)
 
 
-def preflight(path: Path, parent: Path | None, ram: Ram) -> None:
+def cannot(path: Path, error: OSError) -> RequestError | BackendError:
+    """Say which file could not be written, and why: what was asked for is at fault, or the host."""
+    kind = RequestError if isinstance(error, Refused) else BackendError
+    return kind(f"cannot save to {path}: {error.strerror or error}")
+
+
+def preflight(path: Path, parent: Path | None, ram: Ram, *, force: bool = False) -> None:
     """Raises what a save would raise, as far as it can be told before: RequestError, BackendError, SnapshotError."""
-    if not path.parent.is_dir():
-        raise RequestError(f"cannot save to {path}: {path.parent} is not a folder")
-    if not os.access(path.parent, os.W_OK):
-        raise BackendError(f"cannot save to {path}: permission denied")
-    refuse_what_is_kept(path)
-    if parent is not None:
-        Chain.for_child(parent, path, _layout(ram)).close()
-
-
-def refuse_what_is_kept(path: Path) -> None:
-    """Raises RequestError for a path where something lies that a snapshot does not replace."""
     try:
-        why = refusal(path)
+        refuse(path, force)
+        if not path.parent.is_dir():
+            raise RequestError(f"cannot save to {path}: {path.parent} is not a folder")
+        if not os.access(path.parent, os.W_OK):
+            raise BackendError(f"cannot save to {path}: permission denied")
+        if parent is not None:
+            Chain.for_child(parent, path, _layout(ram)).close()
     except OSError as error:
-        raise BackendError(f"cannot save to {path}: {error.strerror}") from None
-    if why is not None:
-        raise RequestError(f"cannot save to {path}: {why}")
+        raise cannot(path, error) from None
 
 
 def _layout(ram: Ram) -> list[tuple[str, int, int]]:

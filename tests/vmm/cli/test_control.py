@@ -20,7 +20,7 @@ import pytest
 
 from snapshot.verify import verify
 from tests.conftest import OWN
-from tests.vmm.conftest import MAIN, children, eventually, sessions
+from tests.vmm.conftest import LAST_GOOD, MAIN, children, eventually, sessions
 from vmm.control.client import Client
 from vmm.machine.machine import Machine, Stopped, StopReason
 
@@ -305,7 +305,7 @@ def test_a_full_disk_costs_nothing(named, anyhyve, environment, tmp_path):
     catalog(environment).mkdir(parents=True)
     files = [tmp_path / "cut", *(catalog(environment) / f"{name}.snapshot" for name in ("suspended", "autosave"))]
     for file in files:
-        file.write_bytes(b"the last good one")
+        file.write_bytes(LAST_GOOD)
     box = named("box", "--suspend-on-term", "--autosave", 1, "--memory", "16M", preexec_fn=little_disk)
     for method in ("checkpoint", "suspend"):
         assert "File too large" in refusal(anyhyve("ctl", "box", method, files[0]))
@@ -317,7 +317,7 @@ def test_a_full_disk_costs_nothing(named, anyhyve, environment, tmp_path):
         lines.append(box.stderr.readline())
         assert b"File too large" in lines[-1]
     assert answer(anyhyve("ctl", "box", "status", "--json"))["state"] == "running"
-    assert all(file.read_bytes() == b"the last good one" for file in files)
+    assert all(file.read_bytes() == LAST_GOOD for file in files)
     anyhyve("ctl", "box", "stop", check=True)
     assert box.wait(10) == 0
     assert not list(tmp_path.glob("*.tmp")) and not list(catalog(environment).glob("*.tmp"))

@@ -11,7 +11,7 @@ import pytest
 
 from snapshot.verify import verify
 from tests.conftest import ROOT
-from tests.vmm.conftest import eventually
+from tests.vmm.conftest import LAST_GOOD, eventually
 from vmm.control import lifecycle, methods, protocol
 from vmm.control.client import Failed
 from vmm.control.lifecycle import State
@@ -260,7 +260,7 @@ def test_events(box, tmp_path, gate):
 
 def test_progress_and_cancel(box, tmp_path, gate):
     heard = []
-    (tmp_path / "cut").write_bytes(b"the last good one")
+    (tmp_path / "cut").write_bytes(LAST_GOOD)
     with box.client() as client:
         client.call("events", kinds=["progress", "save failed"])
         call = client.ask("checkpoint", path=str(tmp_path / "cut"))
@@ -277,7 +277,7 @@ def test_progress_and_cancel(box, tmp_path, gate):
     assert answer["error"]["code"] == protocol.CANCELLED
     assert box.call("cancel") == {"path": None}
     assert [file.name for file in tmp_path.iterdir()] == ["cut"]
-    assert (tmp_path / "cut").read_bytes() == b"the last good one"
+    assert (tmp_path / "cut").read_bytes() == LAST_GOOD
 
 
 # --- in every state

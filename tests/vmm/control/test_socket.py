@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.vmm.conftest import children, eventually
+from tests.vmm.conftest import LAST_GOOD, children, eventually
 from vmm.control import place, protocol, server
 from vmm.control.client import Client, Failed
 from vmm.control.place import Place
@@ -261,7 +261,7 @@ def test_the_client_is_killed_in_mid_save(box, tmp_path, gate, method):
 def test_the_process_that_writes_is_killed(box, tmp_path, gate, method):
     """The client is told, the machine runs on, the last good snapshot is still there; the next save succeeds."""
     file = tmp_path / "cut"
-    file.write_bytes(b"the last good one")
+    file.write_bytes(LAST_GOOD)
     with box.client() as client:
         call = client.ask(method, path=str(file))
         (helper,) = eventually(children)
@@ -269,7 +269,7 @@ def test_the_process_that_writes_is_killed(box, tmp_path, gate, method):
         answer = client.read()
         assert answer["id"] == call and answer["error"]["code"] == protocol.HOST
         assert "the process writing it was ended by signal 9" in answer["error"]["message"]
-        assert [each.name for each in tmp_path.iterdir()] == ["cut"] and file.read_bytes() == b"the last good one"
+        assert [each.name for each in tmp_path.iterdir()] == ["cut"] and file.read_bytes() == LAST_GOOD
         before = client.call("status")["position"]
         eventually(lambda: client.call("status")["position"] > before)
         gate()
