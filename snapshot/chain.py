@@ -16,7 +16,7 @@ from typing import Any, Self
 from snapshot.container import BLOCK, MAX_CHAIN, Parent
 from snapshot.errors import SnapshotError, check_path
 from snapshot.field_types import Json
-from snapshot.pages import NORESERVE
+from snapshot.pages import zeros
 from snapshot.reader import Part, RamImage, Reader
 
 
@@ -102,13 +102,13 @@ class Chain:
         return self.readers[0].rams
 
     def map_ram(self, index: int) -> mmap.mmap:
-        """Region `index` whole, as private memory. Outlives close()."""
+        """Region `index` whole, as private memory. Outlives close(). Raises SnapshotError, OSError."""
         *differences, root = self.readers
         image = root.rams[index]
         if image.places is None:
-            memory = root.map_ram(image)
+            memory: mmap.mmap = root.map_ram(image)
         else:
-            memory = mmap.mmap(-1, image.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+            memory = zeros(image.size)
             differences.append(root)
         for reader in reversed(differences):
             image = reader.rams[index]

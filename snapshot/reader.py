@@ -12,7 +12,6 @@ Rules
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -59,7 +58,8 @@ from snapshot.container import (
 )
 from snapshot.errors import SnapshotError, check_path
 from snapshot.field_types import Json
-from snapshot.pages import NORESERVE, present_extents
+from snapshot.mapped import FileMemory, stamp
+from snapshot.pages import present_extents
 from snapshot.schema import schema_of, without_docs
 from snapshot.versions import decode, find
 
@@ -101,6 +101,7 @@ class Reader:
 
     def __init__(self, path: Path, *, max_ram: int = 1 << 40) -> None:
         check_path(path)
+        self._path = Path(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: it may be a FIFO
         try:
             self._load(max_ram)
@@ -108,11 +109,15 @@ class Reader:
             self.close()
             raise
 
-    def map_ram(self, image: RamImage) -> mmap.mmap:
-        """A raw region as private memory: pages come in when touched, writes never reach the file. Outlives close()."""
+    def map_ram(self, image: RamImage) -> FileMemory:
+        """A raw region as private memory: pages come in when touched, writes never reach the file. Outlives close().
+        Its `check` tells when the file was changed since it was opened. Raises SnapshotError, OSError."""
         assert image.places is None, "a packed region cannot be mapped"
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        return mmap.mmap(self._fd, image.size, mmap.MAP_PRIVATE | NORESERVE, protection, offset=image.file_offset)
+        still = functools.partial(_check_still, self.identity)
+        try:
+            return FileMemory(self._fd, image.file_offset, image.size, self._path, self._stamp, still)
+        except ValueError:  # Python's mmap looks at the file's size
+            self._fault(f"offset {image.file_offset:#x}, RAMD {image.name}", "the file is cut")
 
     def entries(self, image: RamImage) -> list[tuple[int, int, bytes]]:
         """(number, stored length or 0 when raw, digest) of each present block."""
@@ -192,6 +197,7 @@ class Reader:
         if not stat.S_ISREG(status.st_mode):
             self._fault("offset 0x0", "not a regular file")
         self._size = status.st_size
+        self._stamp = stamp(self._fd)
         chunks = self._load_structure()
         parts: dict[str, Part] = {}
         rams: list[RamImage] = []
@@ -349,6 +355,14 @@ class Reader:
         if codec == CODEC_RAW:
             return RamImage(data.name, base, size, data.payload, blocks)
         return RamImage(data.name, base, size, data.payload, blocks, places, data.digest)
+
+
+def _check_still(identity: bytes, path: Path) -> None:
+    """Raises SnapshotError unless the snapshot of that identity lies at `path`, whole."""
+    with Reader(path) as reader:
+        if reader.identity != identity:
+            raise SnapshotError("it is another snapshot now")
+        reader.verify_ram()
 
 
 def decode_part(part: Part, want: type) -> Any:

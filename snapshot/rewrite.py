@@ -11,6 +11,7 @@ from pathlib import Path
 
 from snapshot.chain import Chain
 from snapshot.container import Part
+from snapshot.mapped import FileMemory
 from snapshot.reader import Reader
 from snapshot.writer import Writer
 
@@ -57,6 +58,8 @@ def _with_ram(source: Path, target: Path, parent: Path | None, packed: bool, for
             extents = [image.span(number) for number in chain.digests(i)]
             with chain.map_ram(i) as memory, memoryview(memory) as view:
                 writer.ram(image.name, image.base, view, extents, packed=packed, parent=known)
+                if isinstance(memory, FileMemory):
+                    memory.check()
         optional(leaf, writer)
         writer.commit()
 

@@ -1,8 +1,8 @@
 """Guest RAM: one mapping a region, shared by pointer with either CPU backend.
 
 A fresh machine maps anonymous memory, a restored one the snapshot file, both MAP_PRIVATE: which pages the guest has
-written is then the kernel's to tell, and costs nothing while it runs. RAM below the 32-bit hole and RAM
-from 4 GiB up are separate regions from the start.
+written is then the kernel's to tell, and costs nothing while it runs. None of it is in a core dump. RAM below the
+32-bit hole and RAM from 4 GiB up are separate regions from the start.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from snapshot.pages import NORESERVE
+from snapshot.mapped import FileMemory
+from snapshot.pages import map_over, zeros
 from vmm.dirty_pages import PAGE, dirty_extents
 from vmm.errors import BackendError, GuestError, RequestError
 
 _COPY = 8 << 20
-_MAP_FIXED = 0x10  # mmap(2), linux/mman.h
 HOLE_START = 0xC000_0000  # 3 GiB: PCI and chipset MMIO lie from here to 4 GiB
 HOLE_END = 0x1_0000_0000
 
@@ -46,17 +46,27 @@ class Region:
         return self.stored + dirty_extents(self.address, self.size)
 
     def kept(self) -> RamCopy:
-        """A copy of what it holds now, as a file in memory that holds nothing for pages of zeros. Raises OSError."""
+        """A copy of what it holds now, as a file in memory that holds nothing for pages of zeros. Raises SnapshotError
+        when the file it is read from was changed, OSError."""
         copy = RamCopy(self.name, self.size, self.touched())
         for start, end in copy.extents:
             while start < end:
                 start += os.pwrite(copy.file, self.view[start : min(end, start + _COPY)], start)
+        self.check()
         return copy
+
+    def check(self, every_s: float = 0.0) -> None:
+        """Raises SnapshotError when a file that some of it is still read from is no longer what it was; the file is
+        looked at every `every_s` seconds."""
+        if isinstance(self.memory, FileMemory):
+            self.memory.check(every_s)
 
     def showing(self, copy: RamCopy) -> Region:
         """The same region, at the same address, once it was made to show a copy: as if it had been restored from there.
         What was written to it since it was mapped is gone. Raises OSError."""
-        _map_private(self.address, self.size, copy.file)
+        map_over(self.address, self.size, copy.file)
+        if isinstance(self.memory, FileMemory):
+            self.memory.leave_file()
         return replace(self, stored=copy.extents)
 
 
@@ -69,17 +79,7 @@ class RamCopy:
         weakref.finalize(self, os.close, self.file)
         os.truncate(self.file, size)
         self.contents = mmap.mmap(self.file, size, mmap.MAP_SHARED, mmap.PROT_READ)
-
-
-def _map_private(address: int, size: int, fd: int) -> None:
-    """Put a private mapping of a file where another mapping is. Python's mmap has no MAP_FIXED."""
-    flags = mmap.MAP_PRIVATE | _MAP_FIXED | NORESERVE
-    place = ctypes.c_void_p(address)
-    function = ctypes.CDLL(None, use_errno=True).mmap
-    function.restype = ctypes.c_void_p
-    mapped = function(place, ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, ctypes.c_long(0))
-    if mapped != address:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.contents.madvise(mmap.MADV_DONTDUMP)
 
 
 def layout(size: int) -> list[tuple[int, int]]:
@@ -113,7 +113,7 @@ class RamWindow:
         self.size, self.writable = size, writable
         self._ram = ram
         try:
-            self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+            self._memory = zeros(size)
         except OSError as error:
             raise BackendError(f"cannot map {size} bytes of a device's RAM: {error.strerror}") from None
         self.view = memoryview(self._memory)
@@ -176,7 +176,7 @@ class Ram:
         regions = []
         for i, (base, length) in enumerate(layout(size)):
             try:
-                memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+                memory = zeros(length)
             except OSError as error:
                 raise BackendError(f"cannot map {length} bytes of guest RAM: {error.strerror}") from None
             if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -215,6 +215,16 @@ class Ram:
 
     def write(self, base: int, data: bytes) -> None:
         self.slice(base, len(data))[:] = data
+
+    def check(self, every_s: float = 0.0) -> None:
+        """The same of all regions."""
+        for region in self.regions:
+            region.check(every_s)
+
+    def files(self) -> list[int]:
+        """The descriptors that `check` needs."""
+        files = [region.memory.file for region in self.regions if isinstance(region.memory, FileMemory)]
+        return [file for file in files if file >= 0]
 
     def close(self) -> None:
         for window in self._windows:

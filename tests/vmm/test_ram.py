@@ -1,10 +1,13 @@
 """RAM gives up what was written since it was mapped."""
 
 import mmap
+import re
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.snapshot.test_mapped import flags
 from vmm.dirty_pages import PAGE, Scanner
 from vmm.ram import Ram
 
@@ -45,3 +48,17 @@ def test_reading_outside_gives_nothing():
     ram = Ram.fresh(PAGE)
     assert ram.read(0, 8) == bytes(8) and ram.read(PAGE, 1) == b"" and ram.read(PAGE - 4, 8) == b""
     ram.close()
+
+
+def test_it_is_in_no_core_dump():
+    """Nor are copies of it, what shows them, and a device's."""
+    ram = Ram.fresh(16 * PAGE)
+    (region,) = ram.regions
+    copy = region.kept()
+    shown = region.showing(copy)
+    window = ram.window(PAGE)
+    found = re.findall(rf"^(\w+)-\w+ r--s .*memfd:{region.name} ", Path("/proc/self/maps").read_text(), re.M)
+    contents = int(found[0], 16)
+    fresh = Ram.fresh(PAGE)
+    for address in (fresh.regions[0].address, shown.address, window.address, contents):
+        assert "dd" in flags(address)

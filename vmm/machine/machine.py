@@ -134,6 +134,7 @@ class Machine:
             machine = cls(saved.config, backend, Ram(map_ram(chain)), bind=bind, make_cpu=make_cpu)
             try:
                 machine.assign(saved)
+                machine.ram.check()
             except BaseException:
                 machine.close()
                 raise
@@ -204,8 +205,8 @@ class Machine:
         """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), a line
         the console goes on to show has the regular expression `until` (in what was written after the first `since`
         bytes, by default from now on), guest time is `until_ns`, or a posted command says so. Raises SnapshotError
-        when the RAM the machine was woken with turns out to be damaged, GuestError when guest time has come to its end,
-        RequestError for a position on KVM, re.error for what is no expression."""
+        when the RAM the machine was woken with turns out to be damaged, or its file to be changed; GuestError when
+        guest time has come to its end, RequestError for a position on KVM, re.error for what is no expression."""
         self._must_be_open()
         self.loop.aim(position, until, until_ns, since)
         return self.loop.go_on()
@@ -218,7 +219,8 @@ class Machine:
         """From any thread: type `data` at the console, from the next boundary on."""
         self.board.console.send(data)
 
-    def _check(self) -> None:
+    def _check(self, every_s: float) -> None:
+        self.ram.check(every_s)
         if self._scrub is not None:
             self._scrub.check()
 
@@ -248,10 +250,12 @@ class Machine:
         return {name: (schema_of(type(v)).name, schema_of(type(v)).version, encode(v)) for name, v in states}
 
     def digests(self) -> dict[str, Any]:
-        """BLAKE3 of RAM, CPUs and every other part but the config, for comparing two machines."""
+        """BLAKE3 of RAM, CPUs and every other part but the config, for comparing two machines. Raises SnapshotError
+        when the file it was woken from was changed."""
         ram = blake3.blake3()
         for region in self.ram.regions:
             ram.update(region.view)
+        self.ram.check()
         cpus, others = blake3.blake3(), {}
         for part in self.parts:
             encoded = canon.encode(encode(part.get(self)))
@@ -335,7 +339,8 @@ class Machine:
         """As `save`, but the machine may run on at once: what is written is its state at this instant."""
         contents, touched = self._contents(path, packed, parent, versions), self.touched_bytes()
         hashed_at_once = packed or parent is not None
-        return Checkpoint(path, contents.fill, touched if hashed_at_once else 2 * touched, force=force)
+        total = touched if hashed_at_once else 2 * touched
+        return Checkpoint(path, contents.fill, total, force=force, keep=self.ram.files())
 
     def can_save(
         self,
@@ -359,7 +364,8 @@ class Machine:
 
     def await_checked(self) -> None:
         """Until the RAM the machine was woken with has been checked: damaged RAM must not be given new digests. From
-        any thread. Raises SnapshotError when it is damaged."""
+        any thread. Raises SnapshotError when it is damaged, or the file was changed."""
+        self.ram.check()
         if self._scrub is not None:
             self._scrub.wait()
 

@@ -18,6 +18,7 @@ from vmm.errors import GuestError
 from vmm.machine.stop import Fault, Stop, Stopped, StopReason
 
 _SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
+_LOOK_S = 0.05  # how often it looks at the file that RAM was woken from
 
 Command = Callable[[], Stop | None]  # what it returns ends the run
 
@@ -33,9 +34,10 @@ class Hook(Protocol):
 
 
 class RunLoop:
-    """Not thread-safe, but for `post`. `check` is called at each safe point, and raises for what must end the run."""
+    """Not thread-safe, but for `post`. `check` is called at each safe point, with how often in seconds it is to look at
+    what costs something, and raises for what must end the run."""
 
-    def __init__(self, board: Board, clock: GuestClock, cpu: Cpu, check: Callable[[], None]) -> None:
+    def __init__(self, board: Board, clock: GuestClock, cpu: Cpu, check: Callable[[float], None]) -> None:
         self.cpu = cpu
         self.pace_real = False  # guest time is held back to the clock on the wall
         self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
@@ -78,7 +80,14 @@ class RunLoop:
                 limit_ns = deadline
             for hook in self.hooks:
                 limit_ns = min(limit_ns, hook.due_ns())
-            match self.cpu.run(limit_ns * BYTES_PER_NS):
+            try:
+                exit = self.cpu.run(limit_ns * BYTES_PER_NS)
+            except Exception:
+                self._check(0)  # what a guest does that has lost its RAM is not its fault, nor the engine's
+                raise
+            if isinstance(exit, Crashed | Shutdown):
+                self._check(0)
+            match exit:
                 case Expired() | Kicked():
                     pass
                 case Reached():
@@ -133,7 +142,7 @@ class RunLoop:
     def _safe_point(self) -> Stop | None:
         """The only place where a running machine may be changed from outside. Inside a block nothing may be: the block
         is finished first."""
-        self._check()
+        self._check(_LOOK_S)
         if self._clock.prepaid:
             return None
         if (stop := self._obey()) is not None:

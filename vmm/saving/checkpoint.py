@@ -22,7 +22,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,9 +53,11 @@ def write(path: Path, fill: Fill, *, force: bool = False) -> None:
 class Checkpoint:
     """A snapshot on its way to disk. One thread must call `wait()`."""
 
-    def __init__(self, path: Path, fill: Fill, total_bytes: int, *, force: bool = False) -> None:
-        """Raises RequestError for what is not to be replaced, BackendError when the host does not let it begin; then
-        nothing of it is left."""
+    def __init__(
+        self, path: Path, fill: Fill, total_bytes: int, *, force: bool = False, keep: Sequence[int] = ()
+    ) -> None:
+        """`keep` are descriptors that `fill` needs. Raises RequestError for what is not to be replaced, BackendError
+        when the host does not let it begin; then nothing of it is left."""
         self.path = path
         self._cancelled = self._ended = False
         self._lock = threading.Lock()  # over the descriptor of the process: its number is used again
@@ -66,7 +68,7 @@ class Checkpoint:
                 undo.callback(os.close, self._told)
                 with ExitStack() as after:
                     after.callback(os.close, tell)
-                    self._pid = _fork_to(self._writer, fill, _Teller(tell, total_bytes))
+                    self._pid = _fork_to(self._writer, fill, _Teller(tell, total_bytes), keep)
                 undo.callback(os.waitpid, self._pid, 0)
                 undo.callback(os.kill, self._pid, signal.SIGKILL)
                 self._process = os.pidfd_open(self._pid)
@@ -131,7 +133,7 @@ class _Teller:
             os.write(self.pipe, json.dumps(what).encode() + b"\n")
 
 
-def _fork_to(writer: Writer, fill: Fill, teller: _Teller) -> int:
+def _fork_to(writer: Writer, fill: Fill, teller: _Teller, keep: Sequence[int]) -> int:
     """Let a copy of this process write the file. Returns its pid. Raises OSError."""
     # Blocked meanwhile, so that none of them ends the copy before it ignores them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_COPY)
@@ -144,18 +146,20 @@ def _fork_to(writer: Writer, fill: Fill, teller: _Teller) -> int:
         if pid != 0:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if pid == 0:
-        _write_and_end(writer, fill, teller, before)
+        _write_and_end(writer, fill, teller, keep, before)
     return pid
 
 
-def _write_and_end(writer: Writer, fill: Fill, teller: _Teller, unblocked: set[int | signal.Signals]) -> NoReturn:
+def _write_and_end(
+    writer: Writer, fill: Fill, teller: _Teller, keep: Sequence[int], unblocked: set[int | signal.Signals]
+) -> NoReturn:
     """What the forked copy does from its first instruction to its end: write the file, tell how far it is, exit."""
     try:
         for number in _NOT_FOR_THE_COPY:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         gc.disable()  # no finalizer of the machine's may run here
-        _keep_only(writer.fileno(), teller.pipe)
+        _keep_only(writer.fileno(), teller.pipe, *keep)
         writer.progress = teller.progress
         try:
             with writer:

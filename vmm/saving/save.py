@@ -32,8 +32,8 @@ class Contents:
     versions: Mapping[str, int] | None = None
 
     def fill(self, writer: Writer) -> None:
-        """Write all but the end. Raises SnapshotError for a parent that cannot be one or a state an older version
-        cannot say; OSError."""
+        """Write all but the end. Raises SnapshotError for a parent that cannot be one, a state an older version cannot
+        say, or RAM whose file was changed; OSError."""
         for name, value in self.states.items():
             wanted = None if self.versions is None else self.versions.get(schema_of(type(value)).name, 0)
             writer.part(name, value if wanted is None else lower(value, wanted))
@@ -42,9 +42,12 @@ class Contents:
             with Chain.for_child(self.parent, self.path, _layout(self.ram)) as chain:
                 known = [chain.digests(i) for i in range(len(chain.rams))]
                 writer.base(chain.as_parent())
-        for i, region in enumerate(self.ram.regions):
-            before = known[i] if known else None
-            writer.ram(region.name, region.base, region.view, region.touched(), packed=self.packed, parent=before)
+        try:
+            for i, region in enumerate(self.ram.regions):
+                before = known[i] if known else None
+                writer.ram(region.name, region.base, region.view, region.touched(), packed=self.packed, parent=before)
+        finally:
+            self.ram.check()  # also the better reason: the kernel calls a page that is gone a bad address
 
 
 def cannot(path: Path, error: OSError) -> RequestError | BackendError:
