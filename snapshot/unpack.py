@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import ExitStack
+import stat
+import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 from blake3 import blake3
 
-from snapshot.container import BLOCK, Extra, Parent, good_name
+from snapshot.container import BLOCK, MAX_JSON, MAX_REGION, Extra, Parent, good_name
 from snapshot.errors import SnapshotError, check_path
 from snapshot.pages import present_extents
 from snapshot.reader import RamImage, Reader
 from snapshot.writer import Writer
 
 _COPY = 1 << 20
+_MAX_TEXT = 1 << 28  # the manifest names every block
 
 
 def unpack(source: Path, folder: Path) -> None:
@@ -72,12 +74,13 @@ def _unpack_ram(reader: Reader, image: RamImage, target: Path) -> dict[str, Any]
 
 def pack(folder: Path, target: Path, *, force: bool = False) -> None:
     """Raises SnapshotError, naming the file, when the folder is not what unpack makes of a snapshot; OSError."""
+    check_path(folder)
     manifest = _read_json(folder / "snapshot.json")
     try:
         major, minor = manifest["format"]
-        if major != 1 or not 0 <= minor <= 0xFFFF:
+        if major != 1:
             raise ValueError("format is not 1.x")
-        with Writer(target, minor=minor, force=force) as writer:
+        with Writer(target, minor=_number(minor, 0xFFFF), force=force) as writer:
             for name in manifest["parts"]:
                 _good(name)
                 part = _read_json(folder / "parts" / f"{name}.json")
@@ -88,26 +91,27 @@ def pack(folder: Path, target: Path, *, force: bool = False) -> None:
                 _pack_ram(folder, ram, writer)
             _pack_optional(folder, manifest, writer)
             writer.commit()
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise SnapshotError(f"{folder / 'snapshot.json'}: not what unpack writes ({error})") from None
+    except (LookupError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError, struct.error) as error:
+        why = " ".join(f"{type(error).__name__} {error}".split())
+        raise SnapshotError(f"{folder / 'snapshot.json'}: not what unpack writes ({why:.200})") from None
 
 
 def _pack_ram(folder: Path, ram: dict[str, Any], writer: Writer) -> None:
     _good(ram["name"])
     path = folder / "ram" / ram["name"]
-    size, packed = ram["size"], ram["packed"]
-    with ExitStack() as stack:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
+    size, base, packed = _number(ram["size"], MAX_REGION), _number(ram["base"], (1 << 64) - 1), ram["packed"]
+    with _opened(path) as file:
+        fd = file.fileno()
         entries = _packed_entries(fd, ram, path) if packed else _raw_entries(fd, ram, path)
-        writer.stored_ram(ram["name"], ram["base"], size, packed, entries, fd, 0)
+        writer.stored_ram(ram["name"], base, size, packed, entries, fd, 0)
 
 
 def _raw_entries(fd: int, ram: dict[str, Any], path: Path) -> list[tuple[int, int, bytes]]:
     size = ram["size"]
     if os.fstat(fd).st_size != size:
         raise SnapshotError(f"{path}: it is not {size} bytes long")
-    listed = set(ram["blocks"])
+    last = (size - 1) // BLOCK
+    listed = {_number(number, last) for number in ram["blocks"]}
     numbers = set(listed)
     for start, end in present_extents(fd, size):
         numbers.update(range(start // BLOCK, -(-end // BLOCK)))
@@ -120,9 +124,12 @@ def _raw_entries(fd: int, ram: dict[str, Any], path: Path) -> list[tuple[int, in
 
 
 def _packed_entries(fd: int, ram: dict[str, Any], path: Path) -> list[tuple[int, int, bytes]]:
-    entries, at = [], 0
+    entries, at, first, last = [], 0, 0, (ram["size"] - 1) // BLOCK
     for number, stored in ram["blocks"]:
-        data = os.pread(fd, stored, at)
+        if _number(number, last) < first:
+            raise ValueError(f"block {number} is not above the one before")
+        first = number + 1
+        data = os.pread(fd, _number(stored, BLOCK), at)
         at += stored
         size = min(BLOCK, ram["size"] - number * BLOCK)
         if len(data) != size:
@@ -139,13 +146,14 @@ def _packed_entries(fd: int, ram: dict[str, Any], path: Path) -> list[tuple[int,
 
 
 def _pack_optional(folder: Path, manifest: dict[str, Any], writer: Writer) -> None:
-    extras = [
-        Extra(kind.encode("ascii"), version, name, alignment, (folder / "extra" / str(i)).read_bytes())
-        for i, (kind, version, name, alignment) in enumerate(manifest["extra"])
-    ]
+    extras = []
+    for i, (kind, version, name, alignment) in enumerate(manifest["extra"]):
+        _good(name)
+        payload = _read(folder / "extra" / str(i), MAX_JSON)
+        extras.append(Extra(kind.encode("ascii"), _number(version, 0xFFFF), name, alignment, payload))
     meta = folder / "meta.json"
     for i in range(len(extras) + 1):
-        if i == manifest["meta_at"] and meta.exists():
+        if i == manifest["meta_at"] and os.path.lexists(meta):
             writer.meta(_read_json(meta))
         if i < len(extras):
             writer.extra(extras[i])
@@ -154,6 +162,12 @@ def _pack_optional(folder: Path, manifest: dict[str, Any], writer: Writer) -> No
 def _good(name: object) -> None:
     if not isinstance(name, str) or not good_name(name):
         raise ValueError(f"bad name {name!r}")
+
+
+def _number(value: object, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{value!a:.50} is no number from 0 to {most}")
+    return value
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -169,8 +183,25 @@ def _new(path: Path) -> BinaryIO:
     return file
 
 
+def _opened(path: Path) -> BinaryIO:
+    """A regular file of the folder's own. Raises SnapshotError for anything else, OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SnapshotError(f"{path}: not a regular file")
+    return os.fdopen(fd, "rb")
+
+
+def _read(path: Path, most: int) -> bytes:
+    with _opened(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise SnapshotError(f"{path}: more than {most} bytes")
+    return data
+
+
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(_read(path, _MAX_TEXT))
     except (ValueError, RecursionError) as error:
         raise SnapshotError(f"{path}: not JSON: {error}") from None

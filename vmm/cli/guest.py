@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vmm.cli.options import FOLDER
+from vmm.cli.options import FOLDER, NO_FOLDER
 from vmm.errors import GuestError
 
 
@@ -17,7 +17,7 @@ def guest() -> None:
 
 @guest.command()
 @click.option("--dir", "folder", required=True, type=FOLDER, help="The folder they are put in.")
-@click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Script to run as /init.")
+@click.option("--init", type=NO_FOLDER, help="Script to run as /init.")
 def fetch(folder: Path, init: Path | None) -> None:
     """Get a Debian kernel and busybox, and make DIR/vmlinuz, DIR/vmlinux, DIR/initrd.img."""
     from rich.console import Console as Rich
@@ -30,5 +30,7 @@ def fetch(folder: Path, init: Path | None) -> None:
             script = init.read_text()
         except OSError as error:
             raise GuestError(f"{init}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise GuestError(f"{init}: not text") from None
     with Rich(stderr=True).status("fetching") as progress:
         get(folder, script, progress=progress.update)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from snapshot.errors import Refused, check_path
 from vmm.board.config import DeviceConfig
 from vmm.cpu import backends
 from vmm.saving.saved import ALLOWABLE
@@ -74,8 +75,20 @@ class Binding(click.ParamType[tuple[str, str]]):
         return part, end
 
 
-FILE = click.Path(path_type=Path)
-FOLDER = click.Path(path_type=Path, file_okay=False)
+class Place(click.Path):
+    """A path that the host can have."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        try:
+            check_path(value)
+        except Refused as error:
+            self.fail(f"{error.filename}: {error.strerror}", param, ctx)
+        return Path(super().convert(value, param, ctx))
+
+
+FILE = Place(path_type=Path)
+NO_FOLDER = Place(path_type=Path, dir_okay=False)
+FOLDER = Place(path_type=Path, file_okay=False)
 PARENT = "Save only what differs from this snapshot, in the same folder."
 
 json_option = click.option(

@@ -17,6 +17,7 @@ from snapshot.errors import SnapshotError
 from vmm.board.config import DEFAULT_EPOCH_NS, DeviceConfig, MachineConfig, named
 from vmm.cli.options import (
     FILE,
+    NO_FOLDER,
     PARENT,
     Binding,
     Device,
@@ -71,7 +72,7 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--until", type=Pattern(), help="Stop when a console line matches."),
             click.option("--at", type=click.IntRange(0), metavar="POSITION",
                          help="Stop at this many bytes of code executed."),
-            click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Save when the run stops."),
+            click.option("--save", type=NO_FOLDER, help="Save when the run stops."),
             force_option,
             pack_option,
             click.option("--parent", type=FILE, help=PARENT),

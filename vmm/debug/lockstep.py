@@ -229,7 +229,7 @@ class Lockstep:
         self._back()
         self._advance(found.instruction - self._point.count)
         for machine, name in ((self.leader, "leader"), (self.follower, "follower")):
-            path = prefix.with_name(f"{prefix.name}.{name}")
+            path = prefix.parent / f"{prefix.name}.{name}"
             machine.save(path)
             found.pair.append(path)
 

@@ -14,11 +14,13 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from snapshot.errors import check_path
 from vmm.cpu.protocol import CpuState, SegmentState, TableState
 from vmm.errors import GuestError
 from vmm.ram import Ram
 
 FLAT_BASE = 0x100000
+_MAX_FILE = 1 << 30  # also of what has no end, such as /dev/zero
 
 _ZERO_PAGE = 0x7000
 _GDT = 0x8000
@@ -27,6 +29,7 @@ _PVH_INFO = 0x10000
 _CMDLINE = 0x20000
 _BOOT_CS, _BOOT_DS = 0x10, 0x18
 _E820_RAM, _E820_RESERVED = 1, 2
+_PT_LOAD, _PT_NOTE = 1, 4
 _XEN_ELFNOTE_PHYS32_ENTRY = 18
 _XLF_KERNEL_64 = 1
 
@@ -47,9 +50,14 @@ class Image:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        check_path(path)
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE + 1)
     except OSError as error:
-        raise GuestError(f"{path}: {error.strerror}") from None
+        raise GuestError(f"{error.filename or path}: {error.strerror}") from None
+    if len(data) > _MAX_FILE:
+        raise GuestError(f"{path}: more than {_MAX_FILE >> 20} MiB")
+    return data
 
 
 def load(image: Image, ram: Ram) -> CpuState:
@@ -108,10 +116,18 @@ def _load_elf(image: Image, ram: Ram) -> CpuState:
         entry, phoff = struct.unpack_from("<QQ", kernel, 24)
         (phnum,) = struct.unpack_from("<H", kernel, 56)
         top, pvh, start = 0, None, None
+        left = {
+            _PT_LOAD: len(kernel),
+            _PT_NOTE: len(kernel),
+        }  # bytes; each is looked at once, however many headers say so
         for i in range(phnum):
             header = struct.unpack_from("<IIQQQQQQ", kernel, phoff + 56 * i)
             kind, _, offset, virtual, physical, filesz, memsz, _ = header
-            if kind == 1 and memsz:
+            if kind in left:
+                left[kind] -= filesz
+                if left[kind] < 0:
+                    raise GuestError("the ELF kernel's segments are more than the file")
+            if kind == _PT_LOAD and memsz:
                 if offset + filesz > len(kernel) or filesz > memsz:
                     raise GuestError("the ELF kernel is cut short")
                 _fits(ram, physical, memsz, "the kernel")
@@ -119,11 +135,13 @@ def _load_elf(image: Image, ram: Ram) -> CpuState:
                 top = max(top, physical + memsz)
                 if virtual <= entry < virtual + memsz:
                     start = entry - virtual + physical
-            elif kind == 4:
+            elif kind == _PT_NOTE:
                 pvh = _pvh_entry(kernel[offset : offset + filesz]) or pvh
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, OverflowError):
         raise GuestError("the ELF kernel is cut short or damaged") from None
     if pvh is not None:
+        if pvh >= 1 << 32:
+            raise GuestError(f"the ELF kernel's PVH entry {pvh:#x} is not below 4 GiB")
         return _pvh(image, ram, pvh, top)
     if start is None:
         raise GuestError("the ELF kernel's entry lies in none of its segments")
@@ -162,9 +180,12 @@ def _place_initrd(image: Image, ram: Ram, above: int, highest: int) -> tuple[int
 
 
 def _place_cmdline(image: Image, ram: Ram) -> bytes:
-    cmdline = image.cmdline.encode()
+    try:
+        cmdline = image.cmdline.encode()
+    except UnicodeEncodeError:
+        raise GuestError("the kernel command line is no text") from None
     if len(cmdline) >= 2048 or b"\0" in cmdline:
-        raise GuestError("the kernel command line is longer than 2047 bytes")
+        raise GuestError("the kernel command line is longer than 2047 bytes, or has a zero in it")
     ram.write(_CMDLINE, cmdline + b"\0")
     return cmdline
 

@@ -1,0 +1,144 @@
+"""Kernels that are damaged, cut or lie: GuestError in one line, in bounded time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import DEBIAN
+from vmm.errors import GuestError
+from vmm.guest.image import Image, load
+from vmm.ram import Ram
+
+MEMORY = 16 << 20
+
+
+def bzimage() -> bytearray:
+    """The smallest that loads: boot protocol 2.12, one setup sector, a payload of a page."""
+    kernel = bytearray(1024 + 4096)
+    kernel[0x1F1] = 1
+    kernel[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", kernel, 0x206, 0x20C)
+    struct.pack_into("<I", kernel, 0x22C, 0x7FFFFFFF)
+    struct.pack_into("<H", kernel, 0x236, 1)
+    struct.pack_into("<QI", kernel, 0x258, 0x100000, 0x2000)
+    return kernel
+
+
+def elf() -> bytearray:
+    """A segment of code, and a note with the entry of PVH."""
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", 0x100000)
+    head = struct.pack(
+        "<4sBBBB8xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 2, 62, 1, 0x100000, 64, 0, 0, 64, 56, 2, 0, 0, 0
+    )
+    code = struct.pack("<IIQQQQQQ", 1, 5, 0x1000, 0x100000, 0x100000, 0x100, 0x1000, 0x1000)
+    notes = struct.pack("<IIQQQQQQ", 4, 4, 0x800, 0, 0, len(note), len(note), 4)
+    file = bytearray(0x1100)
+    file[: len(head + code + notes)] = head + code + notes
+    file[0x800 : 0x800 + len(note)] = note
+    return file
+
+
+KERNELS = {"bzImage": bzimage(), "ELF": elf()}
+HEADERS = {"bzImage": range(0x1F0, 0x290), "ELF": range(0, 64 + 2 * 56)}
+EDGES = (
+    0,
+    1,
+    0x7F,
+    0x80,
+    0xFF,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    1 << 62,
+    (1 << 63) - 1,
+    1 << 63,
+    (1 << 64) - 1,
+)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_the_sound_ones_load(kind):
+    load(Image(bytes(KERNELS[kind])), Ram.fresh(MEMORY))
+
+
+@st.composite
+def damaged(draw, kind):
+    """Changed where it counts, with values at which arithmetic ends; then perhaps cut."""
+    kernel = bytearray(KERNELS[kind])
+    for _ in range(draw(st.integers(1, 5))):
+        at = draw(st.sampled_from(HEADERS[kind]))
+        size = draw(st.sampled_from((1, 2, 4, 8)))
+        value = draw(st.sampled_from(EDGES) | st.integers(0, (1 << 64) - 1)) & (1 << 8 * size) - 1
+        kernel[at : at + size] = value.to_bytes(size, "little")
+    if draw(st.booleans()):
+        del kernel[draw(st.integers(0, len(kernel))) :]
+    return bytes(kernel)
+
+
+@given(
+    data=st.data(), kind=st.sampled_from(sorted(KERNELS)), initrd=st.binary(max_size=100), cmdline=st.text(max_size=50)
+)
+def test_a_damaged_kernel(data, kind, initrd, cmdline):
+    image = Image(data.draw(damaged(kind)), initrd, cmdline)
+    ram = Ram.fresh(MEMORY)
+    tracemalloc.start()
+    try:
+        state = load(image, ram)
+        assert state.rip < 1 << 32
+    except GuestError as error:
+        assert len(str(error).splitlines()) == 1
+    finally:
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        ram.close()
+    assert most < 4 << 20
+
+
+@pytest.mark.parametrize("kind", [1, 4])
+def test_many_headers_do_not_make_much_work(kind):
+    """65535 segments, or notes, each of the whole file: 64 GiB to copy, or 6 thousand million notes to look at."""
+    kernel = bytearray(5 << 20)
+    kernel[:64] = elf()[:64]
+    struct.pack_into("<H", kernel, 56, 0xFFFF)
+    header = struct.pack("<IIQQQQQQ", kind, 4, 4 << 20, 0, 0x200000, 1 << 20, 1 << 20, 0)
+    kernel[64 : 64 + 56 * 0xFFFF] = header * 0xFFFF
+    with pytest.raises(GuestError, match="segments are more than the file"):
+        load(Image(bytes(kernel)), Ram.fresh(MEMORY))
+
+
+def test_a_file_without_an_end(monkeypatch):
+    monkeypatch.setattr("vmm.guest.image._MAX_FILE", 1 << 20)
+    with pytest.raises(GuestError, match="more than 1 MiB"):
+        Image.from_files(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("words", ["\ud800", "a\0b", "x" * 2048])
+@pytest.mark.parametrize("kind", KERNELS)
+def test_a_command_line_that_cannot_be_one(kind, words):
+    with pytest.raises(GuestError, match="command line"):
+        load(Image(bytes(KERNELS[kind]), cmdline=words), Ram.fresh(MEMORY))
+
+
+@pytest.mark.parametrize("path", ["", "/", "\0", "\ud800", "x" * 256, "/x" * 3000, "/proc/self/mem"])
+def test_what_is_no_file(path):
+    with pytest.raises(GuestError):
+        Image.from_files(Path(path))
+
+
+@pytest.mark.debian
+@pytest.mark.parametrize("name", ["vmlinuz", "vmlinux"])
+def test_a_real_kernel_cut_and_changed(debian, name):
+    kernel = (DEBIAN / name).read_bytes()
+    for size in [*range(0, 0x400, 37), *range(0x400, len(kernel), len(kernel) // 20)]:
+        ram = Ram.fresh(256 << 20)
+        with contextlib.suppress(GuestError):
+            load(Image(kernel[:size]), ram)
+        ram.close()
