@@ -5,6 +5,7 @@ What is not asked to change is kept to the byte, chunks this program does not kn
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,10 +57,14 @@ def _with_ram(source: Path, target: Path, parent: Path | None, packed: bool, for
         for i, image in enumerate(chain.rams):
             known = None if base is None else base.digests(i)
             extents = [image.span(number) for number in chain.digests(i)]
-            with chain.map_ram(i) as memory, memoryview(memory) as view:
-                writer.ram(image.name, image.base, view, extents, packed=packed, parent=known)
+            memory = chain.map_ram(i)
+            try:
+                writer.ram(image.name, image.base, memoryview(memory), extents, packed=packed, parent=known)
                 if isinstance(memory, FileMemory):
                     memory.check()
+            finally:
+                with contextlib.suppress(BufferError):  # an error on its way still holds a piece, and the memory
+                    memory.close()
         optional(leaf, writer)
         writer.commit()
 

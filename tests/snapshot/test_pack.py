@@ -57,7 +57,7 @@ def pack(folder: Path, out: Path) -> bool:
     return True
 
 
-ODD = st.sampled_from([
+ODD: st.SearchStrategy[Any] = st.sampled_from([
     None, True, -1, 0, 1, 65536, 1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, 1.5, float("inf"),
     float("nan"), "", "x", "..", "../../x", "/etc/passwd", "\0", "\ud800", "é", "NEW9", "x" * 300, [], {}, [[]], [0],
     [[0, 1]], [[0, 1 << 40]], [[0, -1]], ["ram.0"], {"a": 1},

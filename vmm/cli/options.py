@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -83,7 +84,7 @@ class Place(click.Path):
             check_path(value)
         except Refused as error:
             self.fail(f"{error.filename}: {error.strerror}", param, ctx)
-        return Path(super().convert(value, param, ctx))
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
 
 
 FILE = Place(path_type=Path)
@@ -107,9 +108,7 @@ backend_option = click.option(
 allow_option = click.option(
     "--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved."
 )
-force_option = click.option(
-    "--force", is_flag=True, help="Replace any file that can be written, also a snapshot that others stand on."
-)
+force_option = click.option("--force", is_flag=True, help="Replace any file, also one that others stand on.")
 pack_option = click.option("--pack", "packed", is_flag=True, help="Pack the RAM with zstd.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,3 +137,36 @@ def test_any_words(place, words):
     if words[0] in ("run", "restore", "wake"):
         words = [*words, "--at", "1000"]
     anyhyve(place, words)
+
+
+@pytest.fixture
+def no_room():
+    """A function that lets no file grow beyond so many bytes; the limit is gone at the end."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+TOOLS = {
+    "merge": ["child", "out"],
+    "rebase": ["child", "out", "--parent", "other"],
+    "edit": ["child", "--out", "out", "--set", "com1.lcr=0x83"],
+    "pack": ["apart", "out"],
+    "unpack": ["child", "out"],
+}
+
+
+@pytest.mark.parametrize("room", [0, 100, 5000, 50_000])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_no_room_on_the_disk(tmp_path, no_room, tool, room):
+    with Machine.boot(MachineConfig(memory_bytes=2 << 20), Image(b"\xeb\xfe", flat=True)) as machine:
+        for name, parent in (("root", None), ("other", None), ("child", tmp_path / "root")):
+            machine.ram.write(0x180000, os.urandom(0x20000))
+            machine.save(tmp_path / name, parent=parent)
+    assert anyhyve(tmp_path, ["snapshot", "unpack", "child", "apart"]).exit_code == 0
+    before = set(tmp_path.iterdir())
+    no_room(room)
+    result = anyhyve(tmp_path, ["snapshot", tool, *TOOLS[tool]])
+    assert result.exit_code == 1 and result.stderr.startswith("anyhyve: ") and "File too large" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert set(tmp_path.iterdir()) - before <= ({tmp_path / "out"} if tool == "unpack" else set())
