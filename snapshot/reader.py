@@ -201,6 +201,7 @@ class Reader:
         chunks = self._load_structure()
         parts: dict[str, Part] = {}
         rams: list[RamImage] = []
+        total = 0  # bytes of RAM
         extras: list[Extra] = []
         self.meta = self.parent = None
         self.meta_at = 0
@@ -209,7 +210,7 @@ class Reader:
                 data = chunk
             elif chunk.kind == RAMI:
                 rams.append(self._load_index(data, chunk, rams[-1] if rams else None))
-                if sum(image.size for image in rams) > max_ram:
+                if (total := total + rams[-1].size) > max_ram:
                     self._fault(chunk, f"RAM of {rams[-1].size} bytes and before is over the limit of {max_ram}")
             else:
                 payload = self._read(chunk.payload, chunk.length, chunk)

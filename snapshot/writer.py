@@ -210,8 +210,11 @@ class Writer:
         self._write_chunk(META, NAMES[META], canon.encode(value), flags=OPTIONAL)
 
     def extra(self, extra: Extra) -> None:
-        """Write an optional chunk as it was read."""
+        """Write an optional chunk as it was read. Raises SnapshotError for one that could not be read again."""
         assert extra.kind not in (PART, BASE, RAMD, RAMI, END)
+        chunk = Chunk(0, extra.kind, extra.version, OPTIONAL, extra.alignment, 0, extra.name)
+        if Chunk.unpack(0, chunk.pack()) != chunk or chunk.known:
+            raise SnapshotError(f"{extra.kind!r} {extra.name}: not an optional chunk that is unknown")
         self._write_chunk(extra.kind, extra.name, extra.payload, extra.version, OPTIONAL, extra.alignment)
 
     def commit(self) -> None:
