@@ -152,8 +152,7 @@ class Writer:
         if memory.format != "B" or memory.ndim != 1:
             memory = memory.cast("B")
         size = memory.nbytes
-        assert base % PAGE == 0 and size % PAGE == 0 and 0 < size <= MAX_REGION and base + size <= 1 << 64
-        assert not self._images or base >= self._images[-1].base + self._images[-1].size, "RAM in order of base"
+        self._check_region(base, size)
         blocks = list(_nonzero_blocks(memory, [(0, size)] if present is None else present))
         nonzero, known = set(blocks), {}
         if parent is not None:
@@ -191,6 +190,7 @@ class Writer:
         self, name: str, base: int, size: int, packed: bool, entries: list[tuple[int, int, bytes]], fd: int, offset: int
     ) -> None:
         """Write a region as it is stored at `offset` of another file: `entries` are (number, stored length, digest)."""
+        self._check_region(base, size)
         length = sum(stored for _, stored, _ in entries) if packed else size
         place, hashed = align(self._end + CHUNK_HEADER.size, PAGE), blake3()
         for start, end in [(0, length)] if packed else present_extents(fd, length, offset):
@@ -204,6 +204,11 @@ class Writer:
         codec = CODEC_ZSTD if packed else CODEC_RAW
         self._images.append(_Image(data, len(self._chunks), base, size, codec, list(known), known))
         self._add(RAMI, name, INDEX.size + ENTRY.size * len(known))
+
+    def _check_region(self, base: int, size: int) -> None:
+        assert base % PAGE == 0 and size % PAGE == 0, "RAM in whole pages"
+        assert 0 < size <= MAX_REGION and base + size <= 1 << 64, f"RAM of {size} bytes at {base:#x}"
+        assert not self._images or base >= self._images[-1].base + self._images[-1].size, "RAM in order of base"
 
     def meta(self, value: Json) -> None:
         """Write free information for people, which a restore does not look at."""

@@ -92,6 +92,17 @@ def test_any_value_at_any_place(unpacked, tmp_path_factory, data):
     pack(folder, folder.parent / "out")
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("ram", 0, "base"), 1), (("ram", 0, "base"), (1 << 64) - 4096), (("extra", 0, 3), 1), (("extra", 0, 0), "META")],
+)
+def test_what_could_not_be_read_again(unpacked, tmp_path, path, value):
+    folder = copied(unpacked, tmp_path / "u")
+    manifest = json.loads((folder / "snapshot.json").read_text())
+    (folder / "snapshot.json").write_text(json.dumps(put(manifest, path, value)))
+    assert not pack(folder, tmp_path / "out")
+
+
 @given(data=st.data())
 def test_any_bytes_anywhere(unpacked, tmp_path_factory, data):
     folder = copied(unpacked, tmp_path_factory.mktemp("edited") / "u")
