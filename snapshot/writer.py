@@ -124,7 +124,6 @@ class Writer:
 
     def raw_part(self, name: str, schema: Json, state: Json) -> None:
         """Write a part as it was read."""
-        assert self._chunks or name == FIRST_PART, f"the first part is {FIRST_PART}"
         value: Json = {"schema": schema, "state": state}
         Part.from_json(name, value)
         self._write_chunk(PART, name, canon.encode(value))
@@ -283,6 +282,7 @@ class Writer:
     ) -> Chunk:
         """The next chunk's header and its place, not written yet."""
         assert self._open and good_name(name), f"bad chunk name {name!r}"
+        assert self._chunks or (kind, name) == (PART, FIRST_PART), f"the first part is {FIRST_PART}"
         assert (kind, name) not in self._names, f"two {kind!r} chunks named {name}"
         assert not self._chunks or _rank(self._chunks[-1].kind) <= _rank(kind), f"{kind!r} out of order"
         if len(self._chunks) == MAX_CHUNKS:

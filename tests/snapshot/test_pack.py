@@ -94,7 +94,13 @@ def test_any_value_at_any_place(unpacked, tmp_path_factory, data):
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [(("ram", 0, "base"), 1), (("ram", 0, "base"), (1 << 64) - 4096), (("extra", 0, 3), 1), (("extra", 0, 0), "META")],
+    [
+        (("ram", 0, "base"), 1),
+        (("ram", 0, "base"), (1 << 64) - 4096),
+        (("extra", 0, 3), 1),
+        (("extra", 0, 0), "META"),
+        (("parts",), []),
+    ],
 )
 def test_what_could_not_be_read_again(unpacked, tmp_path, path, value):
     folder = copied(unpacked, tmp_path / "u")
