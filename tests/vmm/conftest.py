@@ -161,13 +161,13 @@ def named(environment, anyhyve):
     """A function that starts the own guest under a name. At the end all are stopped, and left no socket behind."""
     made: list[subprocess.Popen[bytes]] = []
 
-    def start(name, *arguments, command=("run", "--kernel", OWN, "--flat"), wait=True, **options):
-        words = [sys.executable, "-c", MAIN, *map(str, command), "--name", name, *map(str, arguments)]
+    def start(name, *arguments, command=("run", "--kernel", OWN, "--flat"), wait=True, main=MAIN, **options):
+        options.setdefault("stdout", subprocess.DEVNULL)  # a pipe nobody reads would stop it in the end
+        words = [sys.executable, "-c", main, *map(str, command), "--name", name, *map(str, arguments)]
         made.append(
             subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # a pipe nobody reads would stop it in the end
                 stderr=subprocess.PIPE,
                 env=environment,
                 start_new_session=True,

@@ -55,7 +55,7 @@ MOVES: dict[State, dict[State, str]] = {  # from, to: what brings it about
     State.SAVING: {
         State.RUNNING: "saved, failed or cancelled",
         State.PAUSED: "the same, if it was paused",
-        State.STOPPED: "suspended",
+        State.STOPPED: "suspended, or stop",
         State.FAILED: "fault",
     },
     State.STOPPED: {},

@@ -95,7 +95,7 @@ async def cancel(session: Session) -> Any:
     return {"path": None if path is None else str(path)}
 
 
-@METHODS.method("stop", _AWAKE | {State.CREATED})
+@METHODS.method("stop", ALIVE)
 async def stop(session: Session) -> Any:
     """End the machine without saving. A save that is under way is finished."""
     await _safe(session, session.vm.stop())

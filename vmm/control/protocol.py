@@ -56,6 +56,11 @@ class RpcError(Exception):
         for kind, code in _FAULTS:
             if isinstance(error, kind):
                 return cls(code, str(error))
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            return cls(HOST, f"{where}{error.strerror or error}")
+        if isinstance(error, MemoryError):
+            return cls(HOST, "out of memory")
         return cls(INTERNAL, f"{type(error).__name__}: {error}")
 
 

@@ -25,6 +25,8 @@ from vmm.control.methods import METHODS
 from vmm.control.place import Place
 from vmm.control.protocol import INVALID_REQUEST, MAX_LINE, PARSE, REFUSED, RpcError
 from vmm.control.supervisor import Supervisor
+from vmm.errors import BackendError
+from vmm.host import threads
 
 MAX_CLIENTS = 256
 MAX_CALLS = 32  # of one client, unanswered
@@ -46,14 +48,18 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
         self._grown = asyncio.Event()  # the console has more; made anew each time
         self._awaited = False  # whether anybody wants to hear of console output
-        self._thread = threading.Thread(target=self._serve, daemon=True, name="control")
         self._up = threading.Event()
 
     def __enter__(self) -> Server:
+        try:
+            self._thread = threads.start("control", self._serve)
+        except BackendError:
+            self._loop.close()
+            self._place.close()
+            raise
+        self._up.wait()
         self.vm.listeners.append(self._event)
         self.vm.machine.board.console.listen(self._output)
-        self._thread.start()
-        self._up.wait()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +106,7 @@ class Server:
         while True:
             try:
                 accepted, _ = await self._loop.sock_accept(self._place.socket)
-            except OSError:  # out of descriptors, or the client is gone already
+            except (OSError, MemoryError):  # out of descriptors, say, or the client is gone already
                 await asyncio.sleep(0.1)
                 continue
             task = asyncio.create_task(self._meet(accepted))
@@ -108,8 +114,12 @@ class Server:
             task.add_done_callback(self._tasks.discard)
 
     async def _meet(self, accepted: socket.socket) -> None:
-        uid = _UCRED.unpack(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
-        reader, writer = await asyncio.open_connection(sock=accepted, limit=MAX_LINE)
+        try:
+            uid = _UCRED.unpack(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
+            reader, writer = await asyncio.open_connection(sock=accepted, limit=MAX_LINE)
+        except (OSError, MemoryError):  # what it cannot be given it finds out by being cut off
+            accepted.close()
+            return
         client = _Client(self, reader, writer)
         refusal = None
         if uid not in (os.geteuid(), 0):

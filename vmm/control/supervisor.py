@@ -8,7 +8,9 @@
 Rules
 * Whatever changes the machine happens on its thread, between two instructions. Every command's answer is a Future.
 * A save that fails, for whatever reason, changes nothing: the machine goes on as it was.
-* One save at a time. What was begun is finished even when the machine ends meanwhile: see `close`.
+* One save at a time; a suspend waits for the one under way, and who asks for the same suspend has the same answer. What
+  was begun is finished even when the machine ends meanwhile: see `close`.
+* What a save needs of the host is there before the guest runs (its thread), or its want fails that one save.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +26,7 @@ from typing import Any, TypeVar
 from vmm.control.lifecycle import ALIVE, Lifecycle, State
 from vmm.errors import BackendError, Cancelled, RequestError
 from vmm.machine.machine import Fault, Machine, Stop, Stopped, StopReason
-from vmm.saving.checkpoint import Checkpoint
+from vmm.saving.checkpoint import Checkpoint, NoProcess
 
 QUIESCE_S = 5.0  # a machine not between two instructions by then (its console's reader is stuck, say) is not saved
 
@@ -37,7 +39,7 @@ class WrongState(RequestError):
     """The command has no meaning in the state the machine is in."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Save:
     """A save from its asking to its answer. `saved` has path, position, guest_ns, pause_s, wall_s, size_bytes."""
 
@@ -47,9 +49,13 @@ class Save:
     options: dict[str, Any]
     saved: Future[dict[str, Any]] = field(default_factory=Future)
     cancelled: bool = False
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None  # None also where no process could be had to write it
     found: dict[str, Any] = field(default_factory=dict)  # of the instant
     pause_s: float = 0.0
+
+    def same(self, other: Save) -> bool:
+        """Whether one file can be the answer to both."""
+        return (self.path, self.end, self.options) == (other.path, other.end, other.options)
 
 
 class Supervisor:
@@ -61,16 +67,17 @@ class Supervisor:
         self._life = Lifecycle(lambda state: self.tell("state", state=state))
         self.quiesce_s = quiesce_s
         self._end: Stop | None = None
-        self._lock = threading.Lock()  # over the three below
+        self._lock = threading.Lock()  # over the two below
         self._waiting: set[Future[Any]] = set()
-        self._save: Save | None = None
-        self._saver: threading.Thread | None = None
+        self._saves: list[Save] = []  # the one under way, and a suspend that waits for its end
+        self._saver = ThreadPoolExecutor(1, "save")
 
     # --- the machine's thread
 
     def run(self, *, position: int | None = None, until: str | None = None, paused: bool = False) -> Stop:
         """Run the machine as `Machine.run` does, and do what is commanded meanwhile. Returns why it ended. Raises
-        what that raises."""
+        what that raises, and BackendError when the host has no thread to save with."""
+        self._have_a_saver()
         self._life.move(State.PAUSED if paused else State.RUNNING)
         self.machine.loop.aim(position, until, None, None)
         try:
@@ -103,6 +110,11 @@ class Supervisor:
     @property
     def state(self) -> State:
         return self._life.state
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not come to its end."""
+        return self.state in ALIVE
 
     def pause(self) -> Future[bool]:
         """Let the machine stand still. The Future says whether it ran until now."""
@@ -137,34 +149,41 @@ class Supervisor:
         force: bool = False,
     ) -> Future[dict[str, Any]]:
         """Save to `path`: with `end` the machine then ends, with `hold` or `end` it stands still until the file is on
-        disk. Raises WrongState when a save is under way; the Future fails as `Machine.save` does, with Cancelled, or
-        with BackendError when the machine does not come to a safe point in time."""
+        disk. A suspend (`end`) waits for a save under way, and the same one asked for again is the same Future. Raises
+        WrongState when another save is under way or the machine has ended; the Future fails as `Machine.save` does,
+        with Cancelled, or with BackendError when the machine does not come to a safe point in time."""
         options = {"packed": packed, "parent": parent, "versions": versions, "force": force}
         asked = Save(path, end, hold or end, options)
         with self._lock:
-            if self._save is not None:
-                raise WrongState(f"a save to {self._save.path} is under way")
-            self._save = asked
+            for other in self._saves:
+                if other.end and asked.same(other):
+                    return other.saved
+            if self._saves and (not end or self._saves[-1].end):
+                raise WrongState(f"a save to {self._saves[-1].path} is under way")
+            if not self.alive:
+                raise WrongState(f"the machine is {self.state}")
             asked.saved.set_running_or_notify_cancel()  # who stops waiting for it does not cancel it
-            self._saver = threading.Thread(target=self._see_through, args=(asked,), name="save")
-        self._saver.start()
+            self._have_a_saver()
+            self._saver.submit(self._see_through, asked)
+            self._saves.append(asked)
         return asked.saved
 
     def cancel(self) -> Path | None:
-        """Give up the save that is under way, if it is not on disk yet. Returns its path, None when there is none."""
+        """Give up what is being saved and is not on disk yet. Returns the path of the save under way, None when there
+        is none."""
         with self._lock:
-            asked = self._save
-            if asked is None:
-                return None
-            asked.cancelled = True
-        if asked.checkpoint is not None:
-            asked.checkpoint.cancel()
-        return asked.path
+            given_up = list(self._saves)
+            for asked in given_up:
+                asked.cancelled = True
+        for asked in given_up:
+            if asked.checkpoint is not None:
+                asked.checkpoint.cancel()
+        return given_up[0].path if given_up else None
 
     def saving(self) -> Path | None:
         """The path of the save that is under way, None when there is none."""
-        asked = self._save
-        return None if asked is None else asked.path
+        with self._lock:
+            return self._saves[0].path if self._saves else None
 
     def at_safe_point(self, action: Callable[[], T]) -> Future[T]:
         """Do `action` on the machine's thread, between two instructions. The Future has its result or its exception,
@@ -180,10 +199,13 @@ class Supervisor:
                     future.set_result(action())
                 except Exception as error:
                     future.set_exception(error)
+                except BaseException:  # Ctrl-C, in the middle of it: nobody must wait for ever
+                    future.set_exception(WrongState("the machine has ended: interrupted"))
+                    raise
             return None if self.state is before and self._end is None else _COMMAND
 
         with self._lock:
-            ended = self.state not in ALIVE
+            ended = not self.alive
             if not ended:
                 self._waiting.add(future)
         if ended:
@@ -193,9 +215,8 @@ class Supervisor:
         return future
 
     def close(self) -> None:
-        """Wait for a save under way, which the end of the machine does not take back."""
-        if self._saver is not None:
-            self._saver.join()
+        """Wait for a save under way, which the end of the machine does not take back. There are no more after it."""
+        self._saver.shutdown()
 
     def tell(self, event: str, **details: Any) -> None:
         """Tell all listeners."""
@@ -209,6 +230,13 @@ class Supervisor:
             self._life.move(to)
             return True
         return False
+
+    def _have_a_saver(self) -> None:
+        """Have the thread that sees saves through; it stays. Raises BackendError when the host has none to give."""
+        try:
+            self._saver.submit(lambda: None)
+        except RuntimeError as error:
+            raise BackendError(f"no thread to save with: {error}") from None
 
     def _see_through(self, asked: Save) -> None:
         """Carry a save from its asking to its answer, on the save's own thread. Raises nothing: the Future fails."""
@@ -232,7 +260,7 @@ class Supervisor:
 
     def _done(self, asked: Save) -> None:
         with self._lock:
-            self._save = None
+            self._saves.remove(asked)
 
     def _begin(self, asked: Save) -> None:
         """Take the checkpoint at a safe point, and leave the machine running or, with `hold`, standing still. Raises
@@ -242,7 +270,12 @@ class Supervisor:
             machine, began = self.machine, time.monotonic()
             if asked.cancelled:
                 raise Cancelled(f"the save to {asked.path} was cancelled")
-            asked.checkpoint = machine.checkpoint(asked.path, **asked.options)
+            try:
+                asked.checkpoint = machine.checkpoint(asked.path, **asked.options)
+            except NoProcess:
+                if not asked.hold:
+                    raise
+                machine.save(asked.path, **asked.options)  # it was to stand still meanwhile: this thread will do
             asked.found = {"position": machine.position, "guest_ns": machine.clock.now_ns(), "was": self.state}
             if asked.hold:
                 self._life.move(State.SAVING)
@@ -261,13 +294,13 @@ class Supervisor:
     def _write(self, asked: Save) -> None:
         """Wait until the file is on disk, and let a machine that stood still go on or end. Raises what the checkpoint
         raises; the machine goes on then, too."""
-        assert asked.checkpoint is not None
         was, began = asked.found.pop("was"), time.monotonic()
-        if asked.cancelled:
-            asked.checkpoint.cancel()
         saved = False
         try:
-            asked.checkpoint.wait(self._progress)
+            if asked.checkpoint is not None:
+                if asked.cancelled:
+                    asked.checkpoint.cancel()
+                asked.checkpoint.wait(self._progress)
             saved = True
         finally:
             if asked.hold:

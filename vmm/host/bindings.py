@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vmm.errors import BackendError, RequestError
+from vmm.host import threads
 from vmm.host.console import Console
 
 KINDS = ("console", "null", "file:PATH", "pty", "socket:PATH")
@@ -168,11 +169,14 @@ class _Stream:
         self._sends = True  # the client, as far as we know
         self._waiting = bytearray()  # output that was not taken yet
         self._lock = threading.Lock()  # over that
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._leaving = False
+        self._leaving, self._wake = False, -1
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._thread = threads.start(f"far end {place}", self._run)
+        except (BackendError, OSError):
+            self._let_go()
+            raise
         console.listen(self._take)
-        self._thread = threading.Thread(target=self._run, daemon=True, name=f"far end {place}")
-        self._thread.start()
 
     def _take(self, byte: int) -> None:
         with self._lock:
@@ -261,8 +265,13 @@ class _Stream:
             with self._lock, contextlib.suppress(OSError):
                 while self._waiting and (taken := os.write(self._stream, self._waiting[:4096])):
                     del self._waiting[:taken]
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._stream is not None:
             os.close(self._stream)
         if self._listener is not None:
             self._listener.close()
         self._ended()
-        os.close(self._wake)
+        if self._wake >= 0:
+            os.close(self._wake)

@@ -23,7 +23,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +36,10 @@ _MAX_FD = 1 << 20
 _NOT_FOR_THE_COPY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 Fill = Callable[[Writer], None]  # writes all of a snapshot but its end
+
+
+class NoProcess(BackendError):
+    """The host has no process to give, or not the memory for it."""
 
 
 def write(path: Path, fill: Fill, *, force: bool = False) -> None:
@@ -60,39 +63,47 @@ class Checkpoint:
         when the host does not let it begin; then nothing of it is left."""
         self.path = path
         self._cancelled = self._ended = False
-        self._lock = threading.Lock()  # over the descriptor of the process: its number is used again
-        try:
-            with ExitStack() as undo:
-                self._writer = undo.enter_context(Writer(path, force=force))
+        self._lock = threading.Lock()  # over the process: its number is used again once it was waited for
+        with contextlib.ExitStack() as undone:
+            try:
+                self._writer = undone.enter_context(Writer(path, force=force))
                 self._told, tell = os.pipe()
-                undo.callback(os.close, self._told)
-                with ExitStack() as after:
-                    after.callback(os.close, tell)
-                    self._pid = _fork_to(self._writer, fill, _Teller(tell, total_bytes), keep)
-                undo.callback(os.waitpid, self._pid, 0)
-                undo.callback(os.kill, self._pid, signal.SIGKILL)
-                self._process = os.pidfd_open(self._pid)
-                undo.pop_all()
-        except OSError as error:
-            raise cannot(path, error) from None
+            except OSError as error:
+                raise cannot(path, error) from None
+            undone.callback(os.close, self._told)
+            # Blocked meanwhile, so that none of them ends the copy before it ignores them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_COPY)
+            try:
+                self._pid = _fork()
+                if self._pid == 0:
+                    _write_and_end(self._writer, fill, _Teller(tell, total_bytes), keep, before)
+            except OSError as error:
+                raise NoProcess(str(cannot(path, error))) from None
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                os.close(tell)
+            undone.pop_all()
 
     def wait(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Block until the file is in place. `progress` is called with bytes done and in all. Raises SnapshotError,
         RequestError or BackendError when it failed, Cancelled after `cancel()`."""
         last: dict[str, Any] = {}
-        with os.fdopen(self._told, "rb") as lines:
-            for line in lines:
-                last = json.loads(line)
-                if "done" in last:
-                    progress(last["done"], last["total"])
-        _, status = os.waitpid(self._pid, 0)
-        with self._lock:
-            self._ended = True
-            os.close(self._process)
-        saved = self._writer.in_place
-        self._writer.__exit__(None, None, None)
-        if saved:
-            return
+        with self._writer:
+            try:
+                with os.fdopen(self._told, "rb") as lines:
+                    for line in lines:
+                        last = _said(line)
+                        if "done" in last:
+                            progress(last["done"], last["total"])
+            finally:
+                with self._lock:
+                    _, status = os.waitpid(self._pid, 0)
+                    self._ended = True
+            try:
+                if self._writer.in_place:
+                    return
+            except OSError as error:
+                raise cannot(self.path, error) from None
         if self._cancelled:
             raise Cancelled(f"the save to {self.path} was cancelled")
         match last:
@@ -111,7 +122,7 @@ class Checkpoint:
         self._cancelled = True
         with self._lock:
             if not self._ended:
-                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+                os.kill(self._pid, signal.SIGKILL)
 
 
 class _Teller:
@@ -133,21 +144,19 @@ class _Teller:
             os.write(self.pipe, json.dumps(what).encode() + b"\n")
 
 
-def _fork_to(writer: Writer, fill: Fill, teller: _Teller, keep: Sequence[int]) -> int:
-    """Let a copy of this process write the file. Returns its pid. Raises OSError."""
-    # Blocked meanwhile, so that none of them ends the copy before it ignores them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_COPY)
-    pid = -1
+def _said(line: bytes) -> dict[str, Any]:
+    """What the copy told; nothing, where it was ended in the middle of a line."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # about threads: see the rules above
-            pid = os.fork()
-    finally:
-        if pid != 0:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if pid == 0:
-        _write_and_end(writer, fill, teller, keep, before)
-    return pid
+        said: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return {}
+    return said
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads: see the rules above
+        return os.fork()
 
 
 def _write_and_end(
@@ -159,10 +168,10 @@ def _write_and_end(
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         gc.disable()  # no finalizer of the machine's may run here
-        _keep_only(writer.fileno(), teller.pipe, *keep)
         writer.progress = teller.progress
         try:
             with writer:
+                _keep_only(writer.fileno(), teller.pipe, *keep)
                 fill(writer)
                 writer.commit()
         except SnapshotError as error:
@@ -172,6 +181,8 @@ def _write_and_end(
         except OSError as error:
             fault = cannot(writer.path, error)
             teller.say(fault="request" if isinstance(fault, RequestError) else "host", why=str(fault))
+        except MemoryError:
+            teller.say(fault="host", why=f"cannot save to {writer.path}: out of memory")
         except BaseException as error:
             teller.say(fault="us", why=f"{type(error).__name__}: {error}")
     finally:
@@ -179,13 +190,13 @@ def _write_and_end(
 
 
 def _keep_only(*kept: int) -> None:
-    """Close every other descriptor; the standard ones lead nowhere."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        if standard not in kept:
-            os.dup2(nowhere, standard)
+    """Close every other descriptor, first of all: there may be no room for one more. The standard ones lead nowhere."""
     start = 3
     for fd in sorted(kept):
         os.closerange(start, max(start, fd))
         start = max(start, fd + 1)
     os.closerange(start, _MAX_FD)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        if standard not in kept:
+            os.dup2(nowhere, standard)

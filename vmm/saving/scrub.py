@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
+from vmm.errors import BackendError
+from vmm.host import threads
 
 
 class Scrub:
@@ -20,24 +22,31 @@ class Scrub:
         self._chain = chain
         self._found = found
         self._left = threading.Event()
-        self._error: SnapshotError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name="scrub")
-        self._thread.start()
+        self._error: SnapshotError | BackendError | None = None
+        self._thread: threading.Thread | None = None
+        try:
+            self._thread = threads.start("scrub", self._run)
+        except BackendError:  # without a thread it is checked before the machine runs
+            self._run()
 
     def check(self) -> None:
-        """Raises SnapshotError when damage was found so far."""
+        """Raises SnapshotError when damage was found so far, BackendError when it could not be looked for."""
         if self._error is not None:
             raise self._error
 
     def wait(self) -> None:
-        """Block until the whole RAM has been checked. Raises SnapshotError when it is damaged."""
-        self._thread.join()
+        """Block until the whole RAM has been checked. Raises as `check`."""
+        self._join()
         self.check()
 
     def leave(self) -> None:
         """Give the check up, and wait until it has let go of the file: what it would find no longer matters."""
         self._left.set()
-        self._thread.join()
+        self._join()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -48,6 +57,8 @@ class Scrub:
             self._error = SnapshotError(f"the RAM of the snapshot is damaged: {error}")
         except OSError as error:
             self._error = SnapshotError(f"the RAM of the snapshot cannot be read: {error.strerror or error}")
+        except MemoryError:
+            self._error = BackendError("the RAM of the snapshot cannot be checked: out of memory")
         finally:
             self._chain.close()
         if self._error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from snapshot.verify import verify
@@ -53,6 +54,17 @@ def test_suspend_all(named, anyhyve, environment):
     for file in outcome.values():
         verify(Path(file))
     assert answer(anyhyve("suspend-all", "--json")) == {}
+
+
+def test_suspend_all_twice_at_once(named, anyhyve, environment):
+    """Whoever comes second says the same, or finds no machine any more."""
+    box = named("box", "--memory", "16M")
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = [answer(done) for done in pool.map(anyhyve, *zip(*[("suspend-all", "--json")] * 4, strict=True))]
+    assert box.wait(10) == 0
+    file = str(catalog(environment) / "suspended.snapshot")
+    assert {"box": file} in outcomes and all(outcome in ({"box": file}, {}) for outcome in outcomes), outcomes
+    verify(Path(file))
 
 
 def test_suspend_all_and_one_that_cannot(named, anyhyve, environment):

@@ -295,6 +295,60 @@ def test_sigterm_while_a_checkpoint_is_written(named, anyhyve, environment, tmp_
         verify(file)
 
 
+NO_MORE = f"""
+import errno, os, signal, threading
+def none(*_):
+    def thread(self): raise RuntimeError("can't start new thread")
+    def fork(): raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    threading.Thread.start, os.fork = (thread, fork)
+threading_start, os_fork = threading.Thread.start, os.fork
+def more(*_):
+    threading.Thread.start, os.fork = (threading_start, os_fork)
+signal.signal(signal.SIGUSR1, none)
+signal.signal(signal.SIGUSR2, more)
+{MAIN}"""
+
+
+def test_suspended_by_a_signal_without_threads_and_processes(named, environment):
+    box = named("box", "--suspend-on-term", "--memory", "16M", main=NO_MORE)
+    box.send_signal(signal.SIGUSR1)
+    box.terminate()
+    assert box.wait(20) == 0 and b"suspended at position" in box.stderr.read()
+    verify(catalog(environment) / "suspended.snapshot")
+
+
+def test_autosave_goes_on_after_a_moment_without_processes(named, anyhyve, environment):
+    box = named("box", "--autosave", 1, "--suspend-on-term", "--memory", "16M", main=NO_MORE)
+    box.send_signal(signal.SIGUSR1)
+    while b"not saved: cannot save to" not in box.stderr.readline():
+        pass
+    box.send_signal(signal.SIGUSR2)
+    file = catalog(environment) / "autosave.snapshot"
+    file.unlink(missing_ok=True)
+    eventually(file.exists)
+    anyhyve("ctl", "box", "stop", check=True)
+    assert box.wait(10) == 0
+
+
+def test_a_signal_to_a_machine_that_comes_to_no_safe_point_is_answered(named, environment, tmp_path):
+    """Whoever reads its console is stuck. It is not saved, and says so."""
+    flood = tmp_path / "flood"
+    flood.write_bytes(bytes.fromhex("66baf803 b00a ee ebfd"))  # mov dx, 3F8h; mov al, 10; out dx, al; jmp
+    impatient = (
+        f"from vmm.control.supervisor import Supervisor as S; S.__init__.__kwdefaults__['quiesce_s'] = 0.5; {MAIN}"
+    )
+    reader, writer = os.pipe()
+    how = {"main": impatient, "command": ("run", "--kernel", flood, "--flat"), "stdout": writer}
+    box = named("box", "--suspend-on-term", "--memory", "16M", **how)
+    os.close(writer)
+    with Client(sockets(environment), "box") as client:
+        eventually(lambda: client.call("status")["position"] == (time.sleep(0.2), client.call("status")["position"])[1])
+    box.terminate()
+    assert b"not suspended, the machine runs on: cannot save to" in box.stderr.readline()
+    os.close(reader)  # and so ends it
+    box.wait(20)
+
+
 def little_disk() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -174,6 +174,101 @@ def test_two_saves_to_one_name(tmp_path, gate):
         first.wait()
 
 
+def test_the_same_suspend_asked_twice_is_one(box, tmp_path, gate):
+    first, second = box.vm.save(tmp_path / "cut", end=True), box.vm.save(tmp_path / "cut", end=True)
+    with pytest.raises(WrongState, match=r"a save to .*cut is under way"):
+        box.vm.save(tmp_path / "other", end=True)
+    gate()
+    assert first.result() == second.result() and first.result()["path"] == str(tmp_path / "cut")
+    eventually(lambda: box.end)
+    assert box.end == Stopped(StopReason.SUSPENDED)
+    with pytest.raises(WrongState, match="the machine is stopped"):
+        box.vm.save(tmp_path / "cut", end=True)
+
+
+def test_a_suspend_waits_for_the_save_under_way(box, tmp_path, gate):
+    checkpoint, suspend = box.vm.save(tmp_path / "first"), box.vm.save(tmp_path / "second", end=True)
+    with pytest.raises(WrongState, match=r"a save to .*second is under way"):
+        box.vm.save(tmp_path / "third")
+    assert box.vm.saving() == tmp_path / "first" and not suspend.done()
+    gate()
+    assert checkpoint.result()["position"] < suspend.result()["position"]
+    eventually(lambda: box.end)
+    for file in ("first", "second"):
+        verify(tmp_path / file)
+
+
+def test_cancel_gives_up_what_waits_too(box, tmp_path, gate):
+    saves = [box.vm.save(tmp_path / "first"), box.vm.save(tmp_path / "second", end=True)]
+    assert box.vm.cancel() == tmp_path / "first"
+    for each in saves:
+        with pytest.raises(Cancelled):
+            each.result()
+    assert box.vm.cancel() is None and box.vm.state is State.RUNNING and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["save", "checkpoint"])
+def test_ctrl_c_in_the_middle_of_a_command_leaves_nobody_waiting(tmp_path, monkeypatch, method):
+    """It comes when it comes: here, in the instant of a save."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with boot() as machine:
+        vm, end = Supervisor(machine), list[BaseException]()
+
+        def run() -> None:
+            try:
+                vm.run()
+            except BaseException as error:
+                end.append(error)
+
+        monkeypatch.setattr(machine, "checkpoint", interrupted)
+        runner = threading.Thread(target=run)
+        runner.start()
+        with pytest.raises(WrongState, match="the machine has ended: interrupted"):
+            if method == "save":
+                vm.save(tmp_path / "cut").result(20)
+            else:
+                vm.at_safe_point(lambda: machine.checkpoint(tmp_path / "cut")).result(20)
+        runner.join()
+        vm.close()
+        assert isinstance(end[0], KeyboardInterrupt) and vm.state is State.STOPPED
+
+
+# --- a command that was posted is done, whatever the machine's thread is about
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_posted_ends_a_machine_that_waits(paused, before):
+    """For its beginning, for somebody to type, for the clock on the wall, for nothing."""
+    with Machine.boot(MachineConfig(memory_bytes=2 << 20), Image(b"\xfb\xf4\xeb\xfd", flat=True)) as machine:
+        machine.loop.awaits_input = machine.loop.pace_real = True
+        vm, stop = Supervisor(machine), list[object]()
+        runner = threading.Thread(target=lambda: stop.append(vm.run(paused=paused)))
+        if before:
+            machine.post(lambda _: Stopped(StopReason.SIGTERM))
+        runner.start()
+        if not before:
+            eventually(lambda: vm.state is not State.CREATED)
+            machine.post(lambda _: Stopped(StopReason.SIGTERM))
+        runner.join(20)
+        vm.close()
+        assert stop == [Stopped(StopReason.SIGTERM)]
+
+
+def test_it_can_be_stopped_while_it_stands_still_for_a_save(box, tmp_path, gate):
+    saved = box.vm.save(tmp_path / "cut", hold=True)
+    eventually(lambda: box.vm.state is State.SAVING)
+    assert box.call("stop") == {}
+    eventually(lambda: box.end)
+    gate()
+    assert saved.result()["path"] == str(tmp_path / "cut")
+    assert box.end == Stopped(StopReason.STOPPED)
+    verify(tmp_path / "cut")
+
+
 # --- the table
 
 

@@ -56,7 +56,7 @@ def test_it_stands_still_until_the_file_is_on_disk_if_it_shall(box, gate, tmp_pa
     """`stop` is what `hold` was called before."""
     with box.client() as client:
         client.ask("checkpoint", path=str(tmp_path / "cut"), **{name: value})
-        eventually(lambda: box.vm._save and box.vm._save.checkpoint)
+        eventually(lambda: box.vm._saves and box.vm._saves[0].checkpoint)
         assert box.call("status")["state"] == ("saving" if value else "running")
         gate()
         assert client.read()["result"]["path"] == str(tmp_path / "cut")
