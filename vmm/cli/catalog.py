@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Column, Table
 
+from vmm.cli import show
 from vmm.cli.options import json_option, rundir_option
 from vmm.control import catalog, place
 from vmm.control.client import Client, Failed
@@ -28,14 +26,14 @@ def catalog_group(ctx: click.Context, name: str | None, vm: str | None, as_json:
         return
     found = catalog.entries(vm if name is None else name)
     if as_json:
-        click.echo(json.dumps([entry.to_json() for entry in found]))
+        show.as_json([entry.to_json() for entry in found])
         return
-    table = Table("machine", Column("snapshot", no_wrap=True), "time", "on disk MB", "parent", "kept", "problem")
+    rows = []
     for entry in sorted(found, key=lambda e: (e.machine, e.time_s)):
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time_s))
         size, kept = f"{entry.size_bytes / 1e6:.1f}", "kept" if entry.kept else ""
-        table.add_row(entry.machine, entry.path.name, when, size, entry.parent or "", kept, entry.problem or "")
-    Console().print(table)
+        rows.append((entry.machine, entry.path.name, when, size, entry.parent or "", kept, entry.problem or ""))
+    show.table(("machine", "snapshot", "time", "on disk MB", "parent", "kept", "problem"), rows, whole="snapshot")
 
 
 def _file(ctx: click.Context, param: click.Parameter, value: str) -> Path:
@@ -73,7 +71,7 @@ def delete(file: Path) -> None:
 def prune(name: str, leave: int) -> None:
     """Delete older snapshots of the machine NAME, but those kept and those others stand on."""
     for path in catalog.prune(name, leave):
-        click.echo(f"deleted {path}")
+        show.line(f"deleted {path}")
 
 
 @click.command("suspend-all")
@@ -89,10 +87,10 @@ def suspend_all(rundir: Path | None, as_json: bool) -> None:
                 outcome[name] = client.call("suspend", path=str(path))["path"]
         except (BackendError, RequestError, Failed) as error:
             outcome[name] = None
-            click.echo(f"anyhyve: {name}: {error}", err=True)
+            show.note(f"{name}: {error}")
     if as_json:
-        click.echo(json.dumps(outcome))
+        show.as_json(outcome)
     else:
         for name, saved in outcome.items():
-            click.echo(f"{name}: {saved or 'runs on'}")
+            show.line(f"{name}: {saved or 'runs on'}")
     sys.exit(1 if None in outcome.values() else 0)

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-from rich.table import Table
 
+from vmm.cli import show
 from vmm.cli.options import FILE, json_option, rundir_option
 from vmm.control import place, protocol
-from vmm.control.client import Client, Failed
+from vmm.control.client import Client, Failed, sense
+from vmm.control.client import result as answer
 from vmm.control.dispatch import Method
 from vmm.control.methods import METHODS
 from vmm.errors import BackendError, RequestError
@@ -117,14 +114,16 @@ def _ask(ctx: click.Context, method: str, params: dict[str, Any]) -> None:
             else:
                 result = client.call(method, **params)
     except Failed as error:
-        click.echo(f"anyhyve: {name}: {error}", err=True)
+        show.note(f"{name}: {error}")
         sys.exit(130 if error.code == protocol.CANCELLED else 1)
     if as_json:
-        click.echo(json.dumps(result))
-    elif method == "console.read":
-        sys.stdout.buffer.write(result["data"].encode("latin-1"))
-    else:
-        _show(result)
+        show.as_json(result)
+        return
+    with sense(name):
+        if method == "console.read":
+            show.console(result["data"].encode("latin-1"))
+        else:
+            _show(result)
 
 
 def _in_catalog(name: str, method: str) -> Path:
@@ -137,29 +136,21 @@ def _save(client: Client, method: str, params: dict[str, Any]) -> Any:
     """Ask for a save and show how far it is; Ctrl-C cancels it, and the machine runs on. Returns the answer. Raises
     Failed."""
     client.call("events", kinds=["progress"])
-    call = client.ask(method, **params)
-    with _bar(f"{method} {client.name}") as progress:
+    call, what = None, f"{method} {client.name}"
+    with show.progress(None, "bytes") as progress:
+        progress(what)
         while True:
             try:
+                if call is None:
+                    call = client.ask(method, **params)
                 message = client.read()
+                with sense(client.name):
+                    if message.get("method") == "event":
+                        progress(what, float(message["params"]["done"]), float(message["params"]["total"]))
+                    elif message.get("id") == call:
+                        return answer(message)
             except KeyboardInterrupt:
                 client.ask("cancel")
-                continue
-            if message.get("method") == "event":
-                progress(message["params"]["done"], message["params"]["total"])
-            elif message.get("id") == call:
-                if error := message.get("error"):
-                    raise Failed(error["code"], error["message"])
-                return message["result"]
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _follow(client: Client, params: dict[str, Any]) -> None:
@@ -169,21 +160,24 @@ def _follow(client: Client, params: dict[str, Any]) -> None:
         while True:
             message = client.read()
             if message.get("method") == "event":
-                click.echo(json.dumps(message["params"]))
+                with sense(client.name):
+                    show.as_json(message["params"])
     except (BackendError, RequestError, KeyboardInterrupt):
         sys.exit(0)
 
 
 def _show(result: Any) -> None:
-    console = Console()
     if isinstance(result, list):
-        table = Table(*(result[0] if result else ["nothing"]))
-        for row in result:
-            table.add_row(*(json.dumps(cell) if isinstance(cell, dict | list) else str(cell) for cell in row.values()))
-        console.print(table)
+        show.table(
+            [*(result[0] if result else ["nothing"])], ([_cell(cell) for cell in row.values()] for row in result)
+        )
         return
     for key, value in result.items():
-        click.echo(f"{key}: {json.dumps(value) if isinstance(value, dict | bool) or value is None else value}")
+        show.line(f"{key}: {json.dumps(value) if isinstance(value, dict | bool) or value is None else value}")
+
+
+def _cell(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
 @click.command("list")
@@ -191,25 +185,26 @@ def _show(result: Any) -> None:
 @json_option
 def list_machines(rundir: Path | None, as_json: bool) -> None:
     """The machines that run here."""
-    folder, found = place.rundir(rundir), []
+    folder, found, rows = place.rundir(rundir), list[dict[str, Any]](), list[tuple[object, ...]]()
     for name in place.names(folder):
         try:
             with Client(folder, name, timeout_s=_LIST_TIMEOUT_S) as client:
-                found.append(client.call("status"))
+                status = client.call("status")
+                with sense(name):
+                    rows.append(_row(status))
+                found.append(status)
         except (BackendError, RequestError, Failed) as error:
             found.append({"name": name, "state": f"does not answer: {error}"})
+            rows.append(tuple(found[-1].values()))
     if as_json:
-        click.echo(json.dumps(found))
-        return
-    table = Table("name", "state", "backend", "pid", "memory MiB", "guest time")
-    for each in found:
-        known = "pid" in each
-        table.add_row(
-            each["name"], each["state"], *((
-                each["backend"], str(each["pid"]), str(each["memory_bytes"] >> 20), f"{each['guest_ns'] / 1e9:.3f} s"
-            ) if known else ()),
-        )  # fmt: skip
-    Console().print(table)
+        show.as_json(found)
+    else:
+        show.table(("name", "state", "backend", "pid", "memory MiB", "guest time"), rows)
+
+
+def _row(status: dict[str, Any]) -> tuple[object, ...]:
+    memory, seconds = status["memory_bytes"] >> 20, status["guest_ns"] / 1e9
+    return *(status[key] for key in ("name", "state", "backend", "pid")), memory, f"{seconds:.3f} s"
 
 
 @click.command()

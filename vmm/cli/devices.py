@@ -10,6 +10,7 @@ import click
 from snapshot.schema import schema_of
 from vmm.board import kinds
 from vmm.board.options import options_of
+from vmm.cli import show
 from vmm.cli.options import json_option
 from vmm.registers import Register
 
@@ -23,12 +24,13 @@ def devices(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
     state, too."""
     found = [kinds.kind(name) for name in names or kinds.names()]
     if as_json:
-        click.echo(json.dumps({kind.name: describe(kind) for kind in found}))
+        show.as_json({kind.name: describe(kind) for kind in found})
     elif names or markdown:
-        click.echo("\n".join(draw(kind) for kind in found), nl=False)
+        for line in "\n".join(draw(kind) for kind in found).removesuffix("\n").split("\n"):
+            show.line(line)
     else:
         for kind in found:
-            click.echo(f"{kind.name:16} {kind.doc}")
+            show.line(f"{kind.name:16} {kind.doc}")
 
 
 def describe(kind: kinds.Kind) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -12,6 +11,7 @@ from importlib.metadata import version
 
 import click
 
+from vmm.cli import show
 from vmm.cli.options import json_option
 from vmm.cpu import backends
 from vmm.errors import BackendError
@@ -44,15 +44,9 @@ def _backend(name: str) -> str:
 @json_option
 def doctor(as_json: bool) -> None:
     """What this computer can do, and why not where it cannot."""
-    from rich.console import Console as Rich
-    from rich.table import Table
-
     findings = examine(backends.BACKENDS)
     if as_json:
-        click.echo(json.dumps(findings))
+        show.as_json(findings)
     else:
-        table = Table("what", "finding")
-        for what, finding in findings.items():
-            table.add_row(what, str(finding))
-        Rich().print(table)
+        show.table(("what", "finding"), findings.items())
     sys.exit(0 if findings["emu"].startswith("ready") else 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from snapshot.chain import Chain
 from snapshot.reader import decode_part
 from snapshot.schema import encode
 from vmm.board.config import MachineConfig
 from vmm.board.isapc import CHIPS
+from vmm.cli import show
 from vmm.cli.options import FILE, FOLDER, json_option
 from vmm.clock import ClockState, GuestClock
 from vmm.errors import BackendError
@@ -73,28 +71,29 @@ def fuzz(
     names = [slot.id for slot in CHIPS] if devices == ("all",) else list(dict.fromkeys(devices))
     starts = _starts(names, snapshot)
     try:
-        with _workers(scheduler, jobs) as (executor, count), _progress(as_json) as show:
+        with _workers(scheduler, jobs) as (executor, count), _progress(as_json) as progress:
             report = engine.campaign(
-                starts, executor, jobs=count, seconds=seconds, folder=folder, seed=seed, progress=show
+                starts, executor, jobs=count, seconds=seconds, folder=folder, seed=seed, progress=progress
             )
     except OSError as error:
         raise BackendError(f"{error.filename or folder}: {error.strerror}") from None
     where = "" if folder == FINDS else f" --in {folder}"
     if as_json:
         finds = [{"id": i, "device": case.device, "cause": why} for i, (why, case) in report.finds.items()]
-        click.echo(json.dumps({
+        show.as_json({
             "executions": report.executions, "actions": report.actions, "per_second": round(report.per_second, 1),
             "lines": {name: len(lines) for name, lines in report.lines.items()}, "finds": finds,
             "fixed": report.fixed, "stale": report.stale,
-        }))  # fmt: skip
+        })  # fmt: skip
     else:
-        click.echo(f"{_said(report)} of {len(starts)} devices")
+        show.line(f"{_said(report)} of {len(starts)} devices")
         for i in report.fixed:
-            click.echo(f"{i} fails no more")
+            show.line(f"{i} fails no more")
         for i, why in report.stale.items():
-            click.echo(f"{i} cannot be played: {why}")
+            show.line(f"{i} cannot be played: {why}")
         for i, (why, case) in report.finds.items():
-            click.echo(f"{case.device}: {why}\n  anyhyve replay {i}{where}")
+            show.line(f"{case.device}: {why}")
+            show.line(f"  anyhyve replay {i}{where}")
     sys.exit(1 if report.finds else 0)
 
 
@@ -149,15 +148,8 @@ def _leave_interrupts() -> None:
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Any]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("fuzzing")
-
-        def show(report: Any) -> None:
-            bar.update(task, description=f"{_said(report)}, {len(report.finds)} finds")
-
-        yield show
+    with show.progress(None, quiet=quiet) as progress:
+        yield lambda report: progress(f"{_said(report)}, {len(report.finds)} finds")
 
 
 def _said(report: Any) -> str:

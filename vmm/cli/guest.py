@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from vmm.cli import show
 from vmm.cli.options import FOLDER, NO_FOLDER
 from vmm.errors import GuestError
 
@@ -20,8 +21,6 @@ def guest() -> None:
 @click.option("--init", type=NO_FOLDER, help="Script to run as /init.")
 def fetch(folder: Path, init: Path | None) -> None:
     """Get a Debian kernel and busybox, and make DIR/vmlinuz, DIR/vmlinux, DIR/initrd.img."""
-    from rich.console import Console as Rich
-
     from vmm.guest.debian import fetch as get
 
     script = None
@@ -32,5 +31,5 @@ def fetch(folder: Path, init: Path | None) -> None:
             raise GuestError(f"{init}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise GuestError(f"{init}: not text") from None
-    with Rich(stderr=True).status("fetching") as progress:
-        get(folder, script, progress=progress.update)
+    with show.progress(None) as progress:
+        get(folder, script, progress=progress)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from vmm.cli import show
 from vmm.cli.options import FILE, backend_option, chosen, json_option
 from vmm.debug.lockstep import Divergence, Lockstep
 
@@ -36,20 +33,15 @@ def lockstep(file: Path, backend: str, against: str, instructions: int, save_pai
 
     Exit status 0: they agree so far; 1: they differ."""
     backend = chosen(backend)
-    columns = (TextColumn("{task.completed:,.0f} instructions"), BarColumn(), TimeElapsedColumn())
-    with (
-        Lockstep(file, backend, against) as pair,
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-    ):
-        task = progress.add_task("", total=instructions)
-        found = pair.run(instructions, lambda count: progress.update(task, completed=count))
+    with Lockstep(file, backend, against) as pair, show.progress(instructions, "instructions") as progress:
+        found = pair.run(instructions, lambda count: progress(done=count))
         if found is not None and save_pair is not None:
             pair.save_pair(found, save_pair)
         count = pair.count
     if as_json:
-        click.echo(json.dumps({"instructions": count, "divergence": None if found is None else _plain(found)}))
+        show.as_json({"instructions": count, "divergence": None if found is None else _plain(found)})
     elif found is None:
-        click.echo(f"no difference in {count} instructions")
+        show.line(f"no difference in {count} instructions")
     else:
         _show(found, backend, against)
     sys.exit(0 if found is None else 1)
@@ -69,17 +61,13 @@ def _text(value: Any) -> str:
 
 
 def _show(found: Divergence, backend: str, against: str) -> None:
-    console = Console()
-    console.print(f"they differ after instruction {found.instruction}, at position {found.position}:")
-    console.print(f"    {found.rip:#018x}  {found.disassembly}", highlight=False)
+    show.line(f"they differ after instruction {found.instruction}, at position {found.position}:")
+    show.line(f"    {found.rip:#018x}  {found.disassembly}")
     leader, follower = (backend, against) if backend == "emu" else (against, backend)
-    table = Table("what", leader, follower)
-    for name, (ours, theirs) in found.fields.items():
-        table.add_row(name, _text(ours), _text(theirs))
-    for address, mine, other in found.memory:
-        table.add_row(f"RAM {address:#x}", mine.hex(" "), other.hex(" "))
-    console.print(table)
-    if found.io:
-        console.print("last I/O:", *found.io, sep="\n    ", highlight=False)
+    fields = [(name, _text(ours), _text(theirs)) for name, (ours, theirs) in found.fields.items()]
+    memory = [(f"RAM {address:#x}", mine.hex(" "), other.hex(" ")) for address, mine, other in found.memory]
+    show.table(("what", leader, follower), fields + memory)
+    for line in ["last I/O:", *(f"    {access}" for access in found.io)] if found.io else []:
+        show.line(line)
     for path in found.pair:
-        console.print(f"saved just before it: {path}", highlight=False)
+        show.line(f"saved just before it: {path}")

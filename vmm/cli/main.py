@@ -7,13 +7,17 @@ asked for (--until, --at). A guest that ends itself through the debug-exit port 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import click
 
 from snapshot.errors import SnapshotError
+from vmm.cli import show
 from vmm.errors import BackendError, GuestError, RequestError
+from vmm.host.shown import shown
 
 _COMMANDS = {  # command: module, attribute; imported when asked for: nobody waits for what he does not use
     "attach": ("vmm.cli.control", "attach"),
@@ -35,6 +39,16 @@ _COMMANDS = {  # command: module, attribute; imported when asked for: nobody wai
 _WERE = {"resume": "wake", "snapshots": "catalog"}  # old names: they work, and are not shown
 
 
+@contextmanager
+def _usage_in_a_line() -> Iterator[None]:
+    """Context manager: what click says of wrong usage has the words that were wrong in it."""
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error).update(message=shown(error.message))
+        raise
+
+
 class _Main(click.Group):
     """One clear line for whoever is at fault; a traceback only for our own bugs."""
 
@@ -53,17 +67,23 @@ class _Main(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         return super().resolve_command(ctx, [_WERE.get(args[0], args[0]), *args[1:]])
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        show.can_write_all()
+        with _usage_in_a_line():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _usage_in_a_line():
+                return super().invoke(ctx)
         except (SnapshotError, GuestError, BackendError, RequestError) as error:
-            click.echo(f"anyhyve: {error}", err=True)
+            show.note(error)
             sys.exit(1)
         except BrokenPipeError:
             sys.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"anyhyve: {where}{error.strerror or error}", err=True)
+            show.note(f"{where}{error.strerror or error}")
             sys.exit(1)
 
 

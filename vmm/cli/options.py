@@ -12,6 +12,7 @@ import click
 
 from snapshot.errors import Refused, check_path
 from vmm.board.config import DeviceConfig
+from vmm.cli import show
 from vmm.cpu import backends
 from vmm.saving.saved import ALLOWABLE
 
@@ -116,5 +117,5 @@ def chosen(backend: str) -> str:
     """The name of the CPU that --backend means here. Raises RequestError when there is none of that name."""
     name, why = backends.choose(backend)
     if backend == "auto":
-        click.echo(f"anyhyve: backend {name}: {why}", err=True)
+        show.note(f"backend {name}: {why}")
     return name

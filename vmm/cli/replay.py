@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
+from vmm.cli import show
 from vmm.cli.fuzz import finds_option
 from vmm.cli.options import FILE, json_option
 from vmm.errors import BackendError, RequestError
@@ -52,10 +52,11 @@ def _find(folder: Path, id: str, as_json: bool) -> None:
     case = fuzz.load(path)
     why = case.failure()
     if as_json:
-        click.echo(json.dumps({**case.to_json(), "cause": why}))
+        show.as_json({**case.to_json(), "cause": why})
     else:
-        click.echo(str(case))
-        click.echo(f"{case.device}: {why or 'fails no more'}")
+        for line in case.lines():
+            show.line(line)
+        show.line(f"{case.device}: {why or 'fails no more'}")
     sys.exit(0 if why is None else 1)
 
 
@@ -63,19 +64,19 @@ def _here(commands: list[qtest.Command], as_json: bool) -> None:
     board = qtest.OurBoard()
     answers = [(command, answer) for command in commands if (answer := board.play(command)) is not None]
     if as_json:
-        click.echo(json.dumps([[str(command), answer] for command, answer in answers]))
+        show.as_json([[str(command), answer] for command, answer in answers])
         return
     for command, answer in answers:
-        click.echo(f"{command}: {answer:#x}")
+        show.line(f"{command}: {answer:#x}")
 
 
 def _there(commands: list[qtest.Command], as_json: bool) -> None:
     with Qemu() as qemu:
         found = qtest.compare(commands, qtest.OurBoard(), qemu)
     if as_json:
-        click.echo(json.dumps(None if found is None else {**vars(found), "command": str(found.command)}))
+        show.as_json(None if found is None else {**vars(found), "command": str(found.command)})
     elif found is None:
-        click.echo(f"the same answers to {len(commands)} commands")
+        show.line(f"the same answers to {len(commands)} commands")
     else:
-        click.echo(f"command {found.at + 1}, {found}")
+        show.line(f"command {found.at + 1}, {found}")
     sys.exit(0 if found is None else 1)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import click
 
 from snapshot.errors import SnapshotError
 from vmm.board.config import DEFAULT_EPOCH_NS, DeviceConfig, MachineConfig, named
+from vmm.cli import show
 from vmm.cli.options import (
     FILE,
     NO_FOLDER,
@@ -190,7 +190,7 @@ def wake(name: str, **options: Any) -> None:
     from vmm.control import catalog
 
     file = catalog.newest(name)
-    click.echo(f"anyhyve: {name}: {file}", err=True)
+    show.note(f"{name}: {file}")
     _wake(file, False, name=name, **options)
 
 
@@ -222,7 +222,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
         machine.can_save(goal.save, goal.parent, versions, force=goal.force)  # said now, not after an hour's run
     vm = Supervisor(machine)
     for part, place in machine.far_ends.items():
-        click.echo(f"anyhyve: {part} is at {place}", err=True)
+        show.note(f"{part} is at {place}")
     with ExitStack() as stack:
         if goal.name is not None:
             _name(vm, goal, stack)
@@ -239,9 +239,10 @@ def _drive(machine: Machine, goal: Goal) -> int:
     if goal.save is not None and isinstance(stop, Stopped) and stop.reason not in _NOT_SAVED:
         machine.save(goal.save, packed=goal.packed, parent=goal.parent, versions=versions, force=goal.force)
     if goal.as_json:
-        click.echo(json.dumps(report(machine, stop, wall)))
+        show.as_json(report(machine, stop, wall))
     else:
-        click.echo(f"\nanyhyve: {stop} at position {machine.position}", err=True)
+        click.echo(err=True)  # the guest may be in the middle of a line
+        show.note(f"{stop} at position {machine.position}")
     return status(stop, goal)
 
 
@@ -262,7 +263,8 @@ def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
 
     def warn(event: str, details: dict[str, Any]) -> None:
         if event == "warning":
-            click.echo(f"anyhyve: {details['text']}", err=True)
+            with suppress(OSError):  # nobody reads it
+                show.note(details["text"])
 
     vm.listeners.append(warn)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console as Rich
-from rich.markup import escape
-from rich.table import Table
 
 from snapshot import diff as differences
 from snapshot import edit as editing
@@ -22,6 +20,7 @@ from snapshot.container import BLOCK, Part
 from snapshot.errors import SnapshotError
 from snapshot.field_types import Json
 from snapshot.reader import decode_part
+from vmm.cli import show as view
 from vmm.cli.options import FILE, PARENT, allow_option, backend_option, chosen, force_option, json_option, pack_option
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
@@ -43,22 +42,21 @@ def show(file: Path, as_json: bool) -> None:
     with Chain(file) as chain:
         code = _code(chain)
         if as_json:
-            click.echo(json.dumps(_tree(chain, code)))
+            view.as_json(_tree(chain, code))
             return
-        rich = Rich()
         for name, part in chain.parts.items():
-            rich.print(escape(f"{name}  ({part.schema['name']} version {part.schema['version']})"), soft_wrap=True)
-            rich.print(_table(part))
+            view.line(f"{name}  ({part.schema['name']} version {part.schema['version']})")
+            view.table(("field", "value", "meaning"), _rows(part))
         for i, image in enumerate(chain.rams):
             stored = "packed" if image.places is not None else "raw"
             blocks = f"{len(chain.digests(i))} blocks of {BLOCK >> 10} KiB, {len(image.blocks)} of them here, {stored}"
-            rich.print(f"{image.name}: {image.size >> 10} KiB at {image.base:#x}, {blocks}")
+            view.line(f"{image.name}: {image.size >> 10} KiB at {image.base:#x}, {blocks}")
         for reader in chain.readers[1:]:
-            rich.print(f"on parent {reader.identity.hex()[:16]}")
+            view.line(f"on parent {reader.identity.hex()[:16]}")
         if code:
-            rich.print("code at RIP:")
+            view.line("code at RIP:")
             for line in code:
-                rich.print("  " + escape(line))
+                view.line(f"  {line}")
 
 
 def _tree(chain: Chain, code: list[str]) -> dict[str, Any]:
@@ -76,14 +74,11 @@ def _tree(chain: Chain, code: list[str]) -> dict[str, Any]:
     }
 
 
-def _table(part: Part) -> Table:
-    table = Table("field", "value", "meaning")
+def _rows(part: Part) -> Iterator[tuple[str, str, str]]:
     fields: Any = part.schema["fields"]
     for field in fields:
         text = _value(part.state[field["name"]])
-        text = text if len(text) < 400 else text[:400] + "…"
-        table.add_row(*map(escape, (field["name"], text, field["doc"])))
-    return table
+        yield field["name"], text if len(text) < 400 else text[:400] + "…", field["doc"]
 
 
 def _value(value: Json) -> str:
@@ -118,7 +113,7 @@ def verify(file: Path) -> None:
         chain.verify_ram()
         blocks = sum(len(chain.digests(i)) for i in range(len(chain.rams)))
         parents = f"; on {len(chain.readers) - 1} parents, good too" if len(chain.readers) > 1 else ""
-        click.echo(f"{file}: good; {len(chain.parts)} parts, {blocks} RAM blocks{parents}")
+        view.line(f"{file}: good; {len(chain.parts)} parts, {blocks} RAM blocks{parents}")
 
 
 @snapshot.command()
@@ -129,7 +124,7 @@ def check(file: Path, backend: str, allow: tuple[str, ...]) -> None:
     """Say whether a snapshot will load here, and if not why. Nothing is made or changed."""
     backend = chosen(backend)
     Machine.check(file, backend, allow=allow)
-    click.echo(f"{file}: will load on {backend}")
+    view.line(f"{file}: will load on {backend}")
 
 
 @snapshot.command()
@@ -143,18 +138,18 @@ def diff(first: Path, second: Path, symbols: Path | None, as_json: bool) -> None
     with Chain(first) as a, Chain(second) as b:
         states, runs = list(differences.state(a, b)), list(differences.ram(a, b))
     if as_json:
-        click.echo(json.dumps({
+        view.as_json({
             "state": [vars(d) for d in states],
             "ram": [{**vars(run), "symbol": names.at(run.at)} for run in runs],
-        }))  # fmt: skip
+        })  # fmt: skip
     else:
         for d in states:
             field = f"{d.part}.{d.field}" if d.field else d.part
-            click.echo(f"{field}: {_value(d.first)} -> {_value(d.second)}")
+            view.line(f"{field}: {_value(d.first)} -> {_value(d.second)}")
         for run in runs:
             pages = (run.end - run.start) // 4096
             where = names.at(run.at)
-            click.echo(f"{run.region}: {pages} page{'s' if pages > 1 else ''} at {run.start:#x}, first byte {run.at:#x}"
+            view.line(f"{run.region}: {pages} page{'s' if pages > 1 else ''} at {run.start:#x}, first byte {run.at:#x}"
                        + (f" ({where})" if where else ""))  # fmt: skip
     sys.exit(1 if states or runs else 0)
 
@@ -215,7 +210,7 @@ def rebase(file: Path, out: Path, parent: Path, packed: bool, force: bool) -> No
 @snapshot.command()
 def schemas() -> None:
     """Print the schemas of this version, as one JSON object."""
-    click.echo(json.dumps(lock.dump(), indent=1))
+    view.as_json(lock.dump(), indent=1)
 
 
 @snapshot.command("check-schemas")
@@ -225,5 +220,5 @@ def check_schemas(old: Path, new: Path) -> None:
     """Compare two dumps of schemas; name each change that would orphan a snapshot. Exit status 1 if there is one."""
     complaints = lock.complaints(lock.load(old), lock.load(new))
     for complaint in complaints:
-        click.echo(complaint)
+        view.line(complaint)
     sys.exit(1 if complaints else 0)

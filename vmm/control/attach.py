@@ -7,9 +7,10 @@ import select
 import sys
 from pathlib import Path
 
-from vmm.control.client import Client, Failed
+from vmm.control.client import Client, Failed, result, sense
 from vmm.control.terminal import MONITOR, raw_mode
 from vmm.errors import BackendError
+from vmm.host.shown import shown
 
 _REPLAY = 1 << 14  # bytes of what was shown before
 _WAIT_S = 30.0
@@ -24,10 +25,10 @@ def attach(folder: Path, name: str) -> int:
         try:
             return _Session(client, interactive).run()
         except BackendError as error:
-            print(f"\r\nanyhyve: {error}\r", file=sys.stderr)
+            print(f"\r\nanyhyve: {shown(error)}\r", file=sys.stderr)
             return 0
         except Failed as error:
-            print(f"\r\nanyhyve: {name}: {error}\r", file=sys.stderr)
+            print(f"\r\nanyhyve: {name}: {shown(error)}\r", file=sys.stderr)
             return 1
 
 
@@ -39,8 +40,9 @@ class _Session:
         self._writing: int | None = None  # the console.write without answer
         self._monitor = False
         self._input_open = True
-        end = client.call("console.read", offset=None)["offset"]
-        self._reading = self._read(max(0, end - _REPLAY))
+        end = client.call("console.read", offset=None)
+        with sense(client.name):
+            self._reading = self._read(max(0, end["offset"] - _REPLAY))
 
     def run(self) -> int:
         while True:
@@ -59,15 +61,17 @@ class _Session:
 
     def _hear(self) -> None:
         message = self._client.read()
-        if error := message.get("error"):
-            raise Failed(error["code"], error["message"])
-        if message.get("id") == self._reading:
-            sys.stdout.buffer.write(message["result"]["data"].encode("latin-1"))
-            sys.stdout.buffer.flush()
-            self._reading = self._read(message["result"]["next"])
-        elif message.get("id") == self._writing:
-            del self._keys[: message["result"]["taken"]]
-            self._writing = None
+        with sense(self._client.name):
+            if message.get("id") == self._reading:
+                found = result(message)
+                sys.stdout.buffer.write(found["data"].encode("latin-1"))  # the guest's console, as it is
+                sys.stdout.buffer.flush()
+                self._reading = self._read(found["next"])
+            elif message.get("id") == self._writing:
+                del self._keys[: result(message)["taken"]]
+                self._writing = None
+            else:
+                result(message)
 
     def _type(self, data: bytes) -> bool:
         """Take what was typed; returns False when the user leaves."""

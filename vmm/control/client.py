@@ -6,13 +6,15 @@ with Client(rundir(), "box") as box:
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vmm.control import place, protocol
 from vmm.errors import BackendError
+from vmm.host.shown import shown
 
 
 class Failed(Exception):
@@ -23,6 +25,22 @@ class Failed(Exception):
         self.code = code
 
 
+def result(message: dict[str, Any]) -> Any:
+    """What an answer says. Raises Failed; LookupError, TypeError for no answer."""
+    if (error := message.get("error")) is not None:
+        raise Failed(int(error["code"]), shown(error["message"]))
+    return message["result"]
+
+
+@contextlib.contextmanager
+def sense(name: str) -> Iterator[None]:
+    """Context manager around reading what a machine has said: BackendError where it is not what one would say."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        raise BackendError(f"{name}: its answer makes no sense") from None
+
+
 class Client:
     """A connection to one running machine; for one thread. Raises BackendError when there is none, or it is lost."""
 
@@ -31,6 +49,7 @@ class Client:
         self._socket = place.connect(folder, name)
         self._socket.settimeout(timeout_s)
         self._heard = bytearray()
+        self._searched = 0  # bytes of it that hold no end of a line
         self._last = 0
 
     def call(self, method: str, event: Callable[[dict[str, Any]], None] = lambda _: None, **params: Any) -> Any:
@@ -38,12 +57,11 @@ class Client:
         call = self.ask(method, **params)
         while True:
             message = self.read()
-            if message.get("method") == "event":
-                event(message["params"])
-            elif message.get("id") in (call, None):
-                if error := message.get("error"):
-                    raise Failed(error["code"], error["message"])
-                return message["result"]
+            with sense(self.name):
+                if message.get("method") == "event":
+                    event(dict(message["params"]))
+                elif message.get("id") in (call, None):
+                    return result(message)
 
     def ask(self, method: str, **params: Any) -> int:
         """Send a request and do not wait for the answer. Returns its id."""
@@ -69,14 +87,19 @@ class Client:
             if not piece or len(self._heard) > protocol.MAX_ANSWER:
                 raise BackendError(f"{self.name}: the machine has ended")
             self._heard += piece
-        line, _, self._heard = self._heard.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
+        end = self._heard.index(b"\n", self._searched)
+        line = self._heard[:end]
+        del self._heard[: end + 1]
+        self._searched = 0
+        with sense(self.name):
+            return dict(json.loads(line).items())
 
     @property
     def heard(self) -> bool:
         """Whether `read` would answer at once."""
-        return b"\n" in self._heard
+        end = self._heard.find(b"\n", self._searched)
+        self._searched = len(self._heard) if end < 0 else end
+        return end >= 0
 
     def fileno(self) -> int:
         return self._socket.fileno()

@@ -75,7 +75,7 @@ async def checkpoint(
     return await _save(session, path, hold=hold, pack=pack, parent=parent, for_version=for_version, force=force)
 
 
-@METHODS.method("suspend", _AWAKE)
+@METHODS.method("suspend", _AWAKE | {State.SAVING})
 async def suspend(
     session: Session,
     path: Annotated[Path, "the file, replaced only by a whole new one"],
@@ -84,7 +84,8 @@ async def suspend(
     for_version: Annotated[str | None, "save what this older release can wake"] = None,
     force: Annotated[bool, "replace any file, also one that others stand on"] = False,
 ) -> Any:
-    """Save, then end the machine. When it cannot be saved the machine goes on."""
+    """Save, then end the machine. When it cannot be saved the machine goes on. A save under way is finished first; the
+    same suspend, asked for by two, is one."""
     return await _save(session, path, end=True, pack=pack, parent=parent, for_version=for_version, force=force)
 
 

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from vmm.control.supervisor import Supervisor, WrongState
+from vmm.host import threads
+from vmm.host.shown import shown
 from vmm.machine.machine import Machine, Stopped, StopReason
 
 MONITOR = 0x1D  # Ctrl-]
+_AT_ONCE = 4096  # bytes of output
+_TICK_S = 0.1
 
 
 @contextlib.contextmanager
@@ -40,33 +44,37 @@ class Terminal:
 
     def __init__(self, vm: Supervisor, save_path: Path | None, *, force: bool = False) -> None:
         self._vm = vm
-        self._machine = machine = vm.machine
+        self._machine = vm.machine
         self._save_path, self._force = save_path or Path("anyhyve.snapshot"), force
         self.interactive = sys.stdin is not None and sys.stdin.isatty()
         self._raw = contextlib.ExitStack()
         self._leave = threading.Event()
         self._monitor = False
-        self._line = bytearray()  # shown when it ends: a write for each byte would be most of the console's cost
-        machine.board.console.listen(self._show)
+        self._line = bytearray()  # shown when it ends, is long, or a tick later: a write for each byte would cost most
 
     def __enter__(self) -> Terminal:
-        if self.interactive:
-            print(f"anyhyve: Ctrl-] then s saves to {self._save_path}, q quits", file=sys.stderr)
-            self._raw.enter_context(raw_mode())
-        if sys.stdin is not None and not sys.stdin.closed:
-            self._machine.loop.awaits_input = True
-            threading.Thread(target=self._read, daemon=True).start()
+        """Raises BackendError when the host has no thread for it."""
+        reads = sys.stdin is not None and not sys.stdin.closed
+        with self._raw:
+            if self.interactive:
+                print(f"anyhyve: Ctrl-] then s saves to {shown(self._save_path)}, q quits", file=sys.stderr)
+                self._raw.enter_context(raw_mode())
+            self._machine.loop.awaits_input = self._machine.loop.awaits_input or reads
+            threads.start("terminal", lambda: self._tend(reads))
+            self._raw = self._raw.pop_all()
+        self._machine.board.console.listen(self._show)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._leave.set()
+        self._machine.board.console.unlisten(self._show)
         self._raw.close()
         with contextlib.suppress(OSError):
             self._flush(self._machine)
 
     def _show(self, byte: int) -> None:
         self._line.append(byte)
-        if byte == 10 or self.interactive:
+        if byte == 10 or self.interactive or len(self._line) >= _AT_ONCE:
             self._flush(self._machine)
 
     def _flush(self, _machine: Machine) -> None:
@@ -74,21 +82,29 @@ class Terminal:
         sys.stdout.buffer.flush()
         self._line.clear()
 
-    def _read(self) -> None:
+    def _tend(self, reads: bool) -> None:
+        """Read what is typed, to its end; show what the guest has written of a line."""
         while not self._leave.is_set():
-            try:
-                full = self._machine.board.console.full
-                ready, _, _ = select.select([] if full else [0], [], [], 0.1)
-                data = os.read(0, 1024) if ready else None
-                if not ready and self._line:
-                    self._machine.post(self._flush)  # a prompt: whoever reads us may be waiting for it
-            except OSError:
-                return
-            if data == b"":  # end of input: the guest runs on
-                self._machine.loop.awaits_input = bool(self._machine.far_ends)
-                return
-            if data and (rest := self._filter(data)):
-                self._machine.send(rest)
+            if reads and not self._machine.board.console.full:
+                reads = self._read()
+            else:
+                self._leave.wait(_TICK_S)
+            if self._line:
+                self._machine.post(self._flush)  # a prompt: whoever reads us may be waiting for it
+
+    def _read(self) -> bool:
+        """Wait for something typed, a tick at most. Returns whether there may be more."""
+        try:
+            ready, _, _ = select.select([0], [], [], _TICK_S)
+            data = os.read(0, 1024) if ready else None
+        except OSError:
+            return False
+        if data == b"":  # end of input: the guest runs on
+            self._machine.loop.awaits_input = bool(self._machine.far_ends)
+            return False
+        if data and (rest := self._filter(data)):
+            self._machine.send(rest)
+        return True
 
     def _filter(self, data: bytes) -> bytes:
         if not self.interactive:
@@ -123,4 +139,4 @@ class Terminal:
             self._note(f"not saved: {error}")
 
     def _note(self, text: str) -> None:
-        print(f"\r\nanyhyve: {text}\r", file=sys.stderr)
+        print(f"\r\nanyhyve: {shown(text)}\r", file=sys.stderr)

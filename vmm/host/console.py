@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 _KEEP = 1 << 20
 _AT_ONCE, _ENOUGH = 4096, 1 << 16  # bytes typed: given to a port at a time, and waiting for it
-_BACK = 4096  # bytes of a line that are searched: one without an end must not take the square of its length
+BACK = 4096  # bytes of a line that are searched: one without an end must not take the square of its length
 
 
 class Console:
@@ -72,17 +72,20 @@ class Console:
                 del self.output[:-_KEEP]
         for listener in self._listeners:
             listener(byte)
-        if self._pattern is not None and self._pattern.search(text(self._line())):
+        if self._pattern is not None and self._matches(self._pattern):
             self._pattern = None
             self.found = True
             self.on_match()
 
-    def _line(self) -> bytearray:
-        """The line the guest is writing, its end included once that is written. A pattern can only come to match
-        there: any line before it has been searched as it grew."""
+    def _matches(self, pattern: re.Pattern[str]) -> bool:
+        """Whether the line the guest is writing matches, its end included once that is written. A pattern can only come
+        to match there: any line before it has been searched as it grew."""
         size = len(self.output)
-        first = max(size - (self.total - self._from), size - _BACK, 0)
-        return self.output[max(first, self.output.rfind(b"\n", first, size - 1) + 1) :]
+        since = size - (self.total - self._from)
+        first = max(since, size - BACK, 0)
+        line = max(first, self.output.rfind(b"\n", first, size - 1) + 1)
+        begun = first == line > max(since, 0)  # its beginning is too far back: the byte before is not the end of one
+        return pattern.search(text(self.output[line - begun :]), int(begun)) is not None
 
 
 def expression(pattern: str) -> re.Pattern[str]:

@@ -103,11 +103,14 @@ class Case:
             return cause(error)
         return None
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
         """What stands in the state instead, and what is done."""
-        lines = [f"{name} = {json.dumps(value)}, not {json.dumps(self.golden.get(name))}"
-                 for name, value in self.fields.items()]  # fmt: skip
-        return "\n".join((f"guest time {self.now} ns", *lines, *map(str, self.actions)))
+        states = [f"{name} = {json.dumps(value)}, not {json.dumps(self.golden.get(name))}"
+                  for name, value in self.fields.items()]  # fmt: skip
+        return [f"guest time {self.now} ns", *states, *map(str, self.actions)]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
 
 def _decode(fields: dict[str, Json], subject: Subject) -> Any:

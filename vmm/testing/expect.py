@@ -7,7 +7,8 @@ import shlex
 from collections import deque
 
 from vmm.errors import GuestError
-from vmm.host.console import expression, text
+from vmm.host.console import BACK, expression, text
+from vmm.host.shown import shown
 from vmm.machine.machine import Fault, Machine, Stopped
 
 _SHOWN = 12  # lines
@@ -26,7 +27,7 @@ class Expect:
     @property
     def output(self) -> str:
         """All that was written and is still kept (the last MiB at least)."""
-        return _shown(self.machine.board.console.read(0)[1])
+        return _decoded(self.machine.board.console.read(0)[1])
 
     def send(self, text: str) -> None:
         """Type at the console; the guest sees it when it runs."""
@@ -39,13 +40,20 @@ class Expect:
         self.log.append(f"expect {pattern!r}")
         machine, wanted = self.machine, expression(pattern)
         until_ns = machine.clock.now_ns() + int((self.seconds if seconds is None else seconds) * 1e9)
-        why = ""
+        at, begun, why = self._at, False, ""
         while True:
-            offset, data = machine.board.console.read(self._at)
+            # Where a line has begun already, the byte before says so.
+            offset, data = machine.board.console.read(at - begun)
+            begun |= offset > at
             written = text(data)
-            if match := wanted.search(written):
+            if match := wanted.search(written, int(begun)):
                 self._at = offset + len(written[: match.end()].encode(errors="surrogateescape"))
                 return match
+            # What comes can match only from the last line on, as the console looks.
+            line, far = offset + data.rfind(b"\n") + 1, offset + len(data) - BACK
+            at, begun = (line, False) if line > offset else (max(at, offset), begun)
+            if far > at:
+                at, begun = far, True
             if why:
                 raise GuestError(f"the guest never said {pattern!r}: {why}; its last lines:\n{self._last_lines()}")
             stop = machine.run(until=pattern, since=self._at, until_ns=until_ns)
@@ -68,14 +76,19 @@ class Expect:
         begin = self._at
         status = self.expect(r"any-end=(\d+)\r?\n", seconds=seconds)[1]
         _, data = self.machine.board.console.read(begin, self._at - begin)
-        written = _shown(data).rpartition("any-end=")[0].removesuffix("\n")
+        written = _decoded(data).rpartition("any-end=")[0].removesuffix("\n")
         if status != "0":
-            raise GuestError(f"{command!r} ended with status {status}:\n{written}")
+            raise GuestError(f"{command!r} ended with status {status}:\n{_lines(written)}")
         return written
 
     def _last_lines(self) -> str:
-        return "\n".join(self.output.splitlines()[-_SHOWN:])
+        return _lines(self.output.removesuffix("\n"), _SHOWN)
 
 
-def _shown(data: bytes) -> str:
+def _lines(written: str, most: int = 0) -> str:
+    """The last lines of what a guest wrote, in an error's message."""
+    return "\n".join(map(shown, written.split("\n")[-most:]))
+
+
+def _decoded(data: bytes) -> str:
     return data.decode(errors="replace").replace("\r\n", "\n")

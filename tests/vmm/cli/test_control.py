@@ -342,7 +342,13 @@ def test_a_signal_to_a_machine_that_comes_to_no_safe_point_is_answered(named, en
     box = named("box", "--suspend-on-term", "--memory", "16M", **how)
     os.close(writer)
     with Client(sockets(environment), "box") as client:
-        eventually(lambda: client.call("status")["position"] == (time.sleep(0.2), client.call("status")["position"])[1])
+
+        def stuck() -> bool:
+            before = client.call("status")["position"]
+            time.sleep(0.2)
+            return bool(before == client.call("status")["position"])
+
+        eventually(stuck)
     box.terminate()
     assert b"not suspended, the machine runs on: cannot save to" in box.stderr.readline()
     os.close(reader)  # and so ends it

@@ -1,5 +1,5 @@
-"""Every method of the socket while this computer gives no more: descriptors, threads, processes, memory, disk. Each call
-has an answer that is declared, nothing is left behind, and all works again once there is more."""
+"""Every method of the socket while this computer gives no more: descriptors, threads, processes, memory, disk. Each
+call has an answer that is declared, nothing is left behind, and all works again once there is more."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,9 +27,9 @@ from vmm.machine.machine import Machine
 Limit = Callable[[int], contextlib.AbstractContextManager[object]]  # of the process with this number
 
 
-def params(name: str, folder: Path) -> dict[str, object]:
+def params(name: str, folder: Path) -> dict[str, Any]:
     """What a method must be given: a new one finds its parameters here by their types."""
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
     for key, param in METHODS[name].params.items():
         if param.needed:
             given[key] = str(folder / "cut") if Path in param.kinds else "x"
