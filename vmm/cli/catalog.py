@@ -11,7 +11,7 @@ import click
 from vmm.cli import show
 from vmm.cli.options import json_option, rundir_option
 from vmm.control import catalog, place
-from vmm.control.client import Client, Failed
+from vmm.control.client import Client, Failed, sense
 from vmm.errors import BackendError, RequestError
 
 
@@ -84,7 +84,9 @@ def suspend_all(rundir: Path | None, as_json: bool) -> None:
         try:
             with Client(folder, name) as client:
                 path = catalog.folder(name) / catalog.SUSPENDED
-                outcome[name] = client.call("suspend", path=str(path))["path"]
+                answer = client.call("suspend", path=str(path))
+                with sense(name):
+                    outcome[name] = str(answer["path"])
         except (BackendError, RequestError, Failed) as error:
             outcome[name] = None
             show.note(f"{name}: {error}")

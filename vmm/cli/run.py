@@ -241,8 +241,7 @@ def _drive(machine: Machine, goal: Goal) -> int:
     if goal.as_json:
         show.as_json(report(machine, stop, wall))
     else:
-        click.echo(err=True)  # the guest may be in the middle of a line
-        show.note(f"{stop} at position {machine.position}")
+        show.note_after_console(f"{stop} at position {machine.position}")
     return status(stop, goal)
 
 

@@ -31,6 +31,12 @@ def note(text: object) -> None:
     click.echo(f"anyhyve: {shown(text)}", err=True)
 
 
+def note_after_console(text: object) -> None:
+    """A line on standard error; the guest may have ended in the middle of one."""
+    click.echo(err=True)
+    note(text)
+
+
 def as_json(value: Any, indent: int | None = None) -> None:
     click.echo(json.dumps(value, indent=indent))
 

@@ -19,16 +19,17 @@ _WAIT_S = 30.0
 def attach(folder: Path, name: str) -> int:
     """Join this terminal to a machine's console, until Ctrl-] d or the machine's end. Returns the exit status. Raises
     BackendError, RequestError when there is no such machine."""
-    with Client(folder, name) as client, raw_mode() as interactive:
-        if interactive:
-            print(f"anyhyve: {name}: Ctrl-] then d leaves it running\r", file=sys.stderr)
+    with Client(folder, name) as client:
         try:
-            return _Session(client, interactive).run()
+            with raw_mode() as interactive:
+                if interactive:
+                    print(f"anyhyve: {name}: Ctrl-] then d leaves it running\r", file=sys.stderr)
+                return _Session(client, interactive).run()
         except BackendError as error:
-            print(f"\r\nanyhyve: {shown(error)}\r", file=sys.stderr)
+            print(f"\nanyhyve: {shown(error)}", file=sys.stderr)
             return 0
         except Failed as error:
-            print(f"\r\nanyhyve: {name}: {shown(error)}\r", file=sys.stderr)
+            print(f"\nanyhyve: {name}: {shown(error)}", file=sys.stderr)
             return 1
 
 
