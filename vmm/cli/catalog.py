@@ -79,7 +79,7 @@ def prune(name: str, leave: int) -> None:
 @json_option
 def suspend_all(rundir: Path | None, as_json: bool) -> None:
     """Suspend every machine that runs here into the catalog. Exit status 1 when one could not be."""
-    folder, outcome = place.rundir(rundir), {}
+    folder, outcome = place.rundir(rundir), dict[str, str | None]()
     for name in place.names(folder):
         try:
             with Client(folder, name) as client:

@@ -9,6 +9,7 @@ from typing import Any
 from snapshot.errors import SnapshotError
 from vmm.control.supervisor import WrongState
 from vmm.errors import BackendError, Cancelled, GuestError, RequestError
+from vmm.host.shown import shown
 
 MAX_LINE = 1 << 20  # bytes of one message, to a machine
 MAX_ANSWER = 16 << 20  # and from it
@@ -107,7 +108,7 @@ def pack(**message: Any) -> bytes:
 
 def pack_error(error: Exception, call: Any) -> bytes:
     rpc = RpcError.of(error)
-    return pack(error={"code": rpc.code, "message": str(rpc)}, id=call)
+    return pack(error={"code": rpc.code, "message": shown(rpc)}, id=call)
 
 
 def _no_constant(name: str) -> Any:

@@ -32,9 +32,31 @@ from vmm.host.shown import shown
 from vmm.machine.machine import Machine, MachineConfig
 
 PIECES = (
-    "\x1b[2J", "\x1b]0;owned\x07", "\r", "\n", "\nanyhyve: all is well", "\t", "\x00", "\x7f", "\x9b31m", "\u2028", "\x85",
-    "\u202e", "\u2066", "\u200b", "\ufeff", "[bold red]", "[/b]", "[link=file:///]", ":smile:", "%s", "{0}", "\\", "é", "x",
-)  # fmt: skip
+    "\x1b[2J",
+    "\x1b]0;owned\x07",
+    "\r",
+    "\n",
+    "\nanyhyve: all is well",
+    "\t",
+    "\x00",
+    "\x7f",
+    "\x9b31m",
+    "\u2028",
+    "\x85",
+    "\u202e",
+    "\u2066",
+    "\u200b",
+    "\ufeff",
+    "[bold red]",
+    "[/b]",
+    "[link=file:///]",
+    ":smile:",
+    "%s",
+    "{0}",
+    "\\",
+    "é",
+    "x",
+)
 EVIL = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join)
 WIDE = {"COLUMNS": "20000"}  # a table's row is one line
 
@@ -170,7 +192,7 @@ HOW = ("names", "values", "types", "broken", "parent", "meta", "path")
 @given(evil=EVIL, how=st.sampled_from(HOW))
 def test_every_command_shows_a_file_as_data(spoil, tmp_path_factory, monkeypatch, words, evil, how):
     """It says as much, in as many lines, as where there is nothing evil."""
-    outcomes = []
+    outcomes: list[list[tuple[bool, tuple[int, ...]]]] = []
     for text in (evil, harmless(evil)):
         folder = tmp_path_factory.mktemp("files")
         monkeypatch.setenv("XDG_STATE_HOME", str(folder))
@@ -253,15 +275,32 @@ def answers(evil: str) -> dict[str, bytes]:
 
 
 NONSENSE = (
-    b"", b"\n", b"[]\n", b"nonsense\n", b'{"id":"ID"}\n', b'{"id":"ID","result":7}\n', b'{"id":"ID","result":[7]}\n',
-    b'{"id":"ID","error":7}\n', b'{"id":"ID","error":{"code":"x","message":1}}\n', b"[" * 100_000 + b"\n", b"\xff\xfe\n",
-    b'{"method":"event"}\n{"id":"ID","result":{"data":"\\u1234"}}\n', b'{"method":"event","params":7}\n{"id":"ID","result":{}}\n',
-)  # fmt: skip
+    b"",
+    b"\n",
+    b"[]\n",
+    b"nonsense\n",
+    b'{"id":"ID"}\n',
+    b'{"id":"ID","result":7}\n',
+    b'{"id":"ID","result":[7]}\n',
+    b'{"id":"ID","error":7}\n',
+    b'{"id":"ID","error":{"code":"x","message":1}}\n',
+    b"[" * 100_000 + b"\n",
+    b"\xff\xfe\n",
+    b'{"method":"event"}\n{"id":"ID","result":{"data":"\\u1234"}}\n',
+    b'{"method":"event","params":7}\n{"id":"ID","result":{}}\n',
+)
 ASKING = [
-    ("list",), ("list", "--json"), ("suspend-all",), ("attach", "box"), ("ctl", "box", "status"), ("ctl", "box", "devices"),
-    ("ctl", "box", "checkpoint", "/x"), ("ctl", "box", "events"), ("ctl", "box", "stats", "--json"),
+    ("list",),
+    ("list", "--json"),
+    ("suspend-all",),
+    ("attach", "box"),
+    ("ctl", "box", "status"),
+    ("ctl", "box", "devices"),
+    ("ctl", "box", "checkpoint", "/x"),
+    ("ctl", "box", "events"),
+    ("ctl", "box", "stats", "--json"),
     ("ctl", "--vm=box", "--get-all"),
-]  # fmt: skip
+]
 
 
 def ask(monkeypatch, folder: Path, words: tuple[str, ...], answer: bytes, once: bool = False) -> Result:

@@ -12,6 +12,7 @@ import pytest
 from snapshot.verify import verify
 from tests.conftest import ROOT
 from tests.vmm.conftest import LAST_GOOD, eventually
+from tests.vmm.control.test_socket import raw
 from vmm.control import lifecycle, methods, protocol
 from vmm.control.client import Failed
 from vmm.control.lifecycle import State
@@ -345,6 +346,14 @@ def test_a_path_is_absolute(box, path):
     with pytest.raises(Failed, match="checkpoint: path must be an absolute path") as failed:
         box.call("checkpoint", path=path)
     assert failed.value.code == protocol.INVALID_PARAMS
+
+
+@pytest.mark.parametrize("path", ["/no\nwhere/\x1b[2J", "/\u202e\u200b/\udcff"])
+def test_an_error_is_one_line_that_does_nothing(box, path):
+    with raw(box) as wire:
+        wire.sendall(protocol.pack(method="checkpoint", params={"path": path}, id=1))
+        message = json.loads(wire.makefile("rb").readline())["error"]["message"]
+    assert message.isprintable() and message.startswith("cannot save to /")
 
 
 # --- the documentation says what the code does
