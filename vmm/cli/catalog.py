@@ -21,7 +21,7 @@ from vmm.errors import BackendError, RequestError
 @json_option
 @click.pass_context
 def catalog_group(ctx: click.Context, name: str | None, vm: str | None, as_json: bool) -> None:
-    """List the snapshots in the catalog, by machine, oldest first; or keep, delete and prune them."""
+    """List the snapshots in the catalog, by machine, in the order of saving; or keep, delete and prune them."""
     if ctx.invoked_subcommand is not None:
         return
     found = catalog.entries(vm if name is None else name)
@@ -29,7 +29,7 @@ def catalog_group(ctx: click.Context, name: str | None, vm: str | None, as_json:
         show.as_json([entry.to_json() for entry in found])
         return
     rows = []
-    for entry in sorted(found, key=lambda e: (e.machine, e.time_s)):
+    for entry in found:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time_s))
         size, kept = f"{entry.size_bytes / 1e6:.1f}", "kept" if entry.kept else ""
         rows.append((entry.machine, entry.path.name, when, size, entry.parent or "", kept, entry.problem or ""))

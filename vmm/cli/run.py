@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,11 +254,13 @@ def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
     from vmm.control.server import Server
 
     assert goal.name is not None
+    vm.last_sequence = partial(catalog.last_sequence, goal.name)
     autosave = catalog.folder(goal.name) / catalog.AUTOSAVED if goal.autosave else None
     suspend_to = catalog.folder(goal.name) / catalog.SUSPENDED if goal.suspend_on_term else None
     stack.enter_context(Automatic(vm, autosave=autosave, every_s=goal.autosave or 0, suspend_to=suspend_to))
     # After the signals: no socket is left by a signal that came too early.
     stack.enter_context(Server(vm, Place(rundir(goal.rundir), goal.name)))
+    catalog.clear(goal.name)  # the name is ours by now
     vm.machine.loop.awaits_input = True  # somebody may attach
 
     def warn(event: str, details: dict[str, Any]) -> None:

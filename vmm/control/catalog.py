@@ -2,12 +2,18 @@
 
     STATE/NAME/20261123T161555.snapshot    $XDG_STATE_HOME/anyhyve, by default ~/.local/state/anyhyve
 
-There is no index that could disagree with the files: a snapshot's time is its file's, its parent is written in it, and
-one that is kept is read-only. Deleting never leaves a difference without what it stands on.
+There is no index that could disagree with the files: which was saved after which is written in them, as is a parent,
+and one that is kept is read-only. Deleting never leaves a difference without what it stands on.
+
+The order is the machine's own, and no clock of this computer is asked: META has a `sequence`, one more with each save
+of a machine of that name. Files without, of older releases or of `run --save`, come before those with it, by guest
+time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import stat
 import time
@@ -17,9 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from snapshot.errors import SnapshotError
-from snapshot.reader import Reader
+from snapshot.field_types import Json
+from snapshot.meta import peek
+from snapshot.reader import Reader, decode_part
+from vmm.board.config import MachineConfig
+from vmm.clock import ClockState, GuestClock
 from vmm.control.lifecycle import check_name
 from vmm.errors import BackendError, RequestError
+from vmm.saving.parts import with_state
 
 SUFFIX = ".snapshot"
 AUTOSAVED = f"autosave{SUFFIX}"
@@ -59,8 +70,10 @@ class Entry:
 
     machine: str
     path: Path
-    time_s: float  # Unix
+    time_s: float  # Unix, as the file has it: for people, the order is not by it
     size_bytes: int  # on disk
+    sequence: int  # which of the saves of a machine of this name it is; 0 where the file does not say
+    guest_ns: int  # the guest's wall clock (Unix) when it was saved
     parent: str | None  # the file it is a difference to, in the same folder
     kept: bool
     problem: str | None  # why it cannot be read
@@ -70,24 +83,54 @@ class Entry:
 
 
 def entries(name: str | None = None) -> list[Entry]:
-    """Every snapshot in the catalog, or those of one machine, oldest first. Raises RequestError for what cannot name a
-    machine."""
+    """Every snapshot in the catalog, or those of one machine; each machine's in the order they were saved in. Raises
+    RequestError for what cannot name a machine."""
     pattern = check_name(name) if name is not None else "*"
-    return sorted((entry(path) for path in root().glob(f"{pattern}/*{SUFFIX}")), key=lambda e: (e.time_s, e.path))
+    found = (entry(path) for path in root().glob(f"{pattern}/*{SUFFIX}"))
+    return sorted(found, key=lambda e: (e.machine, e.sequence, e.guest_ns, e.path))
 
 
 def entry(path: Path) -> Entry:
     """What a snapshot's file tells without its RAM being read; one that cannot be read has a `problem`. Raises
     OSError when there is no such file."""
     info = path.stat()
-    parent, problem = None, None
+    parent, problem, sequence, guest_ns = None, None, 0, 0
     try:
         with Reader(path) as reader:
             parent = None if reader.parent is None else reader.parent.file
+            sequence, guest_ns = _sequence(reader.meta), _guest_ns(reader)
     except (SnapshotError, OSError) as error:
         problem = str(error)
-    kept = not info.st_mode & _WRITE
-    return Entry(path.parent.name, path, info.st_mtime, info.st_blocks * 512, parent, kept, problem)
+    kept, size = not info.st_mode & _WRITE, info.st_blocks * 512
+    return Entry(path.parent.name, path, info.st_mtime, size, sequence, guest_ns, parent, kept, problem)
+
+
+def last_sequence(name: str) -> int:
+    """The highest sequence of the machine's snapshots; 0 where there is none. Raises RequestError for what cannot name
+    a machine."""
+    highest = 0
+    for path in (root() / check_name(name)).glob(f"*{SUFFIX}"):
+        with contextlib.suppress(OSError):
+            highest = max(highest, _sequence(peek(path)))
+    return highest
+
+
+def _sequence(meta: Json) -> int:
+    found = meta.get("sequence") if isinstance(meta, dict) else None
+    if not isinstance(found, int) or isinstance(found, bool):
+        return 0
+    return found if 0 < found < 1 << 62 else 0
+
+
+def _guest_ns(reader: Reader) -> int:
+    """The guest's wall clock; 0 where it is a machine we do not know."""
+    try:
+        config = decode_part(next(with_state(reader.parts, MachineConfig)), MachineConfig)
+        clock = GuestClock(config.tsc_khz)
+        clock.load(decode_part(next(with_state(reader.parts, ClockState)), ClockState))
+    except (StopIteration, SnapshotError):
+        return 0
+    return config.epoch_ns + clock.now_ns()
 
 
 def newest(name: str) -> Path:
@@ -96,6 +139,21 @@ def newest(name: str) -> Path:
     if not found:
         raise RequestError(f"there is no snapshot of {name} in {root()}")
     return found[-1].path
+
+
+def clear(name: str) -> None:
+    """Remove what saves of the machine left that were killed in the middle: temporaries nobody writes any more. Raises
+    RequestError for what cannot name a machine."""
+    for path in (root() / check_name(name)).glob(f"*{SUFFIX}*.tmp"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                found = os.fstat(fd)
+                if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who writes one holds it
+                    path.unlink()
+            finally:
+                os.close(fd)
 
 
 def keep(path: Path, on: bool = True) -> None:
@@ -122,9 +180,14 @@ def prune(name: str, leave: int) -> list[Path]:
     """Delete the machine's snapshots, but not the newest `leave`, those kept, and what these stand on. Returns the
     paths of what was deleted. Raises RequestError for what cannot name a machine."""
     found = entries(name)
+    parents = {each.path: each.parent for each in found}
     staying: set[Path] = set()
     for each in [*found[max(0, len(found) - leave) :], *(e for e in found if e.kept)]:
-        staying.update(_with_ancestors(each.path))
+        path: Path | None = each.path
+        while path in parents and path not in staying:  # what that stands on stays already
+            staying.add(path)
+            parent = parents[path]
+            path = None if parent is None else path.with_name(parent)
     gone = [each.path for each in found if each.path not in staying]
     for path in gone:
         path.unlink()

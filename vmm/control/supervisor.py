@@ -66,6 +66,8 @@ class Supervisor:
         self.listeners: list[Listener] = []
         self._life = Lifecycle(lambda state: self.tell("state", state=state))
         self.quiesce_s = quiesce_s
+        self.last_sequence: Callable[[], int] = lambda: 0  # of the saves there are already; asked at the first
+        self._sequence: int | None = None
         self._end: Stop | None = None
         self._lock = threading.Lock()  # over the two below
         self._waiting: set[Future[Any]] = set()
@@ -243,6 +245,7 @@ class Supervisor:
         began = time.monotonic()
         try:
             self.machine.await_checked()
+            self._sequence = 1 + (self.last_sequence() if self._sequence is None else self._sequence)
             self._begin(asked)
             self._write(asked)
         except Exception as error:
@@ -268,14 +271,15 @@ class Supervisor:
 
         def instant() -> None:
             machine, began = self.machine, time.monotonic()
+            options = {**asked.options, "meta": {"sequence": self._sequence}}
             if asked.cancelled:
                 raise Cancelled(f"the save to {asked.path} was cancelled")
             try:
-                asked.checkpoint = machine.checkpoint(asked.path, **asked.options)
+                asked.checkpoint = machine.checkpoint(asked.path, **options)
             except NoProcess:
                 if not asked.hold:
                     raise
-                machine.save(asked.path, **asked.options)  # it was to stand still meanwhile: this thread will do
+                machine.save(asked.path, **options)  # it was to stand still meanwhile: this thread will do
             asked.found = {"position": machine.position, "guest_ns": machine.clock.now_ns(), "was": self.state}
             if asked.hold:
                 self._life.move(State.SAVING)

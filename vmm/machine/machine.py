@@ -19,6 +19,7 @@ import blake3
 
 from snapshot import canon
 from snapshot.chain import Chain
+from snapshot.field_types import Json
 from snapshot.schema import encode, schema_of
 from vmm.board.board import Board
 from vmm.board.config import MachineConfig, named
@@ -319,13 +320,14 @@ class Machine:
         parent: Path | None = None,
         versions: Mapping[str, int] | None = None,
         force: bool = False,
+        meta: Json = None,
     ) -> None:
         """Write a snapshot; `path` is replaced only by a whole new one, and only where a snapshot lies that no other
         stands on: `force` replaces any file that can be written. The other options are those of
         vmm.saving.save.Contents. Raises SnapshotError for a parent that cannot be one or a state an older version
         cannot say, RequestError for what is not to be replaced, BackendError when the host cannot write; the machine
         is unchanged either way."""
-        write(path, self._contents(path, packed, parent, versions).fill, force=force)
+        write(path, self._contents(path, packed, parent, versions, meta).fill, force=force)
 
     def checkpoint(
         self,
@@ -335,9 +337,10 @@ class Machine:
         parent: Path | None = None,
         versions: Mapping[str, int] | None = None,
         force: bool = False,
+        meta: Json = None,
     ) -> Checkpoint:
         """As `save`, but the machine may run on at once: what is written is its state at this instant."""
-        contents, touched = self._contents(path, packed, parent, versions), self.touched_bytes()
+        contents, touched = self._contents(path, packed, parent, versions, meta), self.touched_bytes()
         hashed_at_once = packed or parent is not None
         total = touched if hashed_at_once else 2 * touched
         return Checkpoint(path, contents.fill, total, force=force, keep=self.ram.files())
@@ -357,10 +360,12 @@ class Machine:
                 if (state := schema_of(part.State).name) not in versions:
                     raise RequestError(f"that release has no {state}, which is the state of {part.name}")
 
-    def _contents(self, path: Path, packed: bool, parent: Path | None, versions: Mapping[str, int] | None) -> Contents:
+    def _contents(
+        self, path: Path, packed: bool, parent: Path | None, versions: Mapping[str, int] | None, meta: Json
+    ) -> Contents:
         self._must_be_open()
         self.await_checked()
-        return Contents(path, self.states(), self.ram, packed, parent, versions)
+        return Contents(path, self.states(), self.ram, packed, parent, versions, meta)
 
     def await_checked(self) -> None:
         """Until the RAM the machine was woken with has been checked: damaged RAM must not be given new digests. From

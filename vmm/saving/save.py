@@ -10,6 +10,7 @@ from typing import Any
 
 from snapshot.chain import Chain
 from snapshot.errors import Refused
+from snapshot.field_types import Json
 from snapshot.schema import schema_of
 from snapshot.target import refuse
 from snapshot.versions import lower
@@ -22,7 +23,8 @@ from vmm.ram import Ram
 class Contents:
     """What is to be written: states by part, of one instant, and the RAM, which is read when it is written. `packed`
     packs RAM with zstd; with `parent`, a snapshot in the folder of `path`, only blocks of RAM that differ from its are
-    written; `versions` (by state name) writes what an older release reads."""
+    written; `versions` (by state name) writes what an older release reads; `meta` is for people, and not part of the
+    machine."""
 
     path: Path
     states: Mapping[str, Any]
@@ -30,6 +32,7 @@ class Contents:
     packed: bool = False
     parent: Path | None = None
     versions: Mapping[str, int] | None = None
+    meta: Json = None
 
     def fill(self, writer: Writer) -> None:
         """Write all but the end. Raises SnapshotError for a parent that cannot be one, a state an older version cannot
@@ -48,6 +51,8 @@ class Contents:
                 writer.ram(region.name, region.base, region.view, region.touched(), packed=self.packed, parent=before)
         finally:
             self.ram.check()  # also the better reason: the kernel calls a page that is gone a bad address
+        if self.meta is not None:
+            writer.meta(self.meta)
 
 
 def cannot(path: Path, error: OSError) -> RequestError | BackendError:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,26 @@ def test_a_triple_fault_is_told(tmp_path):
     crash.write_bytes(bytes.fromhex("0f01 1c25 0000 2000 0f0b".replace(" ", "")))  # lidt of zeros; ud2
     done = anyhyve("run", "--kernel", crash, "--flat", "--memory", "4M")
     assert done.returncode == 1 and b"triple fault" in done.stderr
+
+
+PROMPT = bytes.fromhex("66baf803 b041 ee ebfe")  # mov dx, 3F8h; mov al, 'A'; out dx, al; jmp $
+FLOOD = bytes.fromhex("66baf803 b041 ee ebfd")  # the same, and again
+
+
+@pytest.mark.parametrize("typed", [subprocess.DEVNULL, subprocess.PIPE, "closed"])
+@pytest.mark.parametrize(("code", "enough"), [(PROMPT, 1), (FLOOD, 100_000)], ids=["prompt", "flood"])
+def test_a_line_without_an_end_is_shown_as_it_comes(tmp_path, typed, code, enough):
+    (tmp_path / "guest").write_bytes(code)
+    words = [sys.executable, "-c", MAIN, "run", "--kernel", str(tmp_path / "guest"), "--flat", "--memory", "2M"]
+    how: dict[str, Any] = {"stdin": typed} if typed != "closed" else {"preexec_fn": lambda: os.close(0)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **how) as running:
+        assert running.stdout is not None
+        killer = threading.Timer(20, running.kill)
+        killer.start()
+        shown = running.stdout.read(enough)
+        killer.cancel()
+        running.kill()
+    assert shown == b"A" * enough
 
 
 @pytest.mark.parametrize(

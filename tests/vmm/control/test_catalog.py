@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshot.errors import SnapshotError
+from snapshot.field_types import Json
+from snapshot.meta import peek
+from snapshot.reader import Reader
+from snapshot.writer import Writer
 from tests.conftest import OWN
 from vmm.control import catalog
 from vmm.errors import RequestError
@@ -33,7 +38,8 @@ def fill(machine: Machine, parents: list[int]) -> list[Path]:
         machine.run(position=machine.position + 1000)
         path = catalog.new("box")
         assert path not in made
-        machine.save(path, parent=made[n - parent] if parent <= n else None)
+        meta: Json = {"sequence": catalog.last_sequence("box") + 1}
+        machine.save(path, parent=made[n - parent] if parent <= n else None, meta=meta)
         made.append(path)
     return made
 
@@ -111,3 +117,100 @@ def test_the_newest_that_can_be_read(machine, tmp_path, monkeypatch):
     (good,) = fill(machine, [5])
     (catalog.folder("box") / "later.snapshot").write_bytes(b"junk")
     assert catalog.newest("box") == good
+
+
+# --- the order is the machine's own
+
+
+@given(st.permutations(range(4)), st.permutations(range(4)), st.booleans())
+@settings(max_examples=15)
+def test_the_newest_is_the_one_saved_last(machine, names, times, said):
+    """Whatever this computer's clock was, and whatever the files are called: by sequence, else by guest time."""
+    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", scratch)
+        made = []
+        for n, (name, time_s) in enumerate(zip(names, times, strict=True)):
+            if said:
+                machine.restart()  # the guest begins anew: its time is no help
+            machine.run(position=machine.position + 1000 * (8 - n if said else 1))
+            made.append(catalog.folder("box") / f"{name}.snapshot")
+            machine.save(made[-1], meta={"sequence": n + 1} if said else None)
+            os.utime(made[-1], (1 + time_s, 1 + time_s))
+        assert [each.path for each in catalog.entries("box")] == made
+        assert catalog.newest("box") == made[-1]
+        assert catalog.last_sequence("box") == (4 if said else 0)
+
+
+def test_saves_of_a_machine_are_counted_on(boxes, boot_own, tmp_path, monkeypatch):
+    """Over its ends and beginnings, resets, and copies of files."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    made = []
+    for _ in range(2):
+        box = boxes()
+        box.vm.last_sequence = lambda: catalog.last_sequence("box")
+        for _ in range(2):
+            made.append(catalog.new("box"))
+            box.call("checkpoint", path=str(made[-1]))
+            box.call("reset")
+        box.close()
+    assert [(each.path, each.sequence) for each in catalog.entries("box")] == list(zip(made, (1, 2, 3, 4), strict=True))
+
+
+@pytest.mark.parametrize("meta", [None, 7, {}, *({"sequence": n} for n in (-1, True, 1 << 63, "9", None))])
+def test_a_sequence_that_is_none(machine, tmp_path, monkeypatch, meta):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    machine.save(catalog.new("box"), meta=meta)
+    (entry,) = catalog.entries()
+    assert entry.sequence == catalog.last_sequence("box") == 0 and entry.problem is None and entry.guest_ns > 1 << 60
+
+
+def test_what_is_no_snapshot_says_nothing(tmp_path, monkeypatch, machine):
+    machine.save(tmp_path / "good", meta={"sequence": 3})
+    whole = (tmp_path / "good").read_bytes()
+    assert peek(tmp_path / "good") == {"sequence": 3}
+    for size in (0, 31, 32, 100, 128, 4000):
+        (tmp_path / "cut").write_bytes(whole[:size])
+        assert peek(tmp_path / "cut") is None
+    (tmp_path / "long").write_bytes(whole[:48] + b"\xff" * 8 + whole[56:])
+    os.mkfifo(tmp_path / "fifo")
+    assert peek(tmp_path / "long") is None and peek(tmp_path / "fifo") is None
+
+
+def test_many_snapshots_are_each_read_once(machine, tmp_path, monkeypatch):
+    """Also where most are kept, and all stand on one another."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    home = catalog.folder("box")
+    machine.save(home / "0.snapshot")
+    for n in range(1, 40):
+        machine.run(position=machine.position + 100)
+        machine.save(home / f"{n}.snapshot", parent=home / f"{n - 1}.snapshot")
+    for each in home.iterdir():
+        each.chmod(0o400)
+    opened: list[Path] = []
+
+    class Counted(Reader):
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(catalog, "Reader", Counted)
+    for action in (lambda: catalog.entries(), lambda: catalog.newest("box"), lambda: catalog.prune("box", 1)):
+        opened.clear()
+        action()
+        assert len(opened) == 40
+
+
+def test_what_a_killed_save_left_is_cleared(machine, tmp_path, monkeypatch):
+    """Not what another writes yet, nor what is no temporary."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    home = catalog.folder("box")
+    (home / "old.snapshot.tmp").write_bytes(b"half")
+    (home / "notes.tmp").write_bytes(b"mine")
+    os.mkfifo(home / "fifo.snapshot.tmp")
+    with Writer(home / "now.snapshot") as writer:
+        writing = set(home.iterdir())
+        catalog.clear("box")
+        assert set(home.iterdir()) == writing - {home / "old.snapshot.tmp"}
+        assert writer.fileno() >= 0
+    catalog.clear("nobody")
+    assert not (home.parent / "nobody").exists()

@@ -215,6 +215,53 @@ def test_lost_events_are_counted(box):
         assert client.read()["params"] == {"kind": "warning", "text": "last", "lost": 10}
 
 
+def test_a_long_answer_is_searched_once(tmp_path, monkeypatch):
+    """For its end: what was searched before is searched no more."""
+    searched = [0]
+
+    class Counting(bytearray):
+        def find(self, what, start=0, *end):
+            searched[0] += len(self) - start
+            return super().find(what, start, *end)
+
+        def __contains__(self, what):
+            searched[0] += len(self)
+            return super().__contains__(what)
+
+    answer = b'{"id":1,"result":"%s"}\n' % (b"x" * (4 << 20))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "box.sock"))
+        tmp_path.chmod(0o700)
+        listener.listen()
+        with Client(tmp_path, "box") as client:
+            client._heard = Counting()
+            end, _ = listener.accept()
+            sending = threading.Thread(target=lambda: end.sendall(answer + b'{"id":2}\n'))
+            sending.start()
+            assert len(client.read()["result"]) == 4 << 20 and client.read() == {"id": 2}
+            sending.join()
+            end.close()
+    assert searched[0] < 3 * len(answer)
+
+
+def test_nobody_is_told_anything_any_more_when_it_has_ended(boxes):
+    box = boxes()
+    box.call("status")
+    box.close()
+    assert not box.vm.listeners and not box.machine.board.console._listeners
+
+
+def test_who_has_left_is_not_told_of_anything(box):
+    for _ in range(5):
+        with box.client() as client:
+            client.call("events")
+            client.call("console.read", offset=None)
+    eventually(lambda: not box._server._clients)
+    eventually(lambda: len(box._server._tasks) == 0)
+    box.vm.tell("warning", text="to nobody")
+    assert box.call("status")["state"] == "running"
+
+
 def test_a_machine_that_leaves_with_a_question_unread(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "box.sock"))

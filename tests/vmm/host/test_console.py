@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.errors import GuestError
-from vmm.host.console import Console, expression, text
+from vmm.host.console import BACK, Console, expression, text
 from vmm.machine.machine import Machine, Stopped, StopReason
+from vmm.testing import expect as expect_module
 from vmm.testing.expect import Expect
 
 PATTERNS = ["ab", "^b", "a.b", "b$", "é", r"a\r?\n", "^$", "a|b", "(?i)A+b"]
@@ -43,6 +44,16 @@ def test_a_line_without_an_end_is_searched_in_its_last_bytes():
     for byte in b"x..y":
         console.transmit(byte)
     assert console.found
+
+
+@pytest.mark.parametrize("pattern", ["^A", "^$", "^.A"])
+def test_the_middle_of_a_long_line_is_not_its_beginning(pattern):
+    console = Console()
+    console.watch(pattern)
+    for byte in b"x" + b"A" * 3 * BACK:
+        console.transmit(byte)
+        assert not console.found or pattern == "^.A"
+    assert console.found == (pattern == "^.A")
 
 
 class Scripted:
@@ -113,3 +124,46 @@ def test_what_was_written_last_is_what_is_kept():
     assert expect.output.endswith("\nEND") and expect.expect("END")
     with pytest.raises(GuestError, match=r"its last lines:\n[.]*\nEND$"):
         expect.expect("more")
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """Counts the bytes that are searched by an Expect."""
+    counted = [0]
+
+    def count(data):
+        counted[0] += len(data)
+        return text(data)
+
+    monkeypatch.setattr(expect_module, "text", count)
+    return counted
+
+
+def test_stops_that_are_no_match_cost_a_line(searched):
+    """`x$` is there when the console stops, and is over when it is looked at."""
+
+    class Late(Scripted):
+        def run(self, *, until, since, until_ns):
+            found = super().run(until=until, since=since, until_ns=until_ns)
+            write(self, "y")  # the block was not at its end
+            return found
+
+    machine = Late("z" * 300_000, *["x"] * 200)
+    with pytest.raises(GuestError):
+        expecting(machine).expect("x$")
+    assert searched[0] < 300_000 * 2 + 203 * (BACK + 2)
+
+
+def test_what_a_guest_said_is_data_in_an_error():
+    machine = Scripted("\x1b[2J\n\u202eevil\x9b\rline\n")
+    with pytest.raises(GuestError) as failed:
+        expecting(machine).expect("never")
+    *_, first, second = str(failed.value).split("\n")
+    assert (first, second) == (r"\x1b[2J", r"\u202eevil\x9b\rline")
+
+
+def test_what_nobody_reads_is_kept_in_bounds():
+    console = Console()
+    for _ in range(5 << 20):
+        console.transmit(65)
+    assert len(console.output) <= 2 << 20 and console.total == 5 << 20
