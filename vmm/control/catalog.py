@@ -119,7 +119,7 @@ def _sequence(meta: Json) -> int:
     found = meta.get("sequence") if isinstance(meta, dict) else None
     if not isinstance(found, int) or isinstance(found, bool):
         return 0
-    return found if 0 < found < 1 << 62 else 0
+    return int(found) if 0 < found < 1 << 62 else 0
 
 
 def _guest_ns(reader: Reader) -> int:
