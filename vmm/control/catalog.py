@@ -125,7 +125,7 @@ def _sequence(meta: Json) -> int:
 def _guest_ns(reader: Reader) -> int:
     """The guest's wall clock; 0 where it is a machine we do not know."""
     try:
-        config = decode_part(next(with_state(reader.parts, MachineConfig)), MachineConfig)
+        config: MachineConfig = decode_part(next(with_state(reader.parts, MachineConfig)), MachineConfig)
         clock = GuestClock(config.tsc_khz)
         clock.load(decode_part(next(with_state(reader.parts, ClockState)), ClockState))
     except (StopIteration, SnapshotError):

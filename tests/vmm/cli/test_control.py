@@ -214,6 +214,18 @@ def test_attach_without_a_terminal_follows(named, anyhyve, environment):
     assert "no machine named box" in refusal(anyhyve("attach", "box"))
 
 
+def test_a_line_without_an_end_is_seen_on_every_way(named, anyhyve, environment, tmp_path):
+    (tmp_path / "prompt").write_bytes(bytes.fromhex("66baf803 b041 ee ebfe"))  # mov dx, 3F8h; mov al, 'A'; out; jmp $
+    written = tmp_path / "written"
+    named("box", "--bind", f"com1=file:{written}", command=("run", "--kernel", tmp_path / "prompt", "--flat"))
+    eventually(lambda: written.read_bytes() == b"A")
+    assert anyhyve("ctl", "box", "console.read").stdout == b"A"
+    words = [sys.executable, "-c", MAIN, "attach", "box"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as attached:
+        assert attached.stdout is not None and attached.stdout.read(1) == b"A"
+        attached.kill()
+
+
 def test_the_monitors_save_goes_on_beside_the_guest(environment, tmp_path):
     terminal = OnTerminal(environment, "run", "--kernel", OWN, "--flat", "--memory", "16M", "--save", tmp_path / "cut")
     terminal.until(b"round")

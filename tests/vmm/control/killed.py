@@ -115,8 +115,8 @@ def main(count: int, seed: int, folder: Path) -> int:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     Machine.restore(catalog.newest("box"), verify=True).close()
     assert catalog.newest("box").name == catalog.SUSPENDED
-    left = [each.name for each in [*home.iterdir(), *sockets.iterdir()] if each.suffix not in (".snapshot", "")]
-    assert not left, left
+    rest = [each.name for each in [*home.iterdir(), *sockets.iterdir()] if each.suffix not in (".snapshot", "")]
+    assert not rest, rest
     print(json.dumps({"kills": count, **seen}))
     return 0
 
