@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,11 @@ def test_it_stands_still_until_the_file_is_on_disk_if_it_shall(box, gate, tmp_pa
         client.ask("checkpoint", path=str(tmp_path / "cut"), **{name: value})
         eventually(lambda: box.vm._saves and box.vm._saves[0].checkpoint)
         assert box.call("status")["state"] == ("saving" if value else "running")
+        time.sleep(0.5 * value)
         gate()
-        assert client.read()["result"]["path"] == str(tmp_path / "cut")
+        saved = client.read()["result"]
+        assert saved["path"] == str(tmp_path / "cut")
+        assert saved["pause_s"] <= saved["wall_s"] and (not value or saved["pause_s"] >= 0.5), "how long it stood still"
     assert box.call("status")["state"] == "running"
 
 

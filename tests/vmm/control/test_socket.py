@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -213,6 +214,8 @@ def test_lost_events_are_counted(box):
         assert got == [str(i) for i in range(server.MAX_EVENTS)]
         box.vm.tell("warning", text="last")
         assert client.read()["params"] == {"kind": "warning", "text": "last", "lost": 10}
+        box.vm.tell("warning", text="since")
+        assert client.read()["params"] == {"kind": "warning", "text": "since"}, "told once"
 
 
 def test_a_long_answer_is_searched_once(tmp_path, monkeypatch):
@@ -244,6 +247,19 @@ def test_a_long_answer_is_searched_once(tmp_path, monkeypatch):
     assert searched[0] < 3 * len(answer)
 
 
+def test_a_client_that_cannot_be_served_is_cut_off(box, monkeypatch):
+    """For want of memory, say: it hears the end, the next is served, and no descriptor stays."""
+    box.call("status")
+    eventually(lambda: not box._server._clients)
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr("asyncio.open_connection", lambda **_: (_ for _ in ()).throw(MemoryError))
+        with raw(box) as wire:
+            assert wire.recv(1) == b""
+    assert box.call("status")["state"] == "running"
+    eventually(lambda: len(os.listdir("/proc/self/fd")) == before)
+
+
 def test_nobody_is_told_anything_any_more_when_it_has_ended(boxes):
     box = boxes()
     box.call("status")
@@ -257,7 +273,7 @@ def test_who_has_left_is_not_told_of_anything(box):
             client.call("events")
             client.call("console.read", offset=None)
     eventually(lambda: not box._server._clients)
-    eventually(lambda: len(box._server._tasks) == 0)
+    eventually(lambda: len(asyncio.all_tasks(box._server._loop)) == 2)  # the server, and who waits for the next
     box.vm.tell("warning", text="to nobody")
     assert box.call("status")["state"] == "running"
 
@@ -427,6 +443,15 @@ def test_another_user_is_refused(box):
     }  # fmt: skip
     os.chmod(box.folder, 0o700)
     assert box.call("status")["state"] == "running"
+
+
+def test_root_may_ask_anybodys_machine(box, monkeypatch):
+    if os.geteuid() != 0:
+        pytest.skip("only root can be root")
+    with raw(box) as wire:
+        monkeypatch.setattr(os, "geteuid", lambda: 65534)  # the machine is somebody else's
+        wire.sendall(STATUS)
+        assert json.loads(wire.makefile("rb").readline())["result"]["name"] == "box"
 
 
 @pytest.fixture
