@@ -18,7 +18,7 @@ from vmm.control.lifecycle import ALIVE, MOVES, Lifecycle, State
 from vmm.control.supervisor import Supervisor, WrongState
 from vmm.errors import BackendError, Cancelled
 from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
+from vmm.machine.machine import Fault, Machine, MachineConfig, Stopped, StopReason
 
 END = 6_000_000  # position; some hundred rounds of the guest's
 
@@ -234,6 +234,14 @@ def test_ctrl_c_in_the_middle_of_a_command_leaves_nobody_waiting(tmp_path, monke
         runner.join()
         vm.close()
         assert isinstance(end[0], KeyboardInterrupt) and vm.state is State.STOPPED
+
+
+def test_a_cpu_that_cannot_go_on_is_a_failure(monkeypatch):
+    with boot() as machine:
+        vm = Supervisor(machine)
+        monkeypatch.setattr(machine.loop, "go_on", lambda: Fault(0x1000, "planted"))
+        assert vm.run() == Fault(0x1000, "planted") and vm.state is State.FAILED
+        vm.close()
 
 
 # --- a command that was posted is done, whatever the machine's thread is about
