@@ -7,7 +7,8 @@ Rules
 * A snapshot that others in its folder stand on is replaced with `force` only.
 * The temporary is a regular file of this user with one link and mode 0600, whatever the umask. It lies in the same
   folder under a name made of the digest of the file's, `.*.anyhyve.tmp`, under which nothing else is saved. What a
-  killed writer left there is reused. Anything else under that name is not touched, and the save is refused.
+  killed writer left there is reused, or removed by `clear`. Anything else under that name is not touched, and the save
+  is refused.
 * One writer to a name: a second is refused with EBUSY while the first is at work.
 """
 
@@ -69,6 +70,21 @@ class Target:
             os.close(self.fd)
 
 
+def clear(folder: Path) -> None:
+    """Remove what killed writers left in a folder: temporaries of ours that nobody writes any more."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in filter(_OURS.fullmatch, os.listdir(os.fsencode(folder))):
+            path = folder / os.fsdecode(name)
+            with contextlib.suppress(OSError):
+                fd = _left(path)
+                try:
+                    if _alone(fd, path):
+                        _check_contents(fd, path)
+                        path.unlink()
+                finally:
+                    os.close(fd)
+
+
 def refuse(path: Path, force: bool = False) -> None:
     """Raises Refused when no snapshot may be written to `path`, as far as can be told before; OSError where that
     cannot be told."""
@@ -107,19 +123,15 @@ def _take(path: Path) -> int:
             made = True
         except FileExistsError:
             try:
-                _check_ours(path, path.lstat())  # before it is opened: opening a device may do something
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                fd, made = _left(path), False
             except FileNotFoundError:
                 continue
-            made = False
         try:
             if made:
                 os.fchmod(fd, _MODE)
-            _lock(fd, path)
-            # Between open and lock its last owner may have finished: then this is a good snapshot by another name.
-            if _is(fd, path):
+            if _alone(fd, path):
                 if not made:
-                    _check_ours(path, os.fstat(fd), os.pread(fd, FILE_HEADER.size + len(PART), 0))
+                    _check_contents(fd, path)
                     os.ftruncate(fd, 0)
                 return fd
         except BaseException as error:
@@ -129,6 +141,19 @@ def _take(path: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _left(path: Path) -> int:
+    """What a writer of ours may have left, opened. Raises Refused, OSError."""
+    _check_ours(path, path.lstat())  # before it is opened: opening a device may do something
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _alone(fd: int, path: Path) -> bool:
+    """Whether the open temporary is nobody else's from now on. Not so when its last owner gave it its name between open
+    and lock: then it is a good snapshot. Raises OSError: EBUSY while another writes it."""
+    _lock(fd, path)
+    return _is(fd, path)
 
 
 def _lock(fd: int, path: Path) -> None:
@@ -145,6 +170,11 @@ def _check_ours(path: Path, status: os.stat_result, head: bytes = b"") -> None:
     begun = (not any(magic) or magic.startswith(MAGIC)) and (not any(part) or part == PART)
     if not (mine and status.st_uid == os.geteuid() and begun):
         raise _refused(path, "a temporary is wanted there, and what lies there is none of ours: remove it")
+
+
+def _check_contents(fd: int, path: Path) -> None:
+    """The same, of what is open."""
+    _check_ours(path, os.fstat(fd), os.pread(fd, FILE_HEADER.size + len(PART), 0))
 
 
 def _is(fd: int, path: Path) -> bool:

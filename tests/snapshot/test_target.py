@@ -27,7 +27,7 @@ from snapshot.errors import Refused, SnapshotError
 from snapshot.field_types import u8
 from snapshot.reader import Reader
 from snapshot.schema import state
-from snapshot.target import Target
+from snapshot.target import Target, clear
 from snapshot.writer import Writer
 
 PAGE = 4096
@@ -190,13 +190,41 @@ def test_files_of_the_users_that_are_called_like_temporaries(tmp_path: Path) -> 
         save(temporary(tmp_path / "s"))
 
 
-@pytest.mark.parametrize("left", [b"", bytes(PAGE), bytes(32) + PART + b"x" * 9999, MAGIC + bytes(20) + PART + b"x"])
+LEFT = [b"", bytes(PAGE), bytes(32) + PART + b"x" * 9999, MAGIC + bytes(20) + PART + b"x"]
+
+
+@pytest.mark.parametrize("left", LEFT)
 def test_what_a_killed_writer_left_is_reused(tmp_path: Path, left: bytes) -> None:
     place = temporary(tmp_path / "s")
     place.write_bytes(left)
     place.chmod(0o600)
     save(tmp_path / "s")
     assert number(tmp_path / "s") == 0 and os.listdir(tmp_path) == ["s"]
+
+
+def test_what_killed_writers_left_is_cleared(tmp_path: Path) -> None:
+    for i, left in enumerate(LEFT):
+        place = temporary(tmp_path / str(i))
+        place.write_bytes(left)
+        place.chmod(0o600)
+    save(tmp_path / "s")
+    (tmp_path / "s.tmp").write_text("mine")
+    with Writer(tmp_path / "now") as writer:
+        writer.part("config", Config())
+        clear(tmp_path)
+        writer.commit()
+    clear(tmp_path / "nothing")
+    assert sorted(os.listdir(tmp_path)) == ["now", "s", "s.tmp"]
+
+
+@pytest.mark.parametrize("what", [*ODD, *FILES[:1], *FILES[2:]])
+def test_what_is_no_temporary_is_not_cleared(tmp_path: Path, what: str) -> None:
+    needs_root(what)
+    (tmp_path / "in").mkdir()
+    plant(temporary(tmp_path / "in" / "s"), what, tmp_path)
+    before = seen(tmp_path)
+    clear(tmp_path / "in")
+    assert seen(tmp_path) == before
 
 
 def test_a_read_only_file_is_kept_even_from_force(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ time.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 import time
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snapshot import target
 from snapshot.errors import SnapshotError
 from snapshot.field_types import Json
 from snapshot.meta import peek
@@ -142,18 +142,9 @@ def newest(name: str) -> Path:
 
 
 def clear(name: str) -> None:
-    """Remove what saves of the machine left that were killed in the middle: temporaries nobody writes any more. Raises
-    RequestError for what cannot name a machine."""
-    for path in (root() / check_name(name)).glob(f"*{SUFFIX}*.tmp"):
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                found = os.fstat(fd)
-                if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who writes one holds it
-                    path.unlink()
-            finally:
-                os.close(fd)
+    """Remove what saves of the machine left that were killed in the middle. Raises RequestError for what cannot name a
+    machine."""
+    target.clear(root() / check_name(name))
 
 
 def keep(path: Path, on: bool = True) -> None:
