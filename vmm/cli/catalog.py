@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -74,6 +76,10 @@ def prune(name: str, leave: int) -> None:
         show.line(f"deleted {path}")
 
 
+def _suspend(client: Client, path: Path) -> Any:
+    return client.call("suspend", path=str(path))
+
+
 @click.command("suspend-all")
 @rundir_option
 @json_option
@@ -83,8 +89,7 @@ def suspend_all(rundir: Path | None, as_json: bool) -> None:
     for name in place.names(folder):
         try:
             with Client(folder, name) as client:
-                path = catalog.folder(name) / catalog.SUSPENDED
-                answer = client.call("suspend", path=str(path))
+                answer = catalog.over(name, catalog.SUSPENDED, partial(_suspend, client))
                 with sense(name):
                     outcome[name] = str(answer["path"])
         except (BackendError, RequestError, Failed) as error:

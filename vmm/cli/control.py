@@ -107,8 +107,7 @@ def _ask(ctx: click.Context, method: str, params: dict[str, Any]) -> None:
     try:
         with Client(folder, name) as client:
             if method in ("checkpoint", "suspend"):
-                params.setdefault("path", str(_in_catalog(name, method)))
-                result = _save(client, method, params)
+                result = _save(client, method, params) if "path" in params else _save_in_catalog(client, method, params)
             elif method == "events":
                 _follow(client, params)
             else:
@@ -126,10 +125,15 @@ def _ask(ctx: click.Context, method: str, params: dict[str, Any]) -> None:
             _show(result)
 
 
-def _in_catalog(name: str, method: str) -> Path:
+def _save_in_catalog(client: Client, method: str, params: dict[str, Any]) -> Any:
     from vmm.control import catalog
 
-    return catalog.new(name) if method == "checkpoint" else catalog.folder(name) / catalog.SUSPENDED
+    def save(path: Path) -> Any:
+        return _save(client, method, {**params, "path": str(path)})
+
+    if method == "checkpoint":
+        return save(catalog.new(client.name))
+    return catalog.over(client.name, catalog.SUSPENDED, save)
 
 
 def _save(client: Client, method: str, params: dict[str, Any]) -> Any:

@@ -255,9 +255,7 @@ def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
 
     assert goal.name is not None
     vm.last_sequence = partial(catalog.last_sequence, goal.name)
-    autosave = catalog.folder(goal.name) / catalog.AUTOSAVED if goal.autosave else None
-    suspend_to = catalog.folder(goal.name) / catalog.SUSPENDED if goal.suspend_on_term else None
-    stack.enter_context(Automatic(vm, autosave=autosave, every_s=goal.autosave or 0, suspend_to=suspend_to))
+    stack.enter_context(Automatic(vm, goal.name, autosave_s=goal.autosave, suspend=goal.suspend_on_term))
     # After the signals: no socket is left by a signal that came too early.
     stack.enter_context(Server(vm, Place(rundir(goal.rundir), goal.name)))
     catalog.clear(goal.name)  # the name is ours by now

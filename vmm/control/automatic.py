@@ -5,11 +5,11 @@ from __future__ import annotations
 import queue
 import signal
 import time
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
 from snapshot.errors import SnapshotError
+from vmm.control import catalog
 from vmm.control.supervisor import Supervisor, WrongState
 from vmm.errors import BackendError, Cancelled, GuestError, RequestError
 from vmm.host import threads
@@ -19,56 +19,57 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Automatic:
-    """Context manager, on the main thread, around `Supervisor.run`. `autosave` every so many seconds, over one file.
-    `suspend_to`: a signal saves there and ends the machine; it runs on when that fails, and says so. Without, a signal
-    ends it."""
+    """Context manager, on the main thread, around `Supervisor.run`. Saves into the catalog: every `autosave_s` seconds,
+    each over the one before; with `suspend` a signal saves there and ends the machine, which runs on when that fails,
+    and says so. Without, a signal ends it."""
 
-    def __init__(self, vm: Supervisor, *, autosave: Path | None, every_s: float, suspend_to: Path | None) -> None:
+    def __init__(self, vm: Supervisor, name: str, *, autosave_s: float | None = None, suspend: bool = False) -> None:
         self._vm = vm
-        self._autosave = autosave
-        self._every_s = every_s
-        self._suspend_to = suspend_to
-        self._asked: queue.SimpleQueue[Path | None] = queue.SimpleQueue()  # suspend to it; None: no more
+        self._name = name
+        self._every_s = autosave_s
+        self._suspend = suspend
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # to suspend; else there is no more
 
     def __enter__(self) -> Self:
-        """Raises BackendError when the host has no thread for it."""
+        """Raises BackendError when the host has no thread for it, or no folder."""
+        if self._suspend or self._every_s is not None:
+            catalog.folder(self._name)
         # A thread that is there before it is needed: when a signal comes there may be none to be had.
         self._thread = threads.start("automatic", self._run)
         self._kept = {number: signal.signal(number, self._signalled) for number in _SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._asked.put(None)
+        self._asked.put(False)
         self._thread.join()
         for number, kept in self._kept.items():
             signal.signal(number, kept)
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
         # It may have come in the middle of anything: a handler only posts.
-        if self._suspend_to is None:
+        if not self._suspend:
             signal.signal(number, signal.SIG_DFL)  # a second one ends a machine that comes to no safe point
             self._vm.machine.post(lambda _: Stopped(StopReason(signal.Signals(number).name)))
         else:
-            self._asked.put(self._suspend_to)
+            self._asked.put(True)
 
     def _run(self) -> None:
-        every_s = self._every_s if self._autosave is not None else None
+        every_s = self._every_s
         due_s = time.monotonic() + (every_s or 0)
         while True:
             try:
                 asked = self._asked.get(timeout=every_s and max(0.0, due_s - time.monotonic()))
             except queue.Empty:
                 due_s = time.monotonic() + (every_s or 0)
-                assert self._autosave is not None
-                self._save(self._autosave, end=False)
+                self._save(catalog.AUTOSAVED, end=False)
                 continue
-            if asked is None:
+            if not asked:
                 return
-            self._save(asked, end=True)
+            self._save(catalog.SUSPENDED, end=True)
 
-    def _save(self, path: Path, end: bool) -> None:
+    def _save(self, file: str, end: bool) -> None:
         try:
-            self._vm.save(path, end=end).result()
+            catalog.over(self._name, file, lambda path: self._vm.save(path, end=end).result())
         except WrongState as error:
             # The save under way will do; and a machine that has ended has said why.
             if end and self._vm.alive:

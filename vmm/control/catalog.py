@@ -3,7 +3,7 @@
     STATE/NAME/20261123T161555.snapshot    $XDG_STATE_HOME/anyhyve, by default ~/.local/state/anyhyve
 
 There is no index that could disagree with the files: which was saved after which is written in them, as is a parent,
-and one that is kept is read-only. Deleting never leaves a difference without what it stands on.
+and one that is kept is read-only. Deleting never leaves a difference without what it stands on, nor does a save.
 
 The order is the machine's own, and no clock of this computer is asked: META has a `sequence`, one more with each save
 of a machine of that name. Files without, of older releases or of `run --save`, come before those with it, by guest
@@ -16,18 +16,19 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from snapshot import target
-from snapshot.errors import SnapshotError
+from snapshot.errors import Refused, SnapshotError
 from snapshot.field_types import Json
 from snapshot.meta import peek
 from snapshot.reader import Reader, decode_part
 from vmm.board.config import MachineConfig
 from vmm.clock import ClockState, GuestClock
+from vmm.control.client import Failed
 from vmm.control.lifecycle import check_name
 from vmm.errors import BackendError, RequestError
 from vmm.saving.parts import with_state
@@ -35,6 +36,7 @@ from vmm.saving.parts import with_state
 SUFFIX = ".snapshot"
 AUTOSAVED = f"autosave{SUFFIX}"
 SUSPENDED = f"suspended{SUFFIX}"
+T = TypeVar("T")
 _WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -62,6 +64,34 @@ def new(name: str) -> Path:
     while path.exists():
         path, count = path.with_name(f"{stamp}-{count}{SUFFIX}"), count + 1
     return path
+
+
+def over(name: str, file: str, save: Callable[[Path], T]) -> T:
+    """Save to `file` in the machine's folder, over the one before. What is to stay there, since it is kept or another
+    stands on it, costs no save: that then goes beside it, to FILE-1 and so on. Returns what `save` returns, raises what
+    that does and as `folder`."""
+    path = _beside(folder(name) / file)
+    while True:
+        try:
+            return save(path)
+        except (RequestError, Failed):
+            if (other := _beside(folder(name) / file)) == path:
+                raise
+            path = other  # it came to stay while it was waited for
+
+
+def _beside(path: Path) -> Path:
+    """The path itself, or the first beside it, that a save may be put at."""
+    at, count = path, 0
+    with contextlib.suppress(OSError):  # the save will say
+        while True:
+            try:
+                target.refuse(at)
+                break
+            except Refused:
+                count += 1
+                at = path.with_stem(f"{path.stem}-{count}")
+    return at
 
 
 @dataclass(frozen=True)

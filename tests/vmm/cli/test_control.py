@@ -276,6 +276,33 @@ def test_suspended_by_a_signal_and_woken(named, anyhyve, environment, number):
     assert "there is no snapshot of nobody" in refusal(anyhyve("wake", "nobody"))
 
 
+@pytest.mark.parametrize("how", ["signal", "ctl", "suspend-all"])
+def test_suspended_though_a_difference_stands_on_the_last(named, anyhyve, environment, how):
+    """Which stays. A path that was asked for is refused."""
+    home = catalog(environment)
+    box = named("box", "--suspend-on-term", "--autosave", 1, "--memory", "16M")
+    for name in ("suspended", "autosave"):
+        for words in ((f"{name}.snapshot",), (f"{name}-child.snapshot", "--parent", home / f"{name}.snapshot")):
+            while (done := anyhyve("ctl", "box", "checkpoint", home / words[0], *words[1:])).returncode:
+                assert b"is under way" in done.stderr  # an autosave
+    eventually((home / "autosave-1.snapshot").exists)
+    assert "differences to the file" in refusal(anyhyve("ctl", "box", "suspend", home / "suspended.snapshot"))
+    match how:
+        case "signal":
+            box.terminate()
+        case "ctl":
+            anyhyve("ctl", "box", "suspend", check=True)
+        case "suspend-all":
+            anyhyve("suspend-all", check=True)
+    assert box.wait(20) == 0
+    names = {f"{name}{tail}.snapshot" for name in ("suspended", "autosave") for tail in ("", "-child", "-1")}
+    assert set(os.listdir(home)) == names
+    for name in names:
+        Machine.restore(home / name, verify=True).close()
+    done = anyhyve("wake", "box", "--at", 0)
+    assert b"suspended-1.snapshot" in done.stderr
+
+
 @pytest.mark.parametrize("milliseconds", [0, 50, 150, 250, 300, 350, 400, 500, 700, 1000])
 def test_sigterm_at_any_time(named, environment, milliseconds):
     """Ended before it began, or suspended whole: never a part, never a socket or a process left."""

@@ -14,10 +14,11 @@ from vmm.errors import BackendError
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
-def test_signals_are_as_before(boot_own, tmp_path):
+def test_signals_are_as_before(boot_own, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     before = [signal.getsignal(number) for number in SIGNALS]
     with boot_own() as machine:
-        with Automatic(Supervisor(machine), autosave=None, every_s=0, suspend_to=tmp_path / "cut"):
+        with Automatic(Supervisor(machine), "box", suspend=True):
             assert [signal.getsignal(number) for number in SIGNALS] != before
         assert [signal.getsignal(number) for number in SIGNALS] == before
 
@@ -31,7 +32,7 @@ def test_without_a_thread_it_is_not_begun(boot_own, monkeypatch):
         monkeypatch.setattr(threading.Thread, "start", refuse)
         with (
             pytest.raises(BackendError, match="no thread for automatic"),
-            Automatic(Supervisor(machine), autosave=None, every_s=0, suspend_to=None),
+            Automatic(Supervisor(machine), "box"),
         ):
             pass
         assert [signal.getsignal(number) for number in SIGNALS] == before

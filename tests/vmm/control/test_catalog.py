@@ -10,14 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapshot.errors import SnapshotError
+from snapshot.chain import Chain
+from snapshot.errors import Refused, SnapshotError
 from snapshot.field_types import Json
 from snapshot.meta import peek
 from snapshot.reader import Reader
 from snapshot.writer import Writer
 from tests.conftest import OWN
 from vmm.control import catalog
-from vmm.errors import RequestError
+from vmm.control.client import Failed
+from vmm.errors import BackendError, RequestError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig
 
@@ -214,3 +216,71 @@ def test_what_a_killed_save_left_is_cleared(tmp_path, monkeypatch):
     assert list(home.iterdir()) == [home / "notes.tmp"]
     catalog.clear("nobody")
     assert not (home.parent / "nobody").exists()
+
+
+def saved(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Writer(path) as writer:
+        writer.part("config", MachineConfig())
+        writer.commit()
+    return path
+
+
+def stays(path: Path, why: str) -> None:
+    """Let something lie there that no save replaces."""
+    match why:
+        case "is kept":
+            saved(path).chmod(0o400)
+        case "another stands on it":
+            saved(path)
+            with Writer(path.with_name(f"on {path.name}")) as writer, Chain(path) as chain:
+                writer.part("config", MachineConfig())
+                writer.base(chain.as_parent())
+                writer.commit()
+        case "is no snapshot":
+            path.touch()
+        case "is no file":
+            os.mkfifo(path)
+
+
+STAYS = ["is kept", "another stands on it", "is no snapshot", "is no file"]
+
+
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["before", "meanwhile"])
+@pytest.mark.parametrize("why", STAYS)
+def test_a_save_goes_beside_what_stays(tmp_path, monkeypatch, why, meanwhile):
+    """Of the same folder, and over the one before again as soon as it can."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    home = catalog.folder("box")
+    tried: list[str] = []
+
+    def save(path: Path) -> Path:
+        tried.append(path.name)
+        if meanwhile and len(tried) == 1:
+            stays(home / "a.snapshot", why)
+        try:
+            return saved(path)
+        except Refused as error:
+            raise RequestError(str(error)) from None
+
+    if not meanwhile:
+        stays(home / "a.snapshot", why)
+    assert catalog.over("box", "a.snapshot", save) == home / "a-1.snapshot"
+    assert catalog.over("box", "a.snapshot", save) == home / "a-1.snapshot", "over the one before"
+    stays(home / "a-1.snapshot", "is kept")
+    assert catalog.over("box", "a.snapshot", save) == home / "a-2.snapshot"
+    assert tried == ["a.snapshot"] * meanwhile + ["a-1.snapshot", "a-1.snapshot", "a-2.snapshot"]
+
+
+@pytest.mark.parametrize("error", [RequestError("no"), Failed(7, "no"), BackendError("no")])
+def test_a_save_that_fails_for_another_reason_fails(tmp_path, monkeypatch, error):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    tried: list[Path] = []
+
+    def save(path: Path) -> None:
+        tried.append(path)
+        raise error
+
+    with pytest.raises(type(error), match="no"):
+        catalog.over("box", "a.snapshot", save)
+    assert tried == [catalog.folder("box") / "a.snapshot"]
