@@ -87,6 +87,18 @@ class RamImage:
         return number * BLOCK, min((number + 1) * BLOCK, self.size)
 
 
+def block_of(stored: bytes, size: int, where: str) -> bytes:
+    """A block of `size` bytes, from how it is stored in a packed region. Raises SnapshotError."""
+    if len(stored) == size:
+        return stored
+    try:
+        if zstandard.frame_content_size(stored) != size:  # asked before that much is made room for
+            raise SnapshotError(f"{where} is not a zstd frame of {size} bytes")
+        return _UNPACK.decompress(stored, allow_extra_data=False)
+    except zstandard.ZstdError:
+        raise SnapshotError(f"{where} is not one whole zstd frame") from None
+
+
 class Reader:
     """An opened snapshot, wholly checked but for the contents of RAM."""
 
@@ -132,15 +144,8 @@ class Reader:
         start, end = image.span(number)
         offset, length = image.places[number] if image.places is not None else (start, end - start)
         data = self._read(image.file_offset + offset, length, f"RAMD {image.name}")
-        if length == end - start:
-            return data
         where = f"offset {image.file_offset + offset:#x}, RAMD {image.name}"
-        try:
-            if zstandard.frame_content_size(data) != end - start:
-                self._fault(where, f"block {number} is not a zstd frame of {end - start} bytes")
-            return _UNPACK.decompress(data, allow_extra_data=False)
-        except zstandard.ZstdError:
-            self._fault(where, f"block {number} is not one whole zstd frame")
+        return block_of(data, end - start, f"{where}: block {number}")
 
     def verify_ram(self) -> None:
         """Check every block of every region against its digest, and the blocks without one to be zero."""

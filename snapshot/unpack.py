@@ -5,7 +5,8 @@
     DIR/ram/NAME         the RAM of a region as it is stored: sparse, or packed blocks one after the other
     DIR/extra/N          optional chunks this program does not know
 
-Digests are not written down: packing works them out, so state and RAM can be edited in between.
+Digests are not written down: packing works them out, so state and RAM can be edited in between. What was packed is read
+back before it gets its name.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import json
 import os
 import stat
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import zstandard
 from blake3 import blake3
 
 from snapshot.container import BLOCK, MAX_JSON, MAX_REGION, Extra, Parent, good_name
 from snapshot.errors import SnapshotError, check_path
 from snapshot.pages import present_extents
-from snapshot.reader import RamImage, Reader
+from snapshot.reader import RamImage, Reader, block_of
 from snapshot.writer import Writer
 
 _COPY = 1 << 20
@@ -75,6 +76,9 @@ def _unpack_ram(reader: Reader, image: RamImage, target: Path) -> dict[str, Any]
 def pack(folder: Path, target: Path, *, force: bool = False) -> None:
     """Raises SnapshotError, naming the file, when the folder is not what unpack makes of a snapshot; OSError."""
     check_path(folder)
+    for each in ("parts", "ram", "extra"):
+        if (folder / each).is_symlink():
+            raise SnapshotError(f"{folder / each}: a link, and no folder")
     manifest = _read_json(folder / "snapshot.json")
     try:
         major, minor = manifest["format"]
@@ -90,10 +94,20 @@ def pack(folder: Path, target: Path, *, force: bool = False) -> None:
             for ram in manifest["ram"]:
                 _pack_ram(folder, ram, writer)
             _pack_optional(folder, manifest, writer)
-            writer.commit()
+            writer.commit(partial(_read_back, folder))
     except (LookupError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError, struct.error) as error:
         why = " ".join(f"{type(error).__name__} {error}".split())
         raise SnapshotError(f"{folder / 'snapshot.json'}: not what unpack writes ({why:.200})") from None
+
+
+def _read_back(folder: Path, packed: Path) -> None:
+    """Raises SnapshotError for what could not be read again: it never gets its name."""
+    try:
+        with Reader(packed) as reader:
+            reader.verify_ram()
+    except SnapshotError as error:
+        why = str(error).removeprefix(f"{packed}: ")
+        raise SnapshotError(f"{folder}: what it says is no snapshot: {why}") from None
 
 
 def _pack_ram(folder: Path, ram: dict[str, Any], writer: Writer) -> None:
@@ -132,13 +146,7 @@ def _packed_entries(fd: int, ram: dict[str, Any], path: Path) -> list[tuple[int,
         data = os.pread(fd, _number(stored, BLOCK), at)
         at += stored
         size = min(BLOCK, ram["size"] - number * BLOCK)
-        if len(data) != size:
-            try:
-                data = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
-            except zstandard.ZstdError as error:
-                raise SnapshotError(f"{path}: block {number}: {error}") from None
-        if len(data) != size:
-            raise SnapshotError(f"{path}: block {number} is not {size} bytes")
+        data = block_of(data, size, f"{path}: block {number}")
         entries.append((number, stored, blake3(data).digest()))
     if os.fstat(fd).st_size != at:
         raise SnapshotError(f"{path}: it is not {at} bytes long")
