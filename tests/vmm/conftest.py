@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -135,6 +137,7 @@ def gate(monkeypatch, tmp_path_factory):
 
 
 MAIN = "from vmm.cli.main import main; main()"
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @pytest.fixture
@@ -161,8 +164,16 @@ def named(environment, anyhyve):
     """A function that starts the own guest under a name. At the end all are stopped, and left no socket behind."""
     made: list[subprocess.Popen[bytes]] = []
 
-    def start(name, *arguments, command=("run", "--kernel", OWN, "--flat"), wait=True, main=MAIN, **options):
+    def start(
+        name, *arguments, command=("run", "--kernel", OWN, "--flat"), wait=True, main=MAIN, before=None, **options
+    ):
         options.setdefault("stdout", subprocess.DEVNULL)  # a pipe nobody reads would stop it in the end
+
+        def begin() -> None:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a test run that is killed leaves no machine
+            if before is not None:
+                before()
+
         words = [sys.executable, "-c", main, *map(str, command), "--name", name, *map(str, arguments)]
         made.append(
             subprocess.Popen(
@@ -171,6 +182,7 @@ def named(environment, anyhyve):
                 stderr=subprocess.PIPE,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=begin,
                 **options,
             )
         )
@@ -183,18 +195,20 @@ def named(environment, anyhyve):
         return made[-1]
 
     yield start
+    left = []
     for process in made:
-        if process.poll() is None:
-            process.terminate()
+        for _ in range(2):  # the first may be to suspend it
             if process.poll() is None:
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.terminate()
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
         assert process.stderr is not None
         process.stderr.close()
-        assert process.pid not in sessions(), "a process was left"
+        if process.pid in sessions():
+            left.append(process.args)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+    assert not left, "a process was left"
     sockets = Path(environment["XDG_RUNTIME_DIR"], "anyhyve")
     assert not sockets.exists() or not os.listdir(sockets), "a socket or a lock was left"
     assert not list(Path(environment["XDG_STATE_HOME"]).rglob("*.tmp")), "a temporary file was left"

@@ -405,7 +405,7 @@ def test_a_full_disk_costs_nothing(named, anyhyve, environment, tmp_path):
     files = [tmp_path / "cut", *(catalog(environment) / f"{name}.snapshot" for name in ("suspended", "autosave"))]
     for file in files:
         file.write_bytes(LAST_GOOD)
-    box = named("box", "--suspend-on-term", "--autosave", 1, "--memory", "16M", preexec_fn=little_disk)
+    box = named("box", "--suspend-on-term", "--autosave", 1, "--memory", "16M", before=little_disk)
     for method in ("checkpoint", "suspend"):
         assert "File too large" in refusal(anyhyve("ctl", "box", method, files[0]))
     box.terminate()
