@@ -15,6 +15,7 @@ from typing import Any
 from snapshot.describe import record
 from snapshot.errors import SnapshotError
 from snapshot.field_types import Json
+from snapshot.files import read_file
 from snapshot.schema import declared, schema_of, without_docs
 from snapshot.versions import downgrades, renames, upgrades
 
@@ -37,7 +38,7 @@ def dump(prefixes: tuple[str, ...] = ()) -> Dump:
 def load(path: Path) -> Dump:
     """Raises SnapshotError for what is no dump; OSError."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_file(path))
         for state in value["states"]:
             record(state["fields"])
             _ = state["name"], state["version"]

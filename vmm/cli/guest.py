@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from snapshot.files import read_file
 from vmm.cli import show
 from vmm.cli.options import FOLDER, NO_FOLDER
 from vmm.errors import GuestError
@@ -26,7 +27,7 @@ def fetch(folder: Path, init: Path | None) -> None:
     script = None
     if init is not None:
         try:
-            script = init.read_text()
+            script = read_file(init).decode()
         except OSError as error:
             raise GuestError(f"{init}: {error.strerror}") from None
         except UnicodeDecodeError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from snapshot.files import read_file
 from vmm.cli import show
 from vmm.cli.fuzz import finds_option
 from vmm.cli.options import FILE, json_option
@@ -32,7 +33,7 @@ def replay(id: str | None, folder: Path, file: Path | None, against: str | None,
         _find(folder, str(id), as_json)
         return
     try:
-        commands = [command for _, command in qtest.parse(file.read_text())]
+        commands = [command for _, command in qtest.parse(read_file(file).decode())]
     except UnicodeDecodeError:
         raise RequestError(f"{file}: not text") from None
     if against is None:

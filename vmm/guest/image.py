@@ -14,13 +14,12 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapshot.errors import check_path
+from snapshot.files import read_file
 from vmm.cpu.protocol import CpuState, SegmentState, TableState
 from vmm.errors import GuestError
 from vmm.ram import Ram
 
 FLAT_BASE = 0x100000
-_MAX_FILE = 1 << 30  # also of what has no end, such as /dev/zero
 
 _ZERO_PAGE = 0x7000
 _GDT = 0x8000
@@ -50,14 +49,9 @@ class Image:
 
 def _read(path: Path) -> bytes:
     try:
-        check_path(path)
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE + 1)
+        return read_file(path)
     except OSError as error:
         raise GuestError(f"{error.filename or path}: {error.strerror}") from None
-    if len(data) > _MAX_FILE:
-        raise GuestError(f"{path}: more than {_MAX_FILE >> 20} MiB")
-    return data
 
 
 def load(image: Image, ram: Ram) -> CpuState:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from pathlib import Path
 
+from snapshot.files import read_file
 from vmm.errors import GuestError
 
 _START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
@@ -27,7 +28,7 @@ class Symbols:
         """Raises GuestError for what is no System.map."""
         found = []
         try:
-            for line in path.read_text().splitlines():
+            for line in read_file(path).decode().splitlines():
                 address, _, name = line.split(None, 2)
                 if _START_KERNEL_MAP <= int(address, 16) < _END:
                     found.append((int(address, 16) - _START_KERNEL_MAP, name))

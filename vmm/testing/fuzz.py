@@ -26,6 +26,7 @@ from typing import Any
 import blake3
 
 from snapshot.field_types import Json
+from snapshot.files import read_file
 from vmm.errors import BackendError, RequestError
 from vmm.testing import draw
 from vmm.testing.case import Case, Stale, as_pytest, as_qtest, smallest
@@ -376,6 +377,6 @@ def find(folder: Path, id: str) -> Path | None:
 def load(path: Path) -> Case:
     """Read a find's case from its file. Raises RequestError when it holds none."""
     try:
-        return Case.from_json(path.read_text())
+        return Case.from_json(read_file(path).decode())
     except (UnicodeDecodeError, RequestError):
         raise RequestError(f"{path}: not a finding of `anyhyve fuzz`") from None

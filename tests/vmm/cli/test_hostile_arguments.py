@@ -36,7 +36,8 @@ def commands(command: click.Command = main, path: tuple[str, ...] = ()) -> Itera
 
 COMMANDS = dict(commands())
 PATHS = ["", ".", "..", "/", "\0", "a\0b", "\ud800", "\udcff", "x" * 256, "/x" * 3000, "absent/s", "text/s",
-         "loop", "folder", "text", "empty", "cut", "/dev/null", "/proc/self/mem", "/proc/self/maps", "-"]  # fmt: skip
+         "loop", "folder", "text", "empty", "cut", "fifo",
+         "/dev/null", "/dev/zero", "/proc/self/mem", "/proc/self/maps", "-"]  # fmt: skip
 GOOD = {"file": "good", "out": "out", "folder": "unpacked", "first": "good", "second": "good", "old": "schemas",
         "new": "schemas", "parent": "good", "name": "nobody", "path": "/nowhere/s", "data": "x"}  # fmt: skip
 
@@ -52,6 +53,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "empty").touch()
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "fifo")
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -114,10 +115,12 @@ def test_many_headers_do_not_make_much_work(kind):
         load(Image(bytes(kernel)), Ram.fresh(MEMORY))
 
 
-def test_a_file_without_an_end(monkeypatch):
-    monkeypatch.setattr("vmm.guest.image._MAX_FILE", 1 << 20)
+def test_a_file_of_any_size(monkeypatch, tmp_path):
+    (tmp_path / "large").touch()
+    monkeypatch.setattr("snapshot.files.MAX_FILE", 1 << 20)
+    os.truncate(tmp_path / "large", 1 << 40)
     with pytest.raises(GuestError, match="more than 1 MiB"):
-        Image.from_files(Path("/dev/zero"))
+        Image.from_files(tmp_path / "large")
 
 
 @pytest.mark.parametrize("words", ["\ud800", "a\0b", "x" * 2048])
@@ -127,10 +130,18 @@ def test_a_command_line_that_cannot_be_one(kind, words):
         load(Image(bytes(KERNELS[kind]), cmdline=words), Ram.fresh(MEMORY))
 
 
-@pytest.mark.parametrize("path", ["", "/", "\0", "\ud800", "x" * 256, "/x" * 3000, "/proc/self/mem"])
+@pytest.mark.parametrize(
+    "path", ["", "/", "\0", "\ud800", "x" * 256, "/x" * 3000, "/proc/self/mem", "/dev/zero", "/dev/tty"]
+)
 def test_what_is_no_file(path):
     with pytest.raises(GuestError):
         Image.from_files(Path(path))
+
+
+def test_a_fifo_is_no_kernel(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(GuestError, match="not a regular file"):
+        Image.from_files(tmp_path / "fifo")
 
 
 @pytest.mark.debian
