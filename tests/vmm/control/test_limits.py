@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from snapshot.verify import verify
-from tests.vmm.conftest import eventually
+from tests.vmm.conftest import LAST_GOOD, eventually
 from vmm.control import protocol
 from vmm.control.client import Client, Failed
 from vmm.control.methods import METHODS
@@ -216,7 +216,7 @@ def test_a_far_end_that_has_no_thread_is_one_line(boot_own, tmp_path, no_thread)
 def test_the_host_refuses_at_any_step_of_a_save(box, tmp_path, monkeypatch, method, call):
     """The n-th call of it fails, for each n until a save gets through."""
     real = getattr(os, call)
-    (tmp_path / "cut").write_bytes(b"the last good one")
+    (tmp_path / "cut").write_bytes(LAST_GOOD)
     before = descriptors(os.getpid())
     for fail_at in range(200):
         count = 0
@@ -237,7 +237,7 @@ def test_the_host_refuses_at_any_step_of_a_save(box, tmp_path, monkeypatch, meth
                     break
                 except Failed as error:
                     assert error.code == protocol.HOST and "No space left on device" in str(error)
-            assert (tmp_path / "cut").read_bytes() == b"the last good one"
+            assert (tmp_path / "cut").read_bytes() == LAST_GOOD
             assert [each.name for each in tmp_path.iterdir()] == ["cut"]
             assert client.call("status")["state"] == "running"
     else:
