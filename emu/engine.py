@@ -163,6 +163,8 @@ class Engine:
         self._handle = int(getattr(self.uc._uch, "value", self.uc._uch))
         self._handle_pointer = ctypes.c_void_p(self._handle)
         self._memory_mapping = self._pointer(self._handle + _UC_MEMORY_MAPPING)
+        self._mem_read = self._lib.uc_mem_read
+        self._mem_read.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t]
         self._invalidate = self._lib.tb_invalidate_phys_range_x86_64
         self._invalidate.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]
         self.cpu = self._pointer(self._handle + _UC_CPU)
@@ -519,10 +521,10 @@ class Engine:
 
     def read_physical(self, address: int, size: int) -> bytes:
         """Guest-physical memory as the CPU's page walks see it; ones where nothing is."""
-        try:
-            return bytes(self.uc.mem_read(address & self.a20_mask.value, size))
-        except unicorn.UcError:
+        data = ctypes.create_string_buffer(size)
+        if self._mem_read(self._handle_pointer, address & self.a20_mask.value, data, size):
             return b"\xff" * size
+        return data.raw
 
     def start(self, rip: int) -> None:
         """Run from `rip` until a hook stops it or the CPU halts. Raises unicorn.UcError."""

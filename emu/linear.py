@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from emu.engine import Engine
-from vmm.cpu.paging import LMA, NotCanonicalError, PageFaultError, Paging, walk
+from vmm.cpu.paging import LMA, PAGE, NotCanonicalError, PageFaultError, Paging, walk
 
 GP, NP, TS, PAGE_FAULT, UD, DB = 13, 11, 10, 14, 6, 1
 MASK64 = (1 << 64) - 1
@@ -18,9 +18,11 @@ class FaultError(Exception):
 
 def read(engine: Engine, linear: int, size: int) -> int:
     """Raises FaultError."""
-    return int.from_bytes(
-        b"".join(engine.read_physical(physical(engine, linear + i), 1) for i in range(size)), "little"
-    )
+    found = b""
+    while len(found) < size:
+        at = linear + len(found)
+        found += engine.read_physical(physical(engine, at), min(size - len(found), PAGE - at % PAGE))
+    return int.from_bytes(found, "little")
 
 
 def physical(engine: Engine, linear: int, write: bool = False) -> int:

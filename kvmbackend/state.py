@@ -11,6 +11,7 @@ from typing import Any
 
 from kvmbackend import abi
 from vmm.cpu.protocol import CpuState, EventState, FpuState, SegmentState, TableState
+from vmm.cpu.validity import LMA
 from vmm.errors import BackendError
 
 _SEGMENTS = {name: "ldt" if name == "ldtr" else name for name in ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")}
@@ -81,6 +82,8 @@ def load(vcpu: int, state: CpuState) -> None:
     abi.call("KVM_GET_SREGS", vcpu, abi.GET_SREGS, sregs)  # what is not ours in it stays
     for ours, theirs in _SEGMENTS.items():
         _set_segment(getattr(sregs, theirs), getattr(state, ours))
+    if not state.efer & LMA:
+        sregs.cs.l = 0  # means nothing there, and KVM wants it so
     sregs.tr.type |= 2  # busy, as LTR leaves it and as VMX demands; an older snapshot may say otherwise
     for ours, theirs in _TABLES.items():
         table = getattr(state, ours)

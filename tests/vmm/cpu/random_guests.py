@@ -18,7 +18,7 @@ from vmm.cpu.protocol import CpuState, FpuState, SegmentState, TableState
 SIZE = 0x40000
 IDT, GDT, LDT, TSS, TABLES, HANDLERS = 0x1000, 0x2000, 0x2800, 0x3000, 0x4000, 0x8000
 CODE, DATA, STACK0, STACK3, STACK_IST = 0x10000, 0x20000, 0x30000, 0x38000, 0x3C000
-CODE_SIZE = 0x2000
+CODE_SIZE = 0x600
 
 MODES = ("real", "vm86", "16", "32", "32-paged", "pae", "compat", "64")
 # With a level: real mode has none, virtual-8086 is 3.
@@ -380,7 +380,10 @@ class _Code:
                 + self.immediate(DATA + 16 * rng.randrange(0x100))
                 + bytes([0x0F, 0xAE, rng.randrange(4) << 3 | 6])
             )
-        return bytes([rng.randrange(0xD8, 0xE0)]) + self.modrm()
+        opcode, modrm = rng.randrange(0xD8, 0xE0), self.modrm()
+        # FSAVE and FSTENV store the selectors of the last instruction and its operand, which are no part of the state.
+        stores = opcode in (0xD9, 0xDD) and modrm[0] < 0xC0 and modrm[0] >> 3 & 7 == 6
+        return b"\x90" if stores else bytes([opcode]) + modrm
 
 
 # BT, BTS, BTR, BTC leave four flags undefined, and in the engine those depend on what stands before them in a block.
@@ -464,7 +467,7 @@ def _state(rng: random.Random, mode: str, ring: int) -> CpuState:
     state.kernel_gs_base = DATA
     if rng.random() < 0.4:
         for name in ("dr0", "dr1", "dr2", "dr3"):
-            setattr(state, name, rng.choice((CODE + rng.randrange(0x600), DATA + (rng.randrange(0x2000) & ~7))))
+            setattr(state, name, rng.choice((CODE + rng.randrange(CODE_SIZE), DATA + (rng.randrange(0x2000) & ~7))))
         state.dr7 = 0x400 | rng.getrandbits(8) | rng.choice((0, rng.getrandbits(16) << 16 & ~0x22220000))
     state.fpu = FpuState(fcw=rng.choice((0x37F, 0x340, 0x27F)), mxcsr=rng.choice((0x1F80, 0x1F00, 0x9FC0)))
     return state

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.vmm.cpu import random_guests
-from tests.vmm.cpu.random_guests import KINDS, SIZE, Guest
-from vmm.cpu import validity
-from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig
+from tests.vmm.cpu import campaign, random_guests
+from tests.vmm.cpu.campaign import Bench
+from tests.vmm.cpu.random_guests import KINDS, Guest
+from vmm.cpu import backends
+from vmm.machine.machine import Machine
 from vmm.machine.stop import Stopped, StopReason
 
 SEEDS = st.integers(0, (1 << 40) - 1)
-
-
-class Bench:
-    """A machine that runs one guest after another. Its timer ticks every two microseconds and needs no EOI."""
-
-    def __init__(self, backend: str = "emu") -> None:
-        self.machine = Machine.boot(MachineConfig(memory_bytes=2 << 20), Image(b"\xf4", flat=True), backend)
-        for port, value in (
-            (0x20, 0x11),
-            (0x21, 0x30),
-            (0x21, 4),
-            (0x21, 3),
-            (0x21, 0xFE),
-            (0x43, 0x34),
-            (0x40, 3),
-            (0x40, 0),
-        ):
-            self.machine.board.bus.port_out(port, 1, value)
-        self._empty = self.machine.moment()
-
-    def put(self, guest: Guest) -> Machine:
-        machine = self.machine
-        machine.rewind(self._empty)
-        machine.ram.write(0, guest.memory)
-        machine.cpus[0].discard_code(0, SIZE)
-        machine.cpus[0].load(guest.state)
-        return machine
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +29,9 @@ def benches() -> Iterator[tuple[Bench, Bench]]:
         bench.machine.close()
 
 
-def everything(machine: Machine) -> object:
-    return machine.digests()
-
-
 def in_lockstep(benches: tuple[Bench, Bench], guest: Guest, at: int, steps: int, folder: Path) -> int:
-    """Saves after `at` bytes of code, wakes, rewinds, and goes on an instruction at a time beside the machine that never
-    was saved. How many steps that were."""
+    """Save after `at` bytes of code, wake, rewind, and go on an instruction at a time beside the machine that never was
+    saved. How many steps that were."""
     other, bench = benches
     machine = bench.put(guest)
     start = machine.position
@@ -85,14 +56,14 @@ def in_lockstep(benches: tuple[Bench, Bench], guest: Guest, at: int, steps: int,
             done += 1
             if stops[0] != Stopped(StopReason.POSITION):
                 break
-        states = [everything(each) for each in machines]
+        states = [each.digests() for each in machines]
         assert states[0] == states[1], f"{guest.kind}, rewound, after {done} steps"
         assert states[0] == states[2], f"{guest.kind}, woken, after {done} steps"
         end = never.position
     straight = bench.put(guest)
     if stops[0] == Stopped(StopReason.POSITION):
         assert straight.run(position=end) == stops[0]
-        assert everything(straight) == states[0], f"{guest.kind}: cut against run straight on"
+        assert straight.digests() == states[0], f"{guest.kind}: cut against run straight on"
     return done
 
 
@@ -101,3 +72,42 @@ def in_lockstep(benches: tuple[Bench, Bench], guest: Guest, at: int, steps: int,
 @given(seed=SEEDS, at=st.integers(1, 3000))
 def test_a_woken_and_a_rewound_machine_run_as_the_one_that_was_never_saved(benches, tmp_path, kind, seed, at):
     in_lockstep(benches, random_guests.draw(seed, kind), at, 100, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["guests", "states"])
+def test_nothing_dies_hangs_or_escapes(kind):
+    """A few of them; `python -m tests.vmm.cpu.campaign` runs any number."""
+    assert campaign.main([kind, "--count", "600", "--first", str(1 << 32)]) == 0
+
+
+def test_kvm_takes_every_state_that_the_emulated_cpu_comes_to(kvm, benches):
+    load = backends.factory("kvm").refusal
+    for seed in range(60):
+        guest = campaign.guest(seed)
+        if campaign.run(benches[0], guest) in ("fault", "triple fault"):
+            continue
+        for state in (guest.state, benches[0].machine.cpus[0].save()):
+            assert load(state) is None, f"{seed}, {guest.kind}"
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_guests_cross_to_kvm_and_back(crossing, count):
+    with closing(Bench()) as emulated, closing(Bench("kvm")) as kvm:
+        for seed in range(count):
+            campaign.cross((emulated, kvm), campaign.guest(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hundred_thousand_steps_beside_the_one_that_was_never_saved(benches, tmp_path, kind):
+    done = seed = 0
+    while done < 100_000:
+        seed += 1
+        at = random.Random(seed).randrange(1, 1500)
+        done += in_lockstep(benches, random_guests.draw(seed, kind), at, 300, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "count"), [("guests", 100_000), ("states", 300_000)])
+def test_nothing_dies_hangs_or_escapes_at_length(kind, count):
+    assert campaign.main([kind, "--count", str(count)]) == 0
