@@ -225,14 +225,7 @@ class EmuCpu(Cpu):
         crash = None
         try:
             engine.start(engine.eip.value)
-            while hooks.ended is None:
-                if engine.watchpoint_hit.value and words[_REFUSED]:
-                    # A data breakpoint: the engine left the instruction and runs it again, alone and charged again, to
-                    # trap behind it. That it is half way is no state, so it is let through.
-                    words[_LIMIT], words[_REFUSED] = words[_TIME] + words[_REFUSED], 0
-                    engine.one_instruction(True)
-                elif not engine.accepted:
-                    break
+            while engine.accepted and hooks.ended is None:  # a breakpoint was met: #DB is to be delivered
                 engine.start(engine.eip.value)
         except unicorn.UcError as error:
             crash = Crashed(engine.eip.value, f"{error} at {engine.eip.value:#x}")

@@ -35,11 +35,9 @@ _CPU_INTERRUPT_REQUEST = 0x1C
 _CPU_ENV = 0x128
 _CPU_CLUSTER_INDEX = 0x8194
 _CPU_HALTED = 0x8198
-_CPU_WATCHPOINT_HIT = 0x8168
 _CPU_EXCEPTION_INDEX = 0x81A0
 _CPU_CLASS = 0x81B0  # a pointer to its methods
 _CLASS_DEBUG_EXCEPTION, _CLASS_EXEC_ENTER = 0x78, 0x80
-_WATCHPOINT_FLAGS, _WATCHPOINT_HIT = 0x1C, 0xC0  # of a CPUWatchpoint
 _CPU_TO_ENV = 0x8A50
 _UC_MEMORY_MAPPING = 0x120  # a function pointer: guest-physical address to memory region
 _UC_PAGES = {"l1_map": 0x2E0, "v_l1_size": 0x2F0, "v_l1_shift": 0x2F4, "v_l2_levels": 0x2F8}  # pages with code
@@ -103,7 +101,7 @@ EXIT_IDTR, EXIT_GDTR, EXIT_LDTR, EXIT_TR = 0x16A, 0x16B, 0x16C, 0x16D  # writes
 CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))  # exceptions: SDM vol. 3, table 6-4
 MOST_DELIVERIES = 1000  # of exceptions, with no code run in between
 _CFLAGS_NONE = 0xFFFFFFFF
-_EXECUTE, _IO = 0, 2  # what a breakpoint waits for, in DR7
+_EXECUTE = 0  # what a breakpoint waits for, in DR7
 _MASK64 = (1 << 64) - 1
 _DR7_NONE = 0x400  # no breakpoint: the one bit that is always set
 EXIT_MSR = 0x17C
@@ -176,7 +174,6 @@ class Engine:
         self.halted = ctypes.c_uint32.from_address(self.cpu + _CPU_HALTED)
         self.interrupt_request = ctypes.c_uint32.from_address(self.cpu + _CPU_INTERRUPT_REQUEST)
         self.cflags_next_tb = ctypes.c_uint32.from_address(self.cpu + _CPU_CFLAGS_NEXT_TB)
-        self.watchpoint_hit = ctypes.c_uint64.from_address(self.cpu + _CPU_WATCHPOINT_HIT)
         self.exception_index = ctypes.c_int32.from_address(self.cpu + _CPU_EXCEPTION_INDEX)
         self._cluster_index = ctypes.c_uint32.from_address(self.cpu + _CPU_CLUSTER_INDEX)
         self._translated_for: dict[frozenset[int], int] = {frozenset(): 0}
@@ -505,7 +502,6 @@ class Engine:
         self.u32("exception_is_int").value = 0
         self.interrupt_request.value = 0
         self.cflags_next_tb.value = _CFLAGS_NONE
-        self.watchpoint_hit.value = 0
 
     def set_cr8(self, value: int) -> None:
         self.uc.reg_write(x86.UC_X86_REG_CR8, value)
@@ -548,23 +544,12 @@ class Engine:
 
     def _on_breakpoint(self, _cpu: int) -> None:
         """In the place of the engine's own handler, which takes EIP for a linear address: set DR6 (SDM vol. 3, 17.2.3)
-        and stop; the next start() delivers #DB."""
-        watched, self.watchpoint_hit.value = self.watchpoint_hit.value, 0
+        and stop; the next start() delivers #DB. Of breakpoints it is only those of code that this engine looks for."""
         code, dr7 = self.segment("cs"), self.dr[7]
         linear = code.base + self.eip.value & (_MASK64 if code.flags >> 21 & 1 else 0xFFFFFFFF)
-        found = enabled = 0
-        for i in range(4):
-            kind = dr7 >> 16 + 4 * i & 3
-            if kind == _EXECUTE:
-                met = not watched and self.dr[i] == linear
-            else:
-                watchpoint = self.u64("breakpoints", 8 * i).value if kind != _IO else 0
-                flags = ctypes.c_uint32.from_address(watchpoint + _WATCHPOINT_FLAGS).value if watchpoint else 0
-                met = bool(watched and flags & _WATCHPOINT_HIT)
-            found |= met << i
-            enabled |= met and dr7 >> 2 * i & 3
-        self.dr[6] = self.dr[6] & ~0xF | found
-        if enabled:
+        met = [i for i in range(4) if dr7 >> 16 + 4 * i & 3 == _EXECUTE and self.dr[i] == linear]
+        self.dr[6] = self.dr[6] & ~0xF | sum(1 << i for i in met)
+        if any(dr7 >> 2 * i & 3 for i in met):
             self.accept(1, 0)
         else:
             self.eflags.value |= RF  # there is nothing at this instruction

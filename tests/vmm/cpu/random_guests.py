@@ -390,9 +390,10 @@ class _Code:
 _BIT_TESTS = (0xA3, 0xAB, 0xB3, 0xBA, 0xBB)
 _SENSITIVE = (
     "9c", "9d", "fa", "fb", "f4", "cf", "0f05", "0f07", "480f07", "0f34", "0f35", "480f35", "0f06", "0f08", "0f09",
-    "0f01f8", "0fa2", "0f31", "0f01f9", "0f33", "0f0b", "e460", "e670", "e471", "ec", "ee", "ed", "6c", "6e", "17", "1f",
-    "0f01d0", "0f01d8", "0f01d9", "0f01da", "0f01db", "0f01dc", "0f01dd", "0f01de", "0f01df", "0f01c8", "0f01c9", "0faa",
-    "f390", "9b", "0fb2c8", "c5", "c4", "62", "d6", "f0", "66cf", "669d", "cb", "ca0400", "c8100001", "c9", "90",
+    "0f01f8", "0fa2", "0f31", "0f01f9", "0f33", "0f0b", "e460", "e670", "e471", "ec", "ee", "ed", "6c", "6e", "17",
+    "1f", "0f01d0", "0f01d8", "0f01d9", "0f01da", "0f01db", "0f01dc", "0f01dd", "0f01de", "0f01df", "0f01c8",
+    "0f01c9", "0faa", "f390", "9b", "0fb2c8", "c5", "c4", "62", "d6", "f0", "66cf", "669d", "cb", "ca0400",
+    "c8100001", "c9", "90",
 )  # fmt: skip
 _PIECES = (
     _Code.raw, _Code.plain, _Code.two_bytes, _Code.string, _Code.flags, _Code.single_step, _Code.sensitive,
