@@ -7,7 +7,7 @@ from unicorn import x86_const as x86
 from emu.engine import HF2_NMI, HF_INHIBIT_IRQ, RF, Engine
 from emu.linear import MASK64
 from vmm.cpu.protocol import CpuState, EventState, FpuState, SegmentState, TableState
-from vmm.cpu.validity import LMA, MXCSR_BITS, RFLAGS_BITS
+from vmm.cpu.validity import LMA, MXCSR_BITS, RFLAGS_BITS, VM
 
 _GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)))
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
@@ -45,7 +45,7 @@ def save(engine: Engine, tsc: int, halted: bool, event: EventState | None) -> Cp
     return CpuState(
         **values,  # type: ignore[arg-type]
         rip=engine.eip.value & (MASK64 if code64 else 0xFFFFFFFF),
-        rflags=uc.reg_read(x86.UC_X86_REG_RFLAGS) & RFLAGS_BITS,
+        rflags=uc.reg_read(x86.UC_X86_REG_RFLAGS) & RFLAGS_BITS & ~(VM if long_mode else 0),
         cr8=uc.reg_read(x86.UC_X86_REG_CR8) & 0xF,
         efer=engine.u64("efer").value,
         tsc=tsc,
