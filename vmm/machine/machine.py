@@ -24,7 +24,7 @@ from snapshot.schema import encode, schema_of
 from vmm.board.board import Board
 from vmm.board.config import MachineConfig, named
 from vmm.clock import LAST_NS, ClockState, GuestClock
-from vmm.cpu import backends
+from vmm.cpu import backends, validity
 from vmm.cpu.protocol import Cpu, CpuState
 from vmm.errors import RequestError
 from vmm.guest.image import Image
@@ -365,7 +365,12 @@ class Machine:
     ) -> Contents:
         self._must_be_open()
         self.await_checked()
-        return Contents(path, self.states(), self.ram, packed, parent, versions, meta)
+        states = self.states()
+        for state in states.values():
+            # Behind a triple fault the engine's CPU may stand between two states.
+            if isinstance(state, CpuState) and (why := validity.refusal(state)) is not None:
+                raise RequestError(f"cannot save to {path}: no CPU can be in this state: {why}")
+        return Contents(path, states, self.ram, packed, parent, versions, meta)
 
     def await_checked(self) -> None:
         """Until the RAM the machine was woken with has been checked: damaged RAM must not be given new digests. From
