@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -141,12 +142,15 @@ def test_any_words(place, words):
     anyhyve(place, words)
 
 
-@pytest.fixture
-def no_room():
-    """A function that lets no file grow beyond so many bytes; the limit is gone at the end."""
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Context manager: no file grows beyond so many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 TOOLS = {
@@ -160,15 +164,15 @@ TOOLS = {
 
 @pytest.mark.parametrize("room", [0, 100, 5000, 50_000])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_no_room_on_the_disk(tmp_path, no_room, tool, room):
+def test_no_room_on_the_disk(tmp_path, tool, room):
     with Machine.boot(MachineConfig(memory_bytes=2 << 20), Image(b"\xeb\xfe", flat=True)) as machine:
         for name, parent in (("root", None), ("other", None), ("child", tmp_path / "root")):
             machine.ram.write(0x180000, os.urandom(0x20000))
             machine.save(tmp_path / name, parent=parent)
     assert anyhyve(tmp_path, ["snapshot", "unpack", "child", "apart"]).exit_code == 0
     before = set(tmp_path.iterdir())
-    no_room(room)
-    result = anyhyve(tmp_path, ["snapshot", tool, *TOOLS[tool]])
+    with room_for(room):
+        result = anyhyve(tmp_path, ["snapshot", tool, *TOOLS[tool]])
     assert result.exit_code == 1 and result.stderr.startswith("anyhyve: ") and "File too large" in result.stderr
     assert result.stderr.count("\n") == 1
     assert set(tmp_path.iterdir()) - before <= ({tmp_path / "out"} if tool == "unpack" else set())
