@@ -8,8 +8,9 @@ other = Machine.restore(path)
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import blake3
 
 from snapshot import canon
 from snapshot.chain import Chain
+from snapshot.errors import SnapshotError
 from snapshot.field_types import Json
 from snapshot.schema import encode, schema_of
 from vmm.board.board import Board
@@ -223,7 +225,8 @@ class Machine:
     def _check(self, every_s: float) -> None:
         self.ram.check(every_s)
         if self._scrub is not None:
-            self._scrub.check()
+            with self._better_reason():
+                self._scrub.check()
 
     @property
     def position(self) -> int:
@@ -377,7 +380,17 @@ class Machine:
         any thread. Raises SnapshotError when it is damaged, or the file was changed."""
         self.ram.check()
         if self._scrub is not None:
-            self._scrub.wait()
+            with self._better_reason():
+                self._scrub.wait()
+
+    @contextlib.contextmanager
+    def _better_reason(self) -> Iterator[None]:
+        """Context manager: where the file was changed, damage found in it is said to be that."""
+        try:
+            yield
+        except SnapshotError:
+            self.ram.check()
+            raise
 
     @property
     def far_ends(self) -> dict[str, str]:
