@@ -33,7 +33,6 @@ EXCEPTIONS = {
         "mxcsr: reserved": "QEMU does not check MXCSR",
         "tr: a null selector": "QEMU takes it",
         "debug_registers_can_be_watched": "QEMU does not know GD",
-        "no breakpoint": "VMRUN loads DR7, and QEMU leaves what was armed before",
     },
 }
 

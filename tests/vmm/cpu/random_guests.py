@@ -45,8 +45,9 @@ class Guest:
     memory: bytes
 
 
-def draw(seed: int, kind: str | None = None, spoil: float = 0.3) -> Guest:
-    """The guest of that number; with chance `spoil` its tables are damaged."""
+def draw(seed: int, kind: str | None = None, spoil: float = 0.3, breakpoints: bool = True) -> Guest:
+    """The guest of that number; with chance `spoil` its tables are damaged. Without `breakpoints` it has none, and sets
+    none."""
     rng = random.Random(seed)
     kind = rng.choice(KINDS) if kind is None else kind
     mode, ring = kind.split(" ring ")[0], int(kind[-1]) if " ring " in kind else 3 if kind == "vm86" else 0
@@ -58,13 +59,16 @@ def draw(seed: int, kind: str | None = None, spoil: float = 0.3) -> Guest:
     _page_tables(memory, rng, mode, ring)
     _handlers(memory, mode)
     memory[DATA : DATA + 0x1000] = rng.randbytes(0x1000)
-    code = _Code(rng, mode)
+    code = _Code(rng, mode, breakpoints)
     memory[CODE : CODE + CODE_SIZE] = code(CODE_SIZE)
     if rng.random() < spoil:
         for _ in range(rng.choice((1, 3, 20))):
             at = rng.choice((IDT, GDT, LDT, TSS, TABLES, TABLES + 0x1000, TABLES + 0x2000)) + rng.randrange(0x200)
             memory[at] ^= 1 << rng.randrange(8)
-    return Guest(kind, _state(rng, mode, ring), bytes(memory))
+    state = _state(rng, mode, ring)
+    if not breakpoints:
+        state.dr7 = 0x400
+    return Guest(kind, state, bytes(memory))
 
 
 # --- tables
@@ -212,8 +216,9 @@ def _handlers(memory: bytearray, mode: str) -> None:
 class _Code:
     """Random code of a mode."""
 
-    def __init__(self, rng: random.Random, mode: str) -> None:
+    def __init__(self, rng: random.Random, mode: str, breakpoints: bool) -> None:
         self.rng = rng
+        self.breakpoints = breakpoints
         self.word = 2 if mode in ("real", "vm86", "16") else 4
         self.long = mode == "64"
 
@@ -287,7 +292,7 @@ class _Code:
 
     def debug(self) -> bytes:
         rng = self.rng
-        register = rng.randrange(8)
+        register = rng.randrange(8) if self.breakpoints else 6
         value = rng.choice(
             (CODE + rng.randrange(CODE_SIZE), DATA + rng.randrange(0x1000), 0x401, 0x2703, rng.getrandbits(32))
         )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.vmm.cpu import campaign, random_guests
 from tests.vmm.cpu.campaign import Bench
+from tests.vmm.cpu.hosts import host
 from tests.vmm.cpu.random_guests import KINDS, Guest
 from vmm.cpu import backends
 from vmm.machine.machine import Machine
@@ -94,7 +95,8 @@ def test_kvm_takes_every_state_that_the_emulated_cpu_comes_to(kvm, benches):
 def test_random_guests_cross_to_kvm_and_back(crossing, count):
     with closing(Bench()) as emulated, closing(Bench("kvm")) as kvm:
         for seed in range(count):
-            campaign.cross((emulated, kvm), campaign.guest(seed))
+            # In QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next.
+            campaign.cross((emulated, kvm), random_guests.draw(seed, breakpoints=host() != "qemu-svm"))
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def change_cpu(machine, **fields):
 
 
 def wrong_flag(machine, _):
-    change_cpu(machine, rflags=machine.cpu.save().rflags ^ 0x40)
+    change_cpu(machine, rflags=machine.cpu.save().rflags ^ 0x400)  # DF: no instruction leaves it undefined
 
 
 def wrong_msr(machine, _):
