@@ -70,6 +70,8 @@ def test_checkpoints_in_a_loop_during_a_boot(debian, tmp_path, count):
         runner = threading.Thread(target=lambda: stops.append(vm.run(until="shell ready")))
         with Server(vm, Place(tmp_path / "run", "box")), Client(tmp_path / "run", "box") as client:
             runner.start()
+            while client.call("status")["state"] == "created":  # the thread has not come to its run yet
+                time.sleep(0.01)
             for n in range(count):
                 file, position = tmp_path / "cut", client.call("status")["position"]
                 call = client.ask("checkpoint", path=str(file))
