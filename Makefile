@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GUEST := guests/debian
 
-.PHONY: venv demo test test-full test-kvm-emulated bench lint guest clean
+.PHONY: venv demo test test-full mutants test-kvm-emulated bench lint guest clean
 
 .venv/done: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anyhyve needs Python 3.11 or newer")'
@@ -25,11 +25,20 @@ test: guest
 
 # The long campaign. What has no build for every Python is an extra: where there is none the test says so.
 FUZZ_SECONDS ?= 600
+MUTANTS ?= 60
+MUTANTS_SECONDS ?= 1200
 test-full: guest
 	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dask]'
+	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[mutants]'
 	$(BIN)/python -m pytest --hypothesis-profile=nightly $(PYTEST_ARGS)
 	$(BIN)/anyhyve fuzz all --seconds $(FUZZ_SECONDS)
+	$(MAKE) mutants MUTANTS_ARGS="--count $(MUTANTS) --seconds $(MUTANTS_SECONDS)"
+
+# Faults planted at random, and whether the tests of their folder find them.
+mutants: guest
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[mutants]'
+	$(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
 
 # The KVM tests where there is no virtualization hardware: QEMU emulates it (Debian: qemu-system-x86, busybox-static).
 test-kvm-emulated: guest

@@ -22,6 +22,8 @@ settings.register_profile("nightly", settings.get_profile("dev"), max_examples=1
 settings.register_profile(
     "emulated", settings.get_profile("dev"), max_examples=10, phases=(Phase.explicit, Phase.generate)
 )
+# Faults are planted (tests/mutants): that there is one is all that is asked.
+settings.register_profile("mutants", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("dev")
 
 

@@ -1,0 +1,109 @@
+"""Plants one fault after another in a copy of the tree, and lets pytest look for it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.mutants.mutate import Mutant
+from tests.mutants.suites import Suite
+
+# A fault may ask for all memory there is, or write for ever.
+MOST_MEMORY = 8 << 30
+MOST_FILE = 4 << 30
+_SUBREAPER = 36  # linux/prctl.h: PR_SET_CHILD_SUBREAPER
+_NO_TESTS = 5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run of tests: "passed", "failed", "hung" or "empty"."""
+
+    what: str
+    seconds: float
+    output: str
+
+
+class Worker:
+    """A copy of the tree, without a fault between two calls. A process has one: all its children end after a run."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self._folder = Path(tempfile.mkdtemp(dir=folder))
+        self._tree = self._folder / "tree"
+        self._planted = 0
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.run(listed, cwd=root, check=True, capture_output=True, text=True).stdout.split("\0"):
+            if name and (root / name).is_file():
+                (self._tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, self._tree / name)
+        if (root / "guests").is_dir():
+            (self._tree / "guests").symlink_to(root / "guests")
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+
+    def whole(self, suite: Suite, times: Path) -> Outcome:
+        """The suite without a fault, to see that it passes; how long each test takes is written to `times`."""
+        return self._run(suite, times, "-", 3600)
+
+    def plant(self, mutant: Mutant, suite: Suite, times: Path, limit_s: float) -> Outcome:
+        """The suite with the fault, to the first test that fails."""
+        file = self._tree / mutant.file
+        right, at = file.read_bytes(), file.stat().st_mtime
+        self._planted += 1
+        try:
+            file.write_text(mutant.code)
+            # compiled code is kept by time and size: no two texts may share them
+            os.utime(file, (at, at + 10 * self._planted))
+            return self._run(suite, times, f"test_{file.stem}.py", limit_s)
+        finally:
+            file.write_bytes(right)
+            os.utime(file, (at, at))
+
+    def _run(self, suite: Suite, times: Path, first: str, limit_s: float) -> Outcome:
+        environment = {
+            **os.environ, "PYTHONPATH": str(self._tree), "MUTANTS_TIMES": str(times), "MUTANTS_FIRST": first,
+            "TMPDIR": str(self._folder), "COLUMNS": "120",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants.order",
+                   "--hypothesis-profile=mutants", *suite.options, *suite.paths]  # fmt: skip
+        started = time.monotonic()
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(command, cwd=self._tree, env=environment, stdin=subprocess.DEVNULL,
+                                       stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                                       preexec_fn=_limit)  # fmt: skip
+            try:
+                status = process.wait(limit_s)
+                what = {0: "passed", _NO_TESTS: "empty"}.get(status, "failed")
+            except subprocess.TimeoutExpired:
+                what = "hung"
+            finally:
+                _end_children()
+                process.wait()
+            output.seek(0)
+            return Outcome(what, time.monotonic() - started, output.read().decode(errors="replace"))
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_FILE, MOST_FILE))
+
+
+def _end_children() -> None:
+    """End what the run left: it comes to us when its parent is gone, machines that put themselves in the background,
+    too."""
+    while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+        for child in children:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(int(child), 0)
