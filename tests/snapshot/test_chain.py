@@ -66,6 +66,24 @@ def load(path: Path) -> bytes:
             return bytes(memory)
 
 
+def test_what_is_not_ram_is_the_leafs(tmp_path):
+    """The format document, "Differences": a file says all but the RAM it shares."""
+    files: list[Path] = []
+    for i in range(3):
+        with Writer(tmp_path / f"{i}") as writer:
+            writer.part("config", Config(generation=i))
+            if files:
+                with Chain.for_child(files[-1], tmp_path / f"{i}", [("ram.0", 0, SIZE)]) as chain:
+                    writer.base(Parent(chain.identity, files[-1].name))
+            writer.ram("ram.0", 0, memoryview(bytes(SIZE)), None)
+            writer.meta({"generation": i})
+            writer.commit()
+        files.append(tmp_path / f"{i}")
+        with Chain(files[-1]) as chain, Reader(files[-1]) as alone:
+            assert (chain.meta, chain.parts["config"].state) == ({"generation": i}, {"generation": i})
+            assert (chain.identity, chain.rams) == (alone.identity, alone.rams)
+
+
 CHANGES = st.lists(
     st.tuples(st.integers(0, SIZE - 1), st.integers(1, 3 * PAGE), st.integers(0, 255), st.booleans()), max_size=4
 )

@@ -504,6 +504,15 @@ def test_mouse_resends_what_it_sent_last(rig: Rig) -> None:
     assert rig.drain(aux=True) == rig.mouse(0xFE) == rig.mouse(0xFE) == [0x08, 1, 2]
 
 
+def test_mouse_resends_a_response_too(rig: Rig) -> None:
+    """Mouse, "Resend": what was sent last, whether it was a packet or a response."""
+    rig.mouse(0xF4)
+    rig.device.move(1, 2, 0)
+    rig.drain(aux=True)
+    assert rig.mouse(0xE9) == rig.mouse(0xFE) == [ACK, 0x20, 2, 100]
+    assert rig.mouse(0xE1) == rig.mouse(0xFE) == [0xFE]
+
+
 @pytest.mark.parametrize(
     ("rates", "identity", "packet"),
     [
@@ -703,6 +712,17 @@ def test_the_buffer_is_never_left_empty_while_a_byte_may_move(program: list[tupl
             assert s.reply is None
             assert s.command_byte & 0x10 or not (s.keyboard.replies or s.keyboard.fifo)
             assert s.command_byte & 0x20 or not (s.mouse.replies or s.mouse.packets)
+
+
+@given(PROGRAMS)
+def test_awaited_is_the_argument_of_a_command_that_has_one(program: list[tuple[Any, ...]]) -> None:
+    rig = Rig()
+    for action in program:
+        step(rig, action)
+        s = rig.state
+        assert s.keyboard.awaiting in (0, 0xED, 0xF0, 0xF3, 0xFB, 0xFC, 0xFD)
+        assert s.mouse.awaiting in (0, 0xE8, 0xF3)
+        assert s.awaiting in (0, *range(0x60, 0x80), 0xA5, 0xD1, 0xD2, 0xD3, 0xD4)
 
 
 def test_reset_is_power_on(rig: Rig) -> None:

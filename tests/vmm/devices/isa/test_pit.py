@@ -272,6 +272,18 @@ def test_read_back_gives_status_then_count():
     assert chip.bus.port_in(0x41, 1) == 0x30 | 3 << 1, "the first latch holds; OUT was low at 600"
 
 
+@pytest.mark.parametrize("named", range(8))
+def test_read_back_latches_the_counters_that_are_named(named):
+    """Each has its own bit (datasheet, figure 11)."""
+    chip = Chip()
+    for index in range(3):
+        chip.control(index, 2)
+    chip.out(0xC0 | named << 1, 0x43)
+    for index, counter in enumerate(chip.device.state.counters):
+        latched = (counter.latch is not None, counter.status_latch is not None)
+        assert latched == (bool(named >> index & 1),) * 2
+
+
 def test_least_significant_byte_only_reads_one_byte_of_a_latch():
     chip = Chip()
     chip.control(0, 2, access=1)

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.bus import Bus
-from vmm.devices.isa.uart import FIFO, HOST_QUEUE, Uart
+from vmm.devices.isa.uart import FIFO, HOST_QUEUE, TRIGGER, Uart, UartState
 from vmm.testing import Rig
+from vmm.testing.strategies import states
 
 DATA, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
 FCR = IIR
@@ -141,6 +142,28 @@ def test_sources_come_in_the_datasheets_order(port):
         order.append(source)
         {6: lambda: port[LSR], 4: lambda: port[DATA], 0: lambda: port[MSR]}.get(source, lambda: None)()
     assert order == [6, 4, 2, 0, 1]
+
+
+# (enabled by this bit of IER, pending, IIR): PC16550D, table 5, from the highest priority down
+SOURCES = (
+    (0x04, lambda s: s.overrun, 0x06),
+    (0x01, lambda s: len(s.received) >= (TRIGGER[s.trigger] if s.fifo else 1), 0x04),
+    (0x01, lambda s: s.received, 0x0C),
+    (0x02, lambda s: s.thr_empty, 0x02),
+    (0x08, lambda s: s.msr & 0x0F, 0x00),
+)
+
+
+@given(states(UartState))
+def test_in_any_state_it_asks_for_the_highest_enabled_source(state):
+    port = Port()
+    port.device.state = state
+    port.device.restored()
+    wanted = next((iir for bit, pending, iir in SOURCES if state.ier & bit and pending(state)), 0x01)
+    assert port.irq == (wanted != 0x01 and state.mcr & (OUT2 | LOOP) == OUT2)
+    lsr = 0x60 | bool(state.received) | state.overrun << 1
+    assert port[IIR] == wanted | (0xC0 if state.fifo else 0)
+    assert port[LSR] == lsr
 
 
 def test_loopback_overrun(port):
