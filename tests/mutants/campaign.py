@@ -101,4 +101,4 @@ def _whole(suite: Suite, times: Path) -> Outcome:
 
 
 def _plant(mutant: Mutant, suite: Suite, times: Path, limit_s: float, end: float) -> Outcome | None:
-    return _worker.plant(mutant, suite, times, limit_s) if time.monotonic() < end else None
+    return _worker.plant(mutant, suite, times, SPARE_S, limit_s) if time.monotonic() < end else None

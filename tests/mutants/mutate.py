@@ -2,7 +2,7 @@
 
 Not mutated, for no test could or should see it:
 - annotations, TypeVar and aliases of Callable, `if TYPE_CHECKING`, `__slots__`, dataclass's arguments: mypy checks
-  those. The widths of a state's fields are among them; released schemas hold them (vmm/saving/schemas).
+  those. The widths of a state's fields and its version are among them: released schemas hold them (vmm/saving).
 - docstrings, `__repr__`, what a `raise` says: text is free. That it raises is mutated.
 - `assert`: it says what is true anyway, to the reader and to mypy.
 - arguments of len and isinstance, as mutmut leaves them: what remains is a TypeError.
@@ -21,7 +21,7 @@ from typing import Any
 import libcst as cst
 from mutmut.mutation.mutators import mutation_operators
 
-_LEFT_OUT = {"TypeVar", "ParamSpec", "NewType", "Callable", "dataclass", "len", "isinstance"}
+_LEFT_OUT = {"TypeVar", "ParamSpec", "NewType", "Callable", "dataclass", "state", "len", "isinstance"}
 
 
 def operator_statement(node: Any) -> Iterable[Any]:

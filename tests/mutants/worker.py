@@ -52,10 +52,10 @@ class Worker:
 
     def whole(self, suite: Suite, times: Path) -> Outcome:
         """The suite without a fault, to see that it passes; how long each test takes is written to `times`."""
-        return self._run(suite, times, "-", 3600)
+        return self._run(suite, times, "-", 0, 3600)
 
-    def plant(self, mutant: Mutant, suite: Suite, times: Path, limit_s: float) -> Outcome:
-        """The suite with the fault, to the first test that fails."""
+    def plant(self, mutant: Mutant, suite: Suite, times: Path, spare_s: int, limit_s: float) -> Outcome:
+        """The suite with the fault, to the first test that fails, or takes `spare_s` more than five times as long."""
         file = self._tree / mutant.file
         right, at = file.read_bytes(), file.stat().st_mtime
         self._planted += 1
@@ -63,15 +63,15 @@ class Worker:
             file.write_text(mutant.code)
             # compiled code is kept by time and size: no two texts may share them
             os.utime(file, (at, at + 10 * self._planted))
-            return self._run(suite, times, f"test_{file.stem}.py", limit_s)
+            return self._run(suite, times, f"test_{file.stem}.py", spare_s, limit_s)
         finally:
             file.write_bytes(right)
             os.utime(file, (at, at))
 
-    def _run(self, suite: Suite, times: Path, first: str, limit_s: float) -> Outcome:
+    def _run(self, suite: Suite, times: Path, first: str, spare_s: int, limit_s: float) -> Outcome:
         environment = {
             **os.environ, "PYTHONPATH": str(self._tree), "MUTANTS_TIMES": str(times), "MUTANTS_FIRST": first,
-            "TMPDIR": str(self._folder), "COLUMNS": "120",
+            "MUTANTS_SPARE_S": str(spare_s), "TMPDIR": str(self._folder), "COLUMNS": "120",
         }  # fmt: skip
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants.order",
                    "--hypothesis-profile=mutants", *suite.options, *suite.paths]  # fmt: skip
@@ -82,7 +82,7 @@ class Worker:
                                        preexec_fn=_limit)  # fmt: skip
             try:
                 status = process.wait(limit_s)
-                what = {0: "passed", _NO_TESTS: "empty"}.get(status, "failed")
+                what = {0: "passed", _NO_TESTS: "empty", -signal.SIGALRM: "hung"}.get(status, "failed")
             except subprocess.TimeoutExpired:
                 what = "hung"
             finally:

@@ -340,6 +340,29 @@ def test_a_large_range_costs_no_entries():
     assert len(bus.memory.readers) <= 1 << 16, "nor does a guest that reads it all"
 
 
+@pytest.mark.parametrize("ports", [True, False])
+def test_an_access_is_worked_out_once(ports, monkeypatch):
+    """Then it is one look-up, until a window moves: the guest's speed rests on that."""
+    bus, log, looked = Bus(), Log(), []
+    space = bus.ports if ports else bus.memory
+    read, write = (bus.port_in, bus.port_out) if ports else (bus.mmio_read, bus.mmio_write)
+    window = space.window(Bytes(0, log))
+    window.map(0x40)
+
+    def top(address):
+        looked.append(address)
+        return Space.top(space, address)
+
+    monkeypatch.setattr(space, "top", top)
+    for _ in range(3):
+        assert read(0x41, 1) == 1
+        write(0x42, 1, 7)
+    assert looked == [0x41, 0x42]
+    assert log == [("0", 1, 1, -1), ("0", 2, 1, 7)] * 3
+    window.map(0x50)
+    assert read(0x41, 1) == 0xFF and looked[2:] == [0x41]
+
+
 def test_a_width_that_is_none():
     with pytest.raises(ValueError, match="1, 2, 4 or 8"):
         Bus().memory.window(Bytes(0, []), width=3)

@@ -234,6 +234,21 @@ def test_an_edge_counts_once_and_a_level_for_as_long_as_it_stays(pair):
     assert pair.read(0x4D1) == 0xDE
 
 
+@pytest.mark.parametrize("how", ["ICW1 LTIM", "ELCR"])
+def test_irr_shows_a_level_for_as_long_as_it_stays(pair, how):
+    """Datasheet, "Reading the 8259A Status"; "Edge and Level Triggered Modes": an acknowledge resets no level."""
+    if how == "ELCR":
+        pair.out(0x4D0, 1 << 5)
+    else:
+        for register, word in ((0, 0x19), (1, 0x30), (1, 4), (1, 1)):
+            pair.out(MASTER + register, word)
+    pair.lines[5](True)
+    assert pair.irr() == 1 << 5 and pair.inta() == 0x35
+    assert pair.irr() == pair.isr() == 1 << 5
+    pair.lines[5](False)
+    assert pair.irr() == 0
+
+
 def test_irr_and_isr_reads(pair):
     pair.lines[4](True)
     assert pair.irr() == 1 << 4 and pair.isr() == 0
