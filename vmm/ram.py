@@ -193,8 +193,8 @@ class Ram:
         """(base, size) of what no RAM covers below `end`."""
         at = 0
         for region in self.regions:
-            if at < region.base:
-                yield at, min(region.base, end) - at
+            if at < (last := min(region.base, end)):
+                yield at, last - at
             at = region.base + region.size
         if at < end:
             yield at, end - at

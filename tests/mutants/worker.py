@@ -19,7 +19,8 @@ from tests.mutants.mutate import Mutant
 from tests.mutants.suites import Suite
 
 MOST_MEMORY = 8 << 30  # a fault may ask for all there is
-_SUBREAPER = 36  # linux/prctl.h: PR_SET_CHILD_SUBREAPER
+_PARENT_DIES, _SUBREAPER = 1, 36  # linux/prctl.h: PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER
+_prctl = ctypes.CDLL(None).prctl
 _NO_TESTS = 5
 
 
@@ -46,7 +47,8 @@ class Worker:
                 shutil.copy2(root / name, self._tree / name)
         if (root / "guests").is_dir():
             (self._tree / "guests").symlink_to(root / "guests")
-        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+        _prctl(_SUBREAPER, 1, 0, 0, 0)
+        _prctl(_PARENT_DIES, signal.SIGKILL, 0, 0, 0)
 
     def whole(self, suite: Suite, times: Path) -> Outcome:
         """The suite without a fault, to see that it passes; how long each test takes is written to `times`."""
@@ -91,6 +93,7 @@ class Worker:
 
 
 def _limit() -> None:
+    _prctl(_PARENT_DIES, signal.SIGKILL, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
 
 
