@@ -36,7 +36,7 @@ SUITES = {
     "vmm/control/": Suite(("tests/vmm/control",)),
     "vmm/bus.py": Suite(("tests/vmm/test_bus.py",)),
     "vmm/ram.py": Suite(("tests/vmm/test_ram.py", "tests/vmm/test_bus.py", "tests/vmm/saving")),
-    "vmm/registers.py": Suite(("tests/vmm/test_bus.py", GENERIC)),
+    "vmm/registers.py": Suite(("tests/vmm/test_registers.py", "tests/vmm/test_bus.py", GENERIC)),
     "vmm/wires.py": Suite(("tests/vmm/test_wires.py", "tests/vmm/board", GENERIC)),
     "emu/": Suite(("tests/emu", "tests/vmm/cpu", "tests/vmm/machine/test_cut.py"), ("-m", "not slow and not kvm")),
     "kvmbackend/": Suite(("tests/kvmbackend", "tests/vmm/cpu"), ("-m", "not slow", "-k", "kvm"), "kvm"),
