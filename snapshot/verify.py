@@ -411,7 +411,7 @@ def _type(described: Any) -> Check:
     if isinstance(described, str) and re.fullmatch(r"u([1-9]|[1-5][0-9]|6[0-4])", described):
         return _between(0, (1 << int(described[1:])) - 1)
     if isinstance(described, dict):
-        key = next((key for key in described if key not in ("count", "max")), "")
+        key = next(iter(described), "")
         if key in _TYPES and described.keys() == {key}:
             return _TYPES[key](described[key])
         if described.keys() == {"count", "list"}:
