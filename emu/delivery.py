@@ -10,8 +10,7 @@ import contextlib
 
 from emu.engine import CONTRIBUTORY, Engine
 from emu.linear import GP, MASK64, NP, PAGE_FAULT, TS, FaultError, physical, read
-from vmm.cpu.paging import LMA
-from vmm.cpu.validity import VM, WITH_ERROR_CODE
+from vmm.cpu.validity import LMA, VM, WITH_ERROR_CODE
 
 _DOUBLE_FAULT = 8
 _INT3, _INTO = 0xCC, 0xCE

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from emu.engine import Engine
-from vmm.cpu.paging import LMA, PAGE, NotCanonicalError, PageFaultError, Paging, walk
+from vmm.cpu.paging import PAGE, NotCanonicalError, PageFaultError, Paging, walk
+from vmm.cpu.validity import LMA
 
 GP, NP, TS, PAGE_FAULT, UD, DB = 13, 11, 10, 14, 6, 1
 MASK64 = (1 << 64) - 1

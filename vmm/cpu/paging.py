@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 from vmm.cpu.model import PHYS_BITS
 from vmm.cpu.protocol import CpuState
+from vmm.cpu.validity import LMA, NXE, PAE, PG
 
 PAGE = 4096
-PG = 1 << 31  # of CR0
-PAE = 1 << 5  # of CR4
-LMA, NXE = 1 << 10, 1 << 11  # of EFER
 _WP = 1 << 16  # of CR0
 _PSE = 1 << 4  # of CR4
 
