@@ -38,7 +38,7 @@ class Callbacks:
             return
         words[_TIME] = after
         if after == words[_LIMIT] and words[_STEPPING]:
-            self._engine.cflags_next_tb.value = 1
+            self._engine.one_instruction(True)
 
     def interrupt(self, _uc: Any, number: int, _data: Any) -> None:
         if number < 0x100 or self._other(None, number, None):

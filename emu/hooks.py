@@ -57,9 +57,7 @@ class Hooks:
         self._engine, self._clock, self._words, self._bus, self._msrs = engine, clock, clock.words, bus, msrs
         self._tsc = tsc
         self.ended: Shutdown | BaseException | None = None
-        self.counts = dict.fromkeys(
-            ("port_in", "port_out", "mmio", "msr", "system", "interrupt", "syscall", "halt", "stop"), 0
-        )
+        self.counts = dict.fromkeys(_COUNTED, 0)
         self.mmio_read: Callable[[int, int], int] = self._guarded(self._mmio_read)
         self.mmio_write: Callable[[int, int, int], None] = self._guarded(self._mmio_write)
         self.acknowledge: Callable[[], int] = self._guarded(acknowledge)

@@ -1,8 +1,8 @@
 """Model-specific registers of the CPU model, for RDMSR and WRMSR that the engine hands over.
 
 Reads of FS.base, GS.base and KERNEL_GS_BASE stay with the engine, and where machine code can look at them (emu.native)
-most writes too. Everything else comes here, and a number that
-is not in the table is #GP(0), as on hardware (SDM vol. 2, RDMSR).
+most writes too. Everything else comes here, and a number that is not in the table is #GP(0), as on hardware (SDM
+vol. 2, RDMSR).
 """
 
 from __future__ import annotations

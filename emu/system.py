@@ -23,6 +23,7 @@ from emu.engine import (
 )
 from emu.linear import DB, GP, MASK64, NP, UD, FaultError, physical, read
 from vmm.cpu import validity
+from vmm.cpu.paging import PAGE
 
 _TS, _DE = 1 << 3, 1 << 3  # of CR0, of CR4
 _GD, _BD = 1 << 13, 1 << 13  # of DR7, of DR6
@@ -47,7 +48,6 @@ class Instruction:
         self.rex = code[at] if self.code64 and code[at] >> 4 == 4 else 0
         at += bool(self.rex)
         self.opcode, self.modrm = code[at + 1], code[at + 2]
-        self.reg = self.modrm >> 3 & 7 | (self.rex & 4) << 1
         self.rm = self.modrm & 7 | (self.rex & 1) << 3
         self.size_prefix = 0x66 in code[:at]
         self.length = at + 3
@@ -270,7 +270,7 @@ def _fetch(engine: Engine) -> bytes:
     try:
         while len(code) < _LONGEST:
             at = start + len(code)
-            code += engine.read_physical(physical(engine, at), min(_LONGEST - len(code), 4096 - at % 4096))
+            code += engine.read_physical(physical(engine, at), min(_LONGEST - len(code), PAGE - at % PAGE))
     except FaultError:
         pass
     return code.ljust(_LONGEST, b"\0")

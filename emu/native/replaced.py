@@ -26,8 +26,7 @@ _SYSRET_UNDEFINED = 0x2C6  # into helper_sysret: where its conditional jump goes
 # What `check_intercept` relies on: the value of a MOV to a control register is in R12.
 _WRITE_CRN = bytes.fromhex("41544989d431d2554889fd534863de488b4c24188d7310e8")
 
-REST = {"check_intercept": "check_intercept_rest", "fxrstor": "fxrstor_rest", "sysret": "sysret_rest",
-        "iret": "iret_rest"}  # fmt: skip
+_GOES_ON = frozenset(("check_intercept", "fxrstor", "sysret", "iret"))  # those with a rest to go on with
 
 
 @cache
@@ -55,8 +54,8 @@ def replace() -> list[str]:
         right = ctypes.string_at(at, len(known)) == known
         if ours == "check_intercept":
             right = right and ctypes.string_at(address("helper_write_crN"), len(_WRITE_CRN)) == _WRITE_CRN
-        if ours in REST:
-            code.set(**{REST[ours]: at + len(known)})
+        if ours in _GOES_ON:
+            code.set(**{f"{ours}_rest": at + len(known)})
         if not (right and _write(at, b"\x48\xb8" + struct.pack("<Q", code[ours]) + b"\xff\xe0")):  # mov rax; jmp rax
             left.append(name)
     return left
