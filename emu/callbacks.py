@@ -1,7 +1,6 @@
 """What `emu.native` does, in Python: for hosts that refuse executable memory or are not x86-64.
 
-Same results, slower. One thing cannot be done from Python: the engine's exception delivery may itself fault, and then
-leaves by longjmp, which must not cross a Python frame. So it is settled first what can be delivered (emu.delivery).
+Same results, slower. What the engine cannot be asked for from Python, delivery, is here too (emu.delivery).
 """
 
 from __future__ import annotations
@@ -9,23 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from emu.delivery import settle
-from emu.engine import EXIT_SHUTDOWN, MOST_DELIVERIES, Engine
+from emu.delivery import Delivery
+from emu.engine import EXIT_SHUTDOWN, Engine
 from vmm.clock import Word
 
 _TIME, _LIMIT, _REFUSED = Word.TIME.value, Word.LIMIT.value, Word.REFUSED.value
 _STEPPING = Word.STEPPING.value
-_EXCEPTIONS, _DELIVERED_AT, _DELIVERIES = Word.EXCEPTIONS.value, Word.DELIVERED_AT.value, Word.DELIVERIES.value
 
 
 class Callbacks:
     """The hooks' bodies over one engine; each has the argument list of its hook."""
 
     def __init__(
-        self, engine: Engine, words: Any, other: Callable[[Any, int, Any], int], tsc: Callable[[], int]
-    ) -> None:
+        self, engine: Engine, words: Any, delivery: Delivery, other: Callable[[Any, int, Any], int],
+        tsc: Callable[[], int],
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._words = words
+        self._delivery = delivery
         self._other = other
         self._tsc = tsc
 
@@ -41,11 +41,15 @@ class Callbacks:
             self._engine.one_instruction(True)
 
     def interrupt(self, _uc: Any, number: int, _data: Any) -> None:
-        if number < 0x100 or self._other(None, number, None):
+        software = number < 0x100 and self._engine.u32("exception_is_int").value
+        if (number < 0x100 and not software) or self._other(None, number, None):
             self._deliver()
 
     def invalid_opcode(self, _uc: Any, _data: Any) -> int:
-        self._deliver()
+        engine = self._engine
+        if engine.u32("exception_is_int").value:
+            engine.eip.value = engine.u64("exception_next_eip").value
+        self.interrupt(None, 6, None)
         return 1
 
     def rdtsc(self, _uc: Any, _data: Any) -> int:
@@ -63,14 +67,5 @@ class Callbacks:
         return handled
 
     def _deliver(self) -> None:
-        words = self._words
-        if words[_DELIVERED_AT] != words[_TIME]:
-            words[_DELIVERED_AT], words[_DELIVERIES] = words[_TIME], 0
-        words[_DELIVERIES] += 1
-        if words[_DELIVERIES] > MOST_DELIVERIES:
-            self._engine.uc.emu_stop()
-        elif settle(self._engine):
-            words[_EXCEPTIONS] += 1
-            self._engine.do_interrupt()
-        else:
+        if not self._delivery.exception(self._engine.exception_index.value, self._engine.error_code.value):
             self._other(None, EXIT_SHUTDOWN, None)

@@ -34,8 +34,8 @@ from typing import Any
 import unicorn
 from unicorn import x86_const as x86
 
-from emu import delivery, layout, msr, state
-from emu.engine import HF2_NMI, INTERRUPT_NMI, INTERRUPT_VIRQ, MOST_DELIVERIES
+from emu import layout, msr, state
+from emu.engine import INTERRUPT_VIRQ, MOST_DELIVERIES
 from emu.hooks import Hooks
 from emu.native import replaced
 from vmm.clock import BYTES_PER_NS, GuestClock, Word
@@ -89,7 +89,6 @@ class EmuCpu(Cpu):
         self._pin = False
         self._halted = False
         self._event: EventState | None = None
-        self._accepted: int | None = None  # vector of an interrupt that has had its INTA and is about to be delivered
         self._kicked = False
         self._stop_at: int | None = None
         msrs = msr.Msrs(engine, self._tsc, self._set_tsc)
@@ -213,7 +212,7 @@ class EmuCpu(Cpu):
         block that was not entered, 0 when there is none. `inside` a block nobody is heard: neither kicks nor the INTR
         pin."""
         words, engine, hooks = self._words, self._engine, self._hooks
-        if self._accepted is not None or (self._pin and not inside):
+        if self._pin and not inside:
             engine.interrupt_request.value |= INTERRUPT_VIRQ
         else:
             engine.interrupt_request.value &= ~INTERRUPT_VIRQ
@@ -225,8 +224,6 @@ class EmuCpu(Cpu):
         crash = None
         try:
             engine.start(engine.eip.value)
-            while engine.accepted and hooks.ended is None:  # a breakpoint was met: #DB is to be delivered
-                engine.start(engine.eip.value)
         except unicorn.UcError as error:
             crash = Crashed(engine.eip.value, f"{error} at {engine.eip.value:#x}")
         if hooks.ended is not None:
@@ -285,39 +282,23 @@ class EmuCpu(Cpu):
         self._engine.show_windows(self._ram.shown())
 
     def _deliver(self) -> Shutdown | Crashed | None:
-        """Deliver the event that another CPU had accepted, or what a fault in its delivery leads to. The engine does
-        it, at the head of a run that goes no further."""
+        """Deliver the event that another CPU had accepted, or what a fault in its delivery leads to."""
         event, self._event = self._event, None
         assert event is not None
-        engine = self._engine
-        if event.kind == "software":
-            return None  # RIP is still at the INT n: it runs again
-        engine.set_exception(event.vector, event.error_code or 0)
-        if event.kind == "exception" or (fault := delivery.fault_of(engine, event.vector)) is not None:
-            if event.kind != "exception":
-                assert fault is not None
-                engine.raise_exception(*fault)
-            if not delivery.settle(engine):
-                return Shutdown()
-            engine.accept(engine.exception_index.value, engine.error_code.value)
-        elif event.kind == "nmi":
-            engine.hflags2.value &= ~HF2_NMI
-            engine.interrupt_request.value |= INTERRUPT_NMI
-        else:
-            self._accepted = event.vector
-        ended = self._enter(0, inside=True)
-        if self._accepted is not None:
-            self._accepted = None
-            return ended or Crashed(engine.eip.value, "an interrupt was accepted that cannot be: IF is 0")
-        return ended
+        delivery = self._hooks.delivery
+        match event.kind:
+            case "software":
+                return None  # RIP is still at the INT n: it runs again
+            case "exception":
+                delivered = delivery.exception(event.vector, event.error_code or 0)
+            case _:
+                delivered = delivery.hardware(event.vector)
+        return None if delivered else Shutdown()
 
     def _acknowledge(self) -> int:
         """The interrupt is taken: INTA."""
         # The engine does this behind the delivery, which may fault: there would be a second INTA.
         self._engine.interrupt_request.value &= ~INTERRUPT_VIRQ
-        if self._accepted is not None:
-            vector, self._accepted = self._accepted, None
-            return vector
         self._hooks.counts["interrupt"] += 1
         self._pin = False
         vector = self._intr.acknowledge()

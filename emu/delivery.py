@@ -1,163 +1,253 @@
-"""What delivering an exception leads to, found without delivering it (SDM vol. 3, 6.12 to 6.15).
+"""Delivery of interrupts and exceptions through the guest's tables (SDM vol. 3, 6.10 to 6.15), in Python.
 
-Needed twice. From Python the engine's delivery must not fault: it would leave by longjmp, across Python's frames. And
-for INT n the engine has moved RIP behind the instruction by then, so a fault of its delivery would name the wrong one.
+The engine has its own, and machine code calls it (emu.native). This one is for where that cannot be: from Python the
+engine's would leave by longjmp when it faults, across Python's frames; and for INT n the engine has moved RIP behind
+the instruction by then, so a fault would name the wrong one. It does what the engine's does, access by access.
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
-from emu.engine import CONTRIBUTORY, Engine
-from emu.linear import GP, MASK64, NP, PAGE_FAULT, TS, FaultError, physical, read
-from vmm.cpu.validity import LMA, VM, WITH_ERROR_CODE
+from emu import tasks
+from emu.descriptors import base_of, descriptor_of, limit_of
+from emu.engine import CONTRIBUTORY, HF2_NMI, MOST_DELIVERIES, NT, RF, TF, Engine
+from emu.linear import GP, MASK64, NP, PAGE_FAULT, TS, FaultError, read, write
+from vmm.clock import Word
+from vmm.cpu.validity import IF, LMA, VM, WITH_ERROR_CODE
 
-_DOUBLE_FAULT = 8
+_TIME = Word.TIME.value
+_EXCEPTIONS, _DELIVERED_AT, _DELIVERIES = Word.EXCEPTIONS.value, Word.DELIVERED_AT.value, Word.DELIVERIES.value
+_NMI, _BREAKPOINT, _OVERFLOW, _DOUBLE_FAULT = 2, 3, 4, 8
 _INT3, _INTO = 0xCC, 0xCE
+_TASK_GATE, _GATES_32, _GATES_64 = 5, (6, 7, 14, 15), (14, 15)
+_VM86_SAVED = ("gs", "fs", "ds", "es")
+_AC = 1 << 18
 
-Fault = tuple[int, int]  # vector, error code
 
+class Delivery:
+    """Into one engine; `words` are the clock's, where deliveries are counted."""
 
-def settle(engine: Engine) -> bool:
-    """Replace the exception that is set up by the one that can be delivered in its place (table 6-5). False when there
-    is none: a triple fault."""
-    vector = engine.exception_index.value
-    while (fault := fault_of(engine, vector)) is not None:
-        if engine.u32("exception_is_int").value:
-            _step_back(engine)
-        first, (second, error) = vector, fault
-        if first == _DOUBLE_FAULT:
+    def __init__(self, engine: Engine, words: Any) -> None:
+        self._engine, self._words = engine, words
+
+    def exception(self, vector: int, error_code: int = 0) -> bool:
+        """Deliver an exception, and what a fault in that leads to (table 6-5). False: to shutdown, a triple fault."""
+        return self._deliver(vector, error_code, "exception")
+
+    def software(self, vector: int) -> bool:
+        """The same for INT n, INT3 and INTO; RIP is behind the instruction."""
+        return self._deliver(vector, 0, "software")
+
+    def hardware(self, vector: int) -> bool:
+        """The same for an interrupt that was acknowledged, or an NMI."""
+        if vector == _NMI:
+            self._engine.hflags2.value |= HF2_NMI
+        return self._deliver(vector, 0, "hardware")
+
+    def _deliver(self, vector: int, error_code: int, source: str) -> bool:
+        engine = self._engine
+        first = vector if source == "exception" else None
+        while True:
+            if source == "exception" and vector != 1:
+                engine.eflags.value |= RF  # a fault's pushed RFLAGS have it, a trap's do not (17.3.1.1)
+            if not self._counted():
+                break
+            try:
+                _enter(engine, vector, error_code, source)
+                break
+            except FaultError as fault:
+                if source == "software":
+                    _step_back(engine, vector)
+                vector, error_code = fault.vector, fault.error_code
+            if first == _DOUBLE_FAULT:
+                return False
+            if (first == PAGE_FAULT or first in CONTRIBUTORY) and (
+                vector in CONTRIBUTORY or first == vector == PAGE_FAULT
+            ):
+                vector, error_code = _DOUBLE_FAULT, 0
+            first, source = vector, "exception"
+        engine.settle_exception()
+        return True
+
+    def _counted(self) -> bool:
+        """False where deliveries come to nothing for ever: a handler that cannot be fetched, which raises another."""
+        words = self._words
+        if words[_DELIVERED_AT] != words[_TIME]:
+            words[_DELIVERED_AT], words[_DELIVERIES] = words[_TIME], 0
+        words[_EXCEPTIONS] += 1
+        words[_DELIVERIES] += 1
+        if words[_DELIVERIES] > MOST_DELIVERIES:
+            self._engine.uc.emu_stop()
             return False
-        if (first in CONTRIBUTORY or first == PAGE_FAULT) and (
-            second in CONTRIBUTORY or (first == PAGE_FAULT and second == PAGE_FAULT)
-        ):
-            second, error = _DOUBLE_FAULT, 0
-        vector = second
-        engine.raise_exception(vector, error)
-    return True
+        return True
 
 
-def _step_back(engine: Engine) -> None:
+def _step_back(engine: Engine, vector: int) -> None:
     """From behind INT3, INTO or INT n to the instruction itself. Prefixes, which mean nothing here, are left out."""
     short = False
-    if engine.exception_index.value in (3, 4):
+    if vector in (_BREAKPOINT, _OVERFLOW):
         with contextlib.suppress(FaultError):  # it ran a moment ago; now nothing may be mapped there
             short = read(engine, engine.segment("cs").base + engine.eip.value - 1, 1) in (_INT3, _INTO)
     engine.eip.value = engine.eip.value - (1 if short else 2) & MASK64
 
 
-def fault_of(engine: Engine, vector: int) -> Fault | None:
-    """The fault that delivering `vector` would raise now; None when it can be delivered."""
-    software = bool(engine.u32("exception_is_int").value)
-    idt = engine.segment("idtr")
+def _enter(engine: Engine, vector: int, error_code: int, source: str) -> None:
+    """Raises FaultError. What was written until then stays written."""
+    pushed = [error_code] if source == "exception" and vector in WITH_ERROR_CODE else []
     if not engine.cr[0] & 1:
-        return (GP, vector * 8 + 2) if vector * 4 + 3 > idt.limit else None
-    try:
-        if engine.u64("efer").value & LMA:
-            _look_through_64(engine, vector, software)
-        else:
-            _look_through_32(engine, vector, software)
-    except FaultError as would:
-        return would.vector, would.error_code
-    return None
-
-
-def _look_through_64(engine: Engine, vector: int, software: bool) -> None:
-    idt, cpl = engine.segment("idtr"), engine.hflags.value & 3
-    entry_error = vector * 8 + 2
-    if vector * 16 + 15 > idt.limit:
-        raise FaultError(GP, entry_error)
-    gate = read(engine, idt.base + vector * 16, 8)
-    if gate >> 40 & 0x1F not in (14, 15) or (software and (gate >> 45 & 3) < cpl):
-        raise FaultError(GP, entry_error)
-    if not gate >> 47 & 1:
-        raise FaultError(NP, entry_error)
-    ist = gate >> 32 & 7
-    dpl = _code_segment(engine, gate >> 16 & 0xFFFF, cpl, long=True)
-    if dpl < cpl or ist:
-        tr = engine.segment("tr")
-        offset = 4 + 8 * dpl if not ist else 0x1C + 8 * ist
-        if offset + 7 > tr.limit:
-            raise FaultError(TS, tr.selector & 0xFFFC)
-        stack = read(engine, tr.base + offset, 8)
+        _enter_real(engine, vector)
+    elif engine.u64("efer").value & LMA:
+        _enter_64(engine, vector, pushed, source == "software")
     else:
-        stack = engine.regs[4]
-    _writable(engine, (stack & ~15) - 48, 48)
+        _enter_32(engine, vector, pushed, source == "software")
 
 
-def _look_through_32(engine: Engine, vector: int, software: bool) -> None:
-    idt, cpl = engine.segment("idtr"), engine.hflags.value & 3
-    entry_error = vector * 8 + 2
-    if vector * 8 + 7 > idt.limit:
-        raise FaultError(GP, entry_error)
-    gate = read(engine, idt.base + vector * 8, 8)
+def _enter_real(engine: Engine, vector: int) -> None:
+    idt, code, stack = engine.segment("idtr"), engine.segment("cs"), engine.segment("ss")
+    if vector * 4 + 3 > idt.limit:
+        raise FaultError(GP, vector * 8 + 2)
+    target = read(engine, idt.base + vector * 4, 4)
+    words = [engine.rflags() & 0xFFFF, code.selector & 0xFFFF, engine.eip.value & 0xFFFF]
+    _set_rsp(engine, _push(engine, stack.base, engine.regs[4], 0xFFFF, 2, words), 0xFFFF)
+    engine.eip.value = target & 0xFFFF
+    code.selector, code.base = target >> 16, target >> 16 << 4
+    engine.eflags.value &= ~(IF | TF | _AC | RF)
+
+
+def _gate(engine: Engine, vector: int, size: int, types: tuple[int, ...], software: bool) -> int:
+    """A gate of the IDT."""
+    idt, error = engine.segment("idtr"), vector * 8 + 2
+    if vector * size + size - 1 > idt.limit:
+        raise FaultError(GP, error)
+    gate = read(engine, idt.base + vector * size, size)
     kind = gate >> 40 & 0x1F
-    if kind not in (5, 6, 7, 14, 15) or (software and (gate >> 45 & 3) < cpl):
-        raise FaultError(GP, entry_error)
+    if kind not in types:
+        raise FaultError(GP, error)
+    if software and kind != _TASK_GATE and (gate >> 45 & 3) < engine.cpl:
+        raise FaultError(GP, error)
     if not gate >> 47 & 1:
-        raise FaultError(NP, entry_error)
-    if kind == 5:
-        return  # a task gate: its faults are those of the switch, and it is the engine's to make it
+        raise FaultError(NP, error)
+    return gate
+
+
+def _enter_64(engine: Engine, vector: int, pushed: list[int], software: bool) -> None:
+    gate = _gate(engine, vector, 16, _GATES_64, software)
+    selector, ist = gate >> 16 & 0xFFFF, gate >> 32 & 7
+    descriptor, level = _code_segment(engine, selector, long=True)
+    inner = level < engine.cpl or ist > 0
+    stack = _inner_rsp(engine, ist + 3 if ist else level) if inner else engine.regs[4]
+    words = [engine.segment("ss").selector, engine.regs[4], engine.rflags(), engine.segment("cs").selector,
+             engine.eip.value, *pushed]  # fmt: skip
+    engine.regs[4] = _push(engine, 0, stack & ~15, MASK64, 8, words)
+    if inner:
+        engine.set_segment("ss", level, 0, 0, level << 13)
+    _begin(engine, gate, selector & ~3 | level, descriptor)
+    engine.eip.value = gate >> 32 & 0xFFFFFFFF00000000 | gate >> 32 & 0xFFFF0000 | gate & 0xFFFF
+
+
+def _enter_32(engine: Engine, vector: int, pushed: list[int], software: bool) -> None:
+    gate = _gate(engine, vector, 8, (_TASK_GATE, *_GATES_32), software)
     selector = gate >> 16 & 0xFFFF
-    dpl = _code_segment(engine, selector, cpl, long=False)
-    width = 4 if kind & 8 else 2
-    words = 3 + (not software and vector in WITH_ERROR_CODE)
-    if dpl < cpl:
-        virtual = bool(engine.eflags.value & VM)
-        if virtual and dpl:
-            raise FaultError(GP, selector & 0xFFFC)
-        base, stack, mask = _inner_stack(engine, dpl)
-        words += 6 if virtual else 2
+    if gate >> 40 & 0x1F == _TASK_GATE:
+        tasks.switch(engine, selector)
+        if pushed:
+            stack, width = engine.segment("ss"), tasks.width(engine.segment("tr").flags)
+            mask = 0xFFFFFFFF if stack.flags >> 22 & 1 else 0xFFFF
+            _set_rsp(engine, _push(engine, stack.base, engine.regs[4], mask, width, pushed), mask)
+        return
+    descriptor, level = _code_segment(engine, selector, long=False)
+    virtual = bool(engine.eflags.value & VM)
+    words = [engine.rflags(), engine.segment("cs").selector, engine.eip.value, *pushed]
+    width = 4 if gate >> 43 & 1 else 2
+    if level < engine.cpl:
+        inner, pointer, outer = _inner_stack(engine, level)
+        mask, base = _stack_mask(inner >> 32), base_of(inner)
+        words = [engine.segment("ss").selector, engine.regs[4], *words]
+        if virtual:
+            words = [*(engine.segment(name).selector for name in _VM86_SAVED), *words]
+        pointer = _push(engine, base, pointer, mask, width, words)
+        if virtual:
+            for name in _VM86_SAVED:
+                engine.set_segment(name, 0, 0, 0, 0)
+        engine.set_segment("ss", outer & ~3 | level, base, limit_of(inner), inner >> 32)
     else:
-        segment = engine.segment("ss")
-        base, stack, mask = segment.base, engine.regs[4], _stack_mask(segment.flags)
-    _writable(engine, base + (stack - words * width & mask) & 0xFFFFFFFF, words * width)
+        if virtual:
+            raise FaultError(GP, selector & 0xFFFC)
+        stack = engine.segment("ss")
+        mask = _stack_mask(stack.flags)
+        pointer = _push(engine, stack.base, engine.regs[4], mask, width, words)
+    _set_rsp(engine, pointer, mask)
+    _begin(engine, gate, selector & ~3 | level, descriptor)
+    engine.eip.value = gate >> 32 & 0xFFFF0000 | gate & 0xFFFF
 
 
-def _inner_stack(engine: Engine, dpl: int) -> tuple[int, int, int]:
-    """Base, pointer and mask of the stack that the TSS has for a level."""
-    tr = engine.segment("tr")
-    wide = tr.flags >> 11 & 1
-    offset = 4 + 8 * dpl if wide else 2 + 4 * dpl
-    if offset + (7 if wide else 3) > tr.limit:
-        raise FaultError(TS, tr.selector & 0xFFFC)
-    pointer = read(engine, tr.base + offset, 4 if wide else 2)
-    selector = read(engine, tr.base + offset + (4 if wide else 2), 2)
-    if not selector & 0xFFFC or selector & 3 != dpl:
-        raise FaultError(TS, selector & 0xFFFC)
-    table = engine.segment("ldtr" if selector & 4 else "gdtr")
-    if (selector | 7) > table.limit:
-        raise FaultError(TS, selector & 0xFFFC)
-    descriptor = read(engine, table.base + (selector & ~7), 8)
-    data = descriptor >> 44 & 1 and not descriptor >> 43 & 1 and descriptor >> 41 & 1
-    if descriptor >> 45 & 3 != dpl or not data or not descriptor >> 47 & 1:
-        raise FaultError(TS, selector & 0xFFFC)
-    base = descriptor >> 16 & 0xFFFFFF | descriptor >> 32 & 0xFF000000
-    return base, pointer, _stack_mask(descriptor >> 32)
+def _begin(engine: Engine, gate: int, selector: int, descriptor: int) -> None:
+    """The handler's code segment and flags."""
+    interrupt_gate = not gate >> 40 & 1
+    engine.eflags.value &= ~(TF | VM | RF | NT | (IF if interrupt_gate else 0))
+    engine.set_segment("cs", selector, base_of(descriptor), limit_of(descriptor), descriptor >> 32)
+    engine.update_hflags()
 
 
-def _stack_mask(flags: int) -> int:
-    return 0xFFFFFFFF if flags >> 22 & 1 else 0xFFFF
-
-
-def _code_segment(engine: Engine, selector: int, cpl: int, long: bool) -> int:
-    """The privilege level a gate's code segment runs at."""
-    table = engine.segment("ldtr" if selector & 4 else "gdtr")
+def _code_segment(engine: Engine, selector: int, long: bool) -> tuple[int, int]:
+    """The descriptor of a gate's code segment, and the privilege level it runs at."""
     if not selector & 0xFFFC:
         raise FaultError(GP, 0)
-    if (selector | 7) > table.limit:
-        raise FaultError(GP, selector & 0xFFFC)
-    descriptor = read(engine, table.base + (selector & ~7), 8)
-    dpl = descriptor >> 45 & 3
-    if descriptor >> 43 & 3 != 3 or dpl > cpl:
+    descriptor = descriptor_of(engine, selector, GP)
+    level = descriptor >> 45 & 3
+    if descriptor >> 43 & 3 != 3 or level > engine.cpl:
         raise FaultError(GP, selector & 0xFFFC)
     if not descriptor >> 47 & 1:
         raise FaultError(NP, selector & 0xFFFC)
     if long and descriptor >> 53 & 3 != 1:
         raise FaultError(GP, selector & 0xFFFC)
-    return cpl if descriptor >> 42 & 1 else dpl  # a conforming segment keeps the level
+    return descriptor, engine.cpl if descriptor >> 42 & 1 else level  # a conforming segment keeps the level
 
 
-def _writable(engine: Engine, linear: int, size: int) -> None:
-    physical(engine, linear + size - 1, write=True)  # pushes go down: the top faults first
-    physical(engine, linear, write=True)
+def _inner_rsp(engine: Engine, index: int) -> int:
+    """A stack pointer of the 64-bit TSS: 0 to 2 for the levels, 4 to 10 for the IST."""
+    tr, offset = engine.segment("tr"), 4 + 8 * index
+    if offset + 7 > tr.limit:
+        raise FaultError(TS, tr.selector & 0xFFFC)
+    return read(engine, tr.base + offset, 8)
+
+
+def _inner_stack(engine: Engine, level: int) -> tuple[int, int, int]:
+    """Descriptor, pointer and selector of the stack that the TSS has for a level."""
+    tr = engine.segment("tr")
+    width = tasks.width(tr.flags)
+    offset = width * (1 + 2 * level)
+    if offset + 2 * width - 1 > tr.limit:
+        raise FaultError(TS, tr.selector & 0xFFFC)
+    pointer = read(engine, tr.base + offset, width)
+    selector = read(engine, tr.base + offset + width, 2)
+    wrong = FaultError(TS, selector & 0xFFFC)
+    if not selector & 0xFFFC or selector & 3 != level:
+        raise wrong
+    descriptor = descriptor_of(engine, selector, TS)
+    writable = descriptor >> 44 & 1 and not descriptor >> 43 & 1 and descriptor >> 41 & 1
+    if descriptor >> 45 & 3 != level or not writable or not descriptor >> 47 & 1:
+        raise wrong
+    return descriptor, pointer, selector
+
+
+def _stack_mask(flags: int) -> int:
+    if flags >> 21 & 1:
+        return 0  # the engine's own: a bit that means nothing in a stack's descriptor
+    return 0xFFFFFFFF if flags >> 22 & 1 else 0xFFFF
+
+
+def _push(engine: Engine, base: int, pointer: int, mask: int, width: int, words: list[int]) -> int:
+    """Push the words, the first one highest; the stack pointer after that."""
+    for word in words:
+        pointer = pointer - width & MASK64
+        linear = base + (pointer & mask) & (MASK64 if width == 8 else 0xFFFFFFFF)
+        write(engine, linear, (word & (1 << 8 * width) - 1).to_bytes(width, "little"))
+    return pointer
+
+
+def _set_rsp(engine: Engine, pointer: int, mask: int) -> None:
+    kept = engine.regs[4] & ~0xFFFF if mask == 0xFFFF else 0
+    engine.regs[4] = kept | pointer & (mask or 0xFFFFFFFF)

@@ -37,7 +37,7 @@ _CPU_CLUSTER_INDEX = 0x8194
 _CPU_HALTED = 0x8198
 _CPU_EXCEPTION_INDEX = 0x81A0
 _CPU_CLASS = 0x81B0  # a pointer to its methods
-_CLASS_DEBUG_EXCEPTION, _CLASS_EXEC_ENTER = 0x78, 0x80
+_CLASS_DEBUG_EXCEPTION = 0x78
 _CPU_TO_ENV = 0x8A50
 _UC_MEMORY_MAPPING = 0x120  # a function pointer: guest-physical address to memory region
 _UC_PAGES = {"l1_map": 0x2E0, "v_l1_size": 0x2F0, "v_l1_shift": 0x2F4, "v_l2_levels": 0x2F8}  # pages with code
@@ -62,6 +62,7 @@ _ENV = {
     "cr": 0x1A8,
     "a20_mask": 0x1F0,
     "efer": 0x250,
+    "fpcs": 0x2F2,  # and FDS behind it
     "mxcsr": 0x330,
     "star": 0x12D8,
     "lstar": 0x12E8,
@@ -72,6 +73,7 @@ _ENV = {
     "pat": 0x14A0,
     "error_code": 0x1508,
     "exception_is_int": 0x150C,
+    "exception_next_eip": 0x1510,
     "dr": 0x1518,
     "breakpoints": 0x1558,
     "old_exception": 0x1578,
@@ -85,11 +87,10 @@ _ENV = {
 }
 
 INTERRUPT_VIRQ = 0x100
-INTERRUPT_NMI = 0x200
 HF_INHIBIT_IRQ = 1 << 3
 # The flags that the engine takes from RFLAGS itself whenever it looks for code: here too, nothing would clear them.
 _HF_OF_RFLAGS = 1 << 8 | 3 << 12 | 1 << 17  # TF, IOPL, VM
-_TF, RF = 1 << 8, 1 << 16  # RFLAGS
+TF, NT, RF = 1 << 8, 1 << 14, 1 << 16  # RFLAGS
 _DR6_BS = 1 << 14
 HF_LMA = 1 << 14
 HF_GUEST = 1 << 21
@@ -177,16 +178,11 @@ class Engine:
         self.exception_index = ctypes.c_int32.from_address(self.cpu + _CPU_EXCEPTION_INDEX)
         self._cluster_index = ctypes.c_uint32.from_address(self.cpu + _CPU_CLUSTER_INDEX)
         self._translated_for: dict[frozenset[int], int] = {frozenset(): 0}
-        self._accepted: int | None = None  # an exception that the next start() begins with
-        methods = self._pointer(self.cpu + _CPU_CLASS)
-        self._exec_enter = ctypes.c_uint64.from_address(methods + _CLASS_EXEC_ENTER)
-        debug_exception = ctypes.c_uint64.from_address(methods + _CLASS_DEBUG_EXCEPTION)
-        self._exec_enter_of_engine = self.symbol("x86_cpu_exec_enter_x86_64")
-        known = self._exec_enter_of_engine, self.symbol("breakpoint_handler_x86_64")
-        if (self._exec_enter.value, debug_exception.value) != known:
+        self._debug_exception = ctypes.c_uint64.from_address(
+            self._pointer(self.cpu + _CPU_CLASS) + _CLASS_DEBUG_EXCEPTION
+        )
+        if self._debug_exception.value != self.symbol("breakpoint_handler_x86_64"):
             raise BackendError("unicorn's CPU class is not laid out as 2.1.4's")
-        self._enter_with_exception = self._callback(self._begin)
-        debug_exception.value = self._callback(self._on_breakpoint)
         self.regs = (ctypes.c_uint64 * 16).from_address(self.address("regs"))  # RAX RCX RDX RBX RSP RBP RSI RDI R8..
         self.eip = self.u64("eip")
         self.eflags = self.u64("eflags")
@@ -228,6 +224,21 @@ class Engine:
         if name in places:
             return Segment.from_address(self.address(places[name]))
         return Segment.from_address(self.address("segs") + 24 * ("es", "cs", "ss", "ds", "fs", "gs").index(name))
+
+    def set_segment(self, name: str, selector: int, base: int, limit: int, flags: int) -> None:
+        """The hidden part too; update_hflags() comes after the last one."""
+        segment = self.segment(name)
+        segment.selector, segment.base, segment.limit, segment.flags = selector, base, limit, flags & 0xF0FF00
+
+    @property
+    def cpl(self) -> int:
+        return self.hflags.value & 3
+
+    def rflags(self) -> int:
+        return int(self.uc.reg_read(x86.UC_X86_REG_RFLAGS)) & 0xFFFFFFFF
+
+    def set_rflags(self, value: int) -> None:
+        self.uc.reg_write(x86.UC_X86_REG_RFLAGS, value)
 
     def update_hflags(self) -> None:
         """Derive the engine's hidden flags from segments and control registers."""
@@ -456,40 +467,32 @@ class Engine:
         self.settle_down()
         self.flush_tlb()
 
-    def raise_exception(self, vector: int, error_code: int) -> None:
+    def raise_fault(self, vector: int, error_code: int) -> None:
         """Set up a fault for the INTR hook to deliver, in place of what it was called for."""
-        self.set_exception(vector, error_code)
+        self._set_exception(vector, error_code)
         self.eflags.value |= RF
 
-    def set_exception(self, vector: int, error_code: int) -> None:
+    def _set_exception(self, vector: int, error_code: int) -> None:
         self.exception_index.value = vector
         self.error_code.value = error_code
         self.u32("exception_is_int").value = 0
+        if vector == 8 or vector == 14 or vector in CONTRIBUTORY:
+            self.old_exception.value = vector  # what comes of a fault in its delivery (SDM vol. 3, table 6-5)
 
     def retire(self) -> bool:
         """End an instruction that was done in the engine's place. True when a single-step trap is to be delivered."""
         self.hflags.value &= ~HF_INHIBIT_IRQ
         self.eflags.value &= ~RF
-        if not self.eflags.value & _TF:
+        if not self.eflags.value & TF:
             return False
         self.dr[6] |= _DR6_BS
-        self.set_exception(1, 0)
+        self._set_exception(1, 0)
         return True
 
-    def do_interrupt(self) -> None:
-        """Deliver the exception that is set up. Must not fault: a fault leaves by longjmp, across Python's frames."""
-        if not self.u32("exception_is_int").value and self.exception_index.value != 1:
-            self.eflags.value |= RF  # a fault's pushed RFLAGS have it, a trap's do not (SDM vol. 3, 17.3.1.1)
-        self._call("x86_cpu_do_interrupt_x86_64", self.cpu)
+    def settle_exception(self) -> None:
+        """Nothing is set up: what was has been delivered."""
+        self.exception_index.value = self.old_exception.value = -1
         self.u32("exception_is_int").value = 0
-
-    def accept(self, vector: int, error_code: int) -> None:
-        """Let the next start() begin with this exception."""
-        self._accepted = vector
-        self.error_code.value = error_code
-        self.u32("exception_is_int").value = 0
-        if vector == 8 or vector == 14 or vector in CONTRIBUTORY:
-            self.old_exception.value = vector  # what comes of a fault in its delivery (SDM vol. 3, table 6-5)
 
     def one_instruction(self, on: bool) -> None:
         """Make the next block that is looked for one instruction long, or not."""
@@ -497,9 +500,7 @@ class Engine:
 
     def settle_down(self) -> None:
         """Forget what is under way and is no part of the state: the engine stands between two instructions."""
-        self._accepted = None
-        self.exception_index.value = self.old_exception.value = -1
-        self.u32("exception_is_int").value = 0
+        self.settle_exception()
         self.interrupt_request.value = 0
         self.cflags_next_tb.value = _CFLAGS_NONE
 
@@ -524,42 +525,26 @@ class Engine:
 
     def start(self, rip: int) -> None:
         """Run from `rip` until a hook stops it or the CPU halts. Raises unicorn.UcError."""
-        if self._accepted is None:
-            self.uc.emu_start(rip, 0)
-            return
-        # Starting clears what is set up. The engine calls this then, before it looks for an exception.
-        self._exec_enter.value = self._enter_with_exception
-        try:
-            self.uc.emu_start(rip, 0)
-        finally:
-            self._exec_enter.value = self._exec_enter_of_engine
+        self.uc.emu_start(rip, 0)
 
-    @property
-    def accepted(self) -> bool:
-        """Whether the next start() begins with an exception."""
-        return self._accepted is not None
+    def on_breakpoint(self, deliver: Callable[[], None]) -> None:
+        """Call `deliver` for the #DB of a breakpoint that code has come to, in the place of the engine's own handler,
+        which takes EIP for a linear address; then the run stops. DR6 is set (SDM vol. 3, 17.2.3). Of breakpoints it is
+        only those of code that this engine looks for."""
 
-    def _callback(self, function: Callable[[int], None]) -> int:
-        return ctypes.cast(self.keep(_OF_CPU(function)), ctypes.c_void_p).value or 0
+        def handler(_cpu: int) -> None:
+            code, dr7 = self.segment("cs"), self.dr[7]
+            linear = code.base + self.eip.value & (_MASK64 if code.flags >> 21 & 1 else 0xFFFFFFFF)
+            met = [i for i in range(4) if dr7 >> 16 + 4 * i & 3 == _EXECUTE and self.dr[i] == linear]
+            self.dr[6] = self.dr[6] & ~0xF | sum(1 << i for i in met)
+            if any(dr7 >> 2 * i & 3 for i in met):
+                deliver()
+            else:
+                self.eflags.value |= RF  # there is nothing at this instruction
+                self.hflags.value |= HF_INHIBIT_IRQ
+            self.uc.emu_stop()
 
-    def _on_breakpoint(self, _cpu: int) -> None:
-        """In the place of the engine's own handler, which takes EIP for a linear address: set DR6 (SDM vol. 3, 17.2.3)
-        and stop; the next start() delivers #DB. Of breakpoints it is only those of code that this engine looks for."""
-        code, dr7 = self.segment("cs"), self.dr[7]
-        linear = code.base + self.eip.value & (_MASK64 if code.flags >> 21 & 1 else 0xFFFFFFFF)
-        met = [i for i in range(4) if dr7 >> 16 + 4 * i & 3 == _EXECUTE and self.dr[i] == linear]
-        self.dr[6] = self.dr[6] & ~0xF | sum(1 << i for i in met)
-        if any(dr7 >> 2 * i & 3 for i in met):
-            self.accept(1, 0)
-        else:
-            self.eflags.value |= RF  # there is nothing at this instruction
-            self.hflags.value |= HF_INHIBIT_IRQ
-        self.uc.emu_stop()
-
-    def _begin(self, _cpu: int) -> None:
-        self._call("x86_cpu_exec_enter_x86_64", self.cpu)
-        assert self._accepted is not None
-        self.exception_index.value, self._accepted = self._accepted, None
+        self._debug_exception.value = ctypes.cast(self.keep(_OF_CPU(handler)), ctypes.c_void_p).value or 0
 
     def close(self) -> None:
         """Free the engine. No view may be used afterwards."""

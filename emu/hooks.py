@@ -12,7 +12,8 @@ from typing import Any
 
 from unicorn import x86_const as x86
 
-from emu import callbacks, delivery, msr, system, system_calls
+from emu import callbacks, msr, system, system_calls
+from emu.delivery import Delivery
 from emu.engine import (
     EXIT_MSR,
     EXIT_SHUTDOWN,
@@ -54,6 +55,7 @@ class Hooks:
         self, engine: Engine, clock: GuestClock, bus: IoBus, msrs: msr.Msrs, tsc: Callable[[], int],
         acknowledge: Callable[[], int],
     ) -> None:  # fmt: skip
+        self.delivery = Delivery(engine, clock.words)
         self._engine, self._clock, self._words, self._bus, self._msrs = engine, clock, clock.words, bus, msrs
         self._tsc = tsc
         self.ended: Shutdown | BaseException | None = None
@@ -76,6 +78,7 @@ class Hooks:
             self._install_native()
         else:
             self._install_portable()
+        self._engine.on_breakpoint(self._guarded(self._on_breakpoint))
         for kind, hook, instruction in (
             (_IN, self._in(), x86.UC_X86_INS_IN),
             (_OUT, self._out(), x86.UC_X86_INS_OUT),
@@ -104,7 +107,9 @@ class Hooks:
         engine.filter_stores(code)
 
     def _install_portable(self) -> None:
-        calls = callbacks.Callbacks(self._engine, self._words, self._guarded(self._on_intercept), self._tsc)
+        calls = callbacks.Callbacks(
+            self._engine, self._words, self.delivery, self._guarded(self._on_intercept), self._tsc
+        )
         for kind, prototype, function, instruction in (
             (HOOK_INTR, _NUMBER, calls.interrupt, None),
             (HOOK_INSN_INVALID, _PLAIN, calls.invalid_opcode, None),
@@ -180,11 +185,10 @@ class Hooks:
     def _on_intercept(self, _uc: Any, number: int, _data: Any) -> int:
         """Nonzero: the exception that is set up is to be delivered."""
         engine = self._engine
-        if number < 0x100 and delivery.settle(engine):
-            return 1
-        if number < 0x100 or number == EXIT_SHUTDOWN:
-            self.ended = self.ended or Shutdown()
-            engine.uc.emu_stop()
+        if number == EXIT_SHUTDOWN or (number < 0x100 and not self.delivery.software(number)):
+            self._shut_down()
+            return 0
+        if number < 0x100:
             return 0
         try:
             if number == EXIT_MSR:
@@ -194,9 +198,17 @@ class Hooks:
                 self.counts["system"] += 1
                 system.perform(engine, number)
         except FaultError as fault:
-            engine.raise_exception(fault.vector, fault.error_code)
+            engine.raise_fault(fault.vector, fault.error_code)
             return 1
         return int(engine.retire())
+
+    def _on_breakpoint(self) -> None:
+        if not self.delivery.exception(1):
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        self.ended = self.ended or Shutdown()
+        self._engine.uc.emu_stop()
 
     def _access_msr(self) -> None:
         """RDMSR or WRMSR. Raises FaultError."""

@@ -92,6 +92,9 @@ def check_fields(engine: Engine) -> None:
     write("DR0", 0x777000)
     same("dr", engine.dr[0], 0x777000)
     write("DR0", 0)
+    write("FCS", 0x1234)
+    same("fpcs", engine.u16("fpcs").value, 0x1234)
+    write("FCS", 0)
     write("MXCSR", 0x1FA0)
     same("mxcsr", engine.u32("mxcsr").value, 0x1FA0)
     write("MXCSR", 0x1F80)
@@ -141,7 +144,8 @@ def check_running() -> None:
             engine.interrupt_request.value = 0
             uc.emu_stop()
         is_int, error = engine.u32("exception_is_int").value, engine.error_code.value
-        seen.append((number, is_int, error if number != 0x55 else 0, engine.exception_index.value & 0xFF))
+        told = engine.u64("exception_next_eip").value if number == 0x55 else error
+        seen.append((number, is_int, told, engine.exception_index.value & 0xFF))
         if number == 0x55:
             engine.u32("exception_is_int").value = 0
             return
@@ -171,7 +175,7 @@ def check_running() -> None:
         seen.append((-1, error.errno))
     halted = engine.halted.value
     exits = [(number, 0, 0, number & 0xFF) for number in (EXIT_MSR, EXIT_WRITE_CR, EXIT_READ_DR + 7, EXIT_WRITE_DR + 7)]
-    wanted = [(0x55, 1, 0, 0x55), (13, 0, 0x1230, 13), *exits, (_VECTOR,)]
+    wanted = [(0x55, 1, _CODE + 2, 0x55), (13, 0, 0x1230, 13), *exits, (_VECTOR,)]
     engine.close()
     if seen != wanted or not halted:
         raise BackendError(f"unicorn 2.1.4 does not run as it should on this host: {seen}, halted {halted}")

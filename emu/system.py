@@ -11,6 +11,7 @@ from __future__ import annotations
 import capstone
 from capstone import x86
 
+from emu.descriptors import base_of, limit_of
 from emu.engine import (
     EXIT_GDTR,
     EXIT_IDTR,
@@ -21,7 +22,7 @@ from emu.engine import (
     EXIT_WRITE_DR,
     Engine,
 )
-from emu.linear import DB, GP, MASK64, NP, UD, FaultError, physical, read
+from emu.linear import DB, GP, MASK64, NP, UD, FaultError, physical, read, write
 from vmm.cpu import validity
 from vmm.cpu.paging import PAGE
 
@@ -209,10 +210,10 @@ def _load_table(engine: Engine, instruction: Instruction, name: str) -> None:
 
 def _load_ldtr(engine: Engine, selector: int) -> None:
     if not selector & 0xFFFC:
-        _set_system(engine, "ldtr", selector, 0, 0, 0)
+        engine.set_segment("ldtr", selector, 0, 0, 0)
         return
     descriptor, base = _system_descriptor(engine, selector, (2,))
-    _set_system(engine, "ldtr", selector, base, _limit(descriptor), descriptor >> 32)
+    engine.set_segment("ldtr", selector, base, limit_of(descriptor), descriptor >> 32)
 
 
 def _load_tr(engine: Engine, selector: int) -> None:
@@ -220,10 +221,9 @@ def _load_tr(engine: Engine, selector: int) -> None:
         raise FaultError(GP)
     long = bool(engine.u64("efer").value & validity.LMA)
     descriptor, base = _system_descriptor(engine, selector, (9,) if long else (1, 9))
-    where = physical(engine, engine.segment("gdtr").base + (selector & ~7) + 5, write=True)
-    engine.write_physical(where, bytes([(descriptor | _BUSY) >> 40 & 0xFF]))
+    write(engine, engine.segment("gdtr").base + (selector & ~7) + 5, bytes([(descriptor | _BUSY) >> 40 & 0xFF]))
     # In the engine's hidden part the task is never busy.
-    _set_system(engine, "tr", selector, base, _limit(descriptor), descriptor >> 32)
+    engine.set_segment("tr", selector, base, limit_of(descriptor), descriptor >> 32)
 
 
 def _system_descriptor(engine: Engine, selector: int, types: tuple[int, ...]) -> tuple[int, int]:
@@ -238,23 +238,13 @@ def _system_descriptor(engine: Engine, selector: int, types: tuple[int, ...]) ->
         raise FaultError(GP, selector & 0xFFFC)
     if not descriptor & _PRESENT:
         raise FaultError(NP, selector & 0xFFFC)
-    base = descriptor >> 16 & 0xFFFFFF | descriptor >> 32 & 0xFF000000
+    base = base_of(descriptor)
     if long:
         high = read(engine, at + 8, 8)
         base |= (high & 0xFFFFFFFF) << 32
         if high >> 40 & 0x1F or not validity.canonical(base):
             raise FaultError(GP, selector & 0xFFFC)
     return descriptor, base
-
-
-def _limit(descriptor: int) -> int:
-    limit = descriptor & 0xFFFF | descriptor >> 32 & 0xF0000
-    return limit << 12 | 0xFFF if descriptor >> 55 & 1 else limit
-
-
-def _set_system(engine: Engine, name: str, selector: int, base: int, limit: int, flags: int) -> None:
-    segment = engine.segment(name)
-    segment.selector, segment.base, segment.limit, segment.flags = selector, base, limit, flags & 0xF0FF00
 
 
 def _code32(engine: Engine) -> bool:

@@ -19,6 +19,7 @@ _KNOWN = {
     "cpu_svm_check_intercept_param": ("check_intercept", "f687b2000000207507c3660f1f440000"),
     "helper_ldmxcsr": ("ldmxcsr", "89b730030000e905c6f7ff0f"),
     "helper_fxrstor": ("fxrstor", "415641554154554889fd534c8b742428"),
+    "helper_fstenv": ("fstenv", "4157415641554989cd415455"),
     "helper_sysret": ("sysret", "554889fdf68750020000010f84b5020000"),
     "helper_iret_protected": ("iret", "4157415641554154554889fd53"),
 }
@@ -26,7 +27,9 @@ _SYSRET_UNDEFINED = 0x2C6  # into helper_sysret: where its conditional jump goes
 # What `check_intercept` relies on: the value of a MOV to a control register is in R12.
 _WRITE_CRN = bytes.fromhex("41544989d431d2554889fd534863de488b4c24188d7310e8")
 
-_GOES_ON = frozenset(("check_intercept", "fxrstor", "sysret", "iret"))  # those with a rest to go on with
+_FSTENV = bytes.fromhex("488b0c24e9")  # helper_fstenv: its return address as one more argument, and a jump
+
+_GOES_ON = frozenset(("check_intercept", "fxrstor", "fstenv", "sysret", "iret"))  # those with a rest to go on with
 
 
 @cache
@@ -38,6 +41,9 @@ def replace() -> list[str]:
     def address(name: str) -> int:
         found = ctypes.cast(getattr(library, f"{name}_x86_64"), ctypes.c_void_p).value
         assert found is not None
+        if ctypes.string_at(found, len(_FSTENV)) == _FSTENV:
+            at = found + len(_FSTENV)
+            found = at + 4 + ctypes.c_int32.from_address(at).value
         return found
 
     code = Code(

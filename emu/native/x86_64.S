@@ -38,6 +38,20 @@ interrupt:
         cmp     $1, %esi
         je      deliver
         orl     $RF, ENV_EFLAGS(%rax)
+        testl   $HF_LMA, ENV_HFLAGS(%rax)       # in long mode the engine says where in the IDT a gate is that it
+        jz      deliver                         # refuses; the error code has its number (SDM vol. 3, 6.13)
+        cmp     $13, %esi
+        je      1f
+        cmp     $11, %esi
+        jne     deliver
+1:      mov     ENV_ERROR_CODE(%rax), %ecx
+        mov     %ecx, %r8d
+        and     $7, %r8d
+        cmp     $2, %r8d
+        jne     deliver
+        shr     %ecx                            # from 16 n + 2 to 8 n + 2
+        inc     %ecx
+        mov     %ecx, ENV_ERROR_CODE(%rax)
 
 # deliver(uc, -, cpu). The delivery may fault and leave by longjmp; the engine has then cleared exception_is_int itself.
 # Left set by an INT n it makes the engine move RIP at the next intercept, so it is cleared here.
@@ -74,14 +88,18 @@ deliver:
         ret
 3:      jmp     *emu_stop(%rip)
 
-# UC_HOOK_INSN_INVALID(uc, cpu) -> true: deliver #UD, which the engine has set up.
+# UC_HOOK_INSN_INVALID(uc, cpu) -> true: deliver #UD, or INT 6, of which the engine makes no difference.
         .globl  invalid_opcode
 invalid_opcode:
-        mov     env(%rip), %rax
-        orl     $RF, ENV_EFLAGS(%rax)
         mov     %rsi, %rdx
+        mov     $6, %esi
         sub     $8, %rsp
-        call    deliver
+        mov     env(%rip), %rax
+        cmpl    $0, ENV_EXCEPTION_IS_INT(%rax)
+        je      1f
+        mov     ENV_EXCEPTION_NEXT_EIP(%rax), %rcx
+        mov     %rcx, ENV_EIP(%rax)             # as the engine has done where another vector comes to `interrupt`
+1:      call    interrupt
         add     $8, %rsp
         mov     $1, %eax
         ret
@@ -245,6 +263,21 @@ fxrstor:
         mov     0x28(%rsp), %r14
         jmp     *fxrstor_rest(%rip)
 
+# do_fstenv(env, address, 32-bit, ra), for FSTENV and FSAVE: FCS and FDS are stored as zeros, as where they are no longer
+# kept (CPUID.7:EBX bit 13). The engine stores those of the last instruction of all, which are no state.
+        .globl  fstenv
+fstenv: mov     vmcb(%rip), %rax
+        cmp     %rax, ENV_VM_VMCB(%rdi)
+        jne     1f
+        movl    $0, ENV_FPCS(%rdi)
+1:      push    %r15
+        push    %r14
+        push    %r13
+        mov     %rcx, %r13
+        push    %r12
+        push    %rbp
+        jmp     *fstenv_rest(%rip)
+
 # helper_sysret(env, size): VM and RF of R11 are not loaded (SDM vol. 2, SYSRET). Where it raises nothing, it can be
 # called; where it may, it must find the translated code's own address on the stack.
         .globl  sysret
@@ -332,7 +365,7 @@ memory_mapping: .quad   0                       # as it was
 
 # Of the replaced functions.
         .globl  vmcb, check_intercept_rest, update_mxcsr, raise_exception, load_long, fxrstor_rest, sysret_rest
-        .globl  sysret_undefined, iret_rest
+        .globl  sysret_undefined, iret_rest, fstenv_rest
 vmcb:                   .quad   0               # what our engines have in vm_vmcb
 check_intercept_rest:   .quad   0
 update_mxcsr:           .quad   0               # update_mxcsr_status(env)
@@ -342,3 +375,4 @@ fxrstor_rest:           .quad   0
 sysret_rest:            .quad   0
 sysret_undefined:       .quad   0
 iret_rest:              .quad   0
+fstenv_rest:            .quad   0

@@ -14,7 +14,7 @@ _WP = 1 << 16  # of CR0
 _PSE = 1 << 4  # of CR4
 
 # An entry's bits (SDM vol. 3, tables 4-14 to 4-20).
-_PRESENT, _WRITABLE, _LARGE, _LARGE_PAT = 1 << 0, 1 << 1, 1 << 7, 1 << 12
+_PRESENT, _WRITABLE, _ACCESSED, _DIRTY, _LARGE, _LARGE_PAT = 1 << 0, 1 << 1, 1 << 5, 1 << 6, 1 << 7, 1 << 12
 _NO_EXECUTE = 1 << 63
 _FRAME = 0x000F_FFFF_FFFF_F000
 _BEYOND = _FRAME & -(1 << PHYS_BITS)  # beyond the CPU's physical addresses
@@ -22,6 +22,7 @@ _DIRECTORY_RESERVED = 0x7FF0_0000_0000_0000
 _RESERVED_BIT = 1 << 3  # of #PF's error code
 
 ReadPhysical = Callable[[int, int], bytes]  # (address, size): short where there is no RAM
+WritePhysical = Callable[[int, bytes], None]
 
 
 class Paging(NamedTuple):
@@ -44,9 +45,11 @@ class NotCanonicalError(Exception):
     """The address is none: bits 63 to 47 are not alike (SDM vol. 1, 3.3.7.1)."""
 
 
-def walk(paging: Paging, read: ReadPhysical, address: int, write: bool = False) -> int:
-    """The guest-physical address behind a linear one, for the supervisor's access. Raises PageFaultError,
-    NotCanonicalError."""
+def walk(
+    paging: Paging, read: ReadPhysical, address: int, write: bool = False, mark: WritePhysical | None = None
+) -> int:
+    """The guest-physical address behind a linear one, for the supervisor's access. With `mark` entries are marked as
+    accessed and dirty. Raises PageFaultError, NotCanonicalError."""
     cr0, cr3, cr4, efer = paging
     if efer & LMA:
         address &= (1 << 64) - 1
@@ -78,9 +81,13 @@ def walk(paging: Paging, read: ReadPhysical, address: int, write: bool = False) 
         if wrong:
             raise PageFaultError(_RESERVED_BIT | write << 1 | _PRESENT)
         writable = writable and bool(entry & _WRITABLE or directory)
-        if shift == 12 or large:
-            if write and not writable and cr0 & _WP:
-                raise PageFaultError(write << 1 | _PRESENT)
+        last = shift == 12 or large
+        if last and write and not writable and cr0 & _WP:
+            raise PageFaultError(write << 1 | _PRESENT)
+        wanted = _ACCESSED | (_DIRTY if last and write else 0)
+        if mark is not None and not directory and entry & wanted != wanted:
+            mark(table + index * width, (entry & 0xFFFFFFFF | wanted).to_bytes(4, "little"))
+        if last:
             frame = entry & _FRAME & ~(size - 1)
             if shift == 22:  # bits 39 to 32 lie in 20 to 13 (PSE-36)
                 frame = entry & 0xFFC00000 | (entry >> 13 & 0xFF) << 32

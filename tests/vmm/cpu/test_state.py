@@ -178,3 +178,10 @@ def test_the_tsc_of_a_cpu_that_stands_still_is_the_guests_time(paused):
     assert machine.cpu.save() == before
     machine.clock.skip(123_456)
     assert machine.cpu.save().tsc - before.tsc == 123_456 * machine.config.tsc_khz // 1_000_000
+
+
+def test_fstenv_stores_no_segments():
+    """They are kept by no 64-bit system, and are no part of the state: a woken machine would store others."""
+    program = Program("fld1; fstp 0x200100; fnstenv 0x200000; fnsave 0x200200; jmp done").finish()
+    for at in (0x200000, 0x200200):
+        assert program.word(at + 16) & 0xFFFF == program.word(at + 24) & 0xFFFF == 0
