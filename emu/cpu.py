@@ -336,4 +336,6 @@ def probe() -> str:
     layout.check_running()
     refusal = native_refusal()
     how = "native callbacks" if refusal is None else f"portable callbacks, slower: {refusal}"
+    if refusal is None and (left := replaced.replace()):
+        how += f"; the engine's own {', '.join(left)}, which checks less"
     return f"unicorn {unicorn.__version__}, {how}"

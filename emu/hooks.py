@@ -221,7 +221,7 @@ class Hooks:
             regs[0], regs[2] = value & 0xFFFFFFFF, value >> 32
         else:
             raise FaultError(GP)
-        engine.eip.value += 2
+        system.Instruction(engine).retire()
 
     def _on_cpuid(self, _uc: Any, _data: Any) -> int:
         regs = self._engine.regs

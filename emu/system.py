@@ -29,6 +29,7 @@ from vmm.cpu.paging import PAGE
 _TS, _DE = 1 << 3, 1 << 3  # of CR0, of CR4
 _GD, _BD = 1 << 13, 1 << 13  # of DR7, of DR6
 _LONGEST = 15
+_WITHOUT_MODRM = frozenset((0x06, 0x30, 0x32))  # CLTS, WRMSR, RDMSR
 _GENERAL = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
 _PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 _PRESENT = 1 << 47  # of a descriptor
@@ -51,7 +52,12 @@ class Instruction:
         self.opcode, self.modrm = code[at + 1], code[at + 2]
         self.rm = self.modrm & 7 | (self.rex & 1) << 3
         self.size_prefix = 0x66 in code[:at]
-        self.length = at + 3
+        self.length = at + (2 if self.opcode in _WITHOUT_MODRM else 3)
+
+    def retire(self) -> None:
+        """Move RIP behind it."""
+        rip = self._engine.eip
+        rip.value = rip.value + self.length & (MASK64 if self.code64 else 0xFFFFFFFF)
 
     def register(self) -> int:
         """The general register of ModRM's r/m: all of it in 64-bit mode, else 32 bits."""
@@ -117,13 +123,12 @@ def perform(engine: Engine, number: int) -> None:
         _load_tr(engine, instruction.word())
     else:
         raise AssertionError(f"the engine reports an intercept {number:#x} nobody asked for")
-    engine.eip.value = engine.eip.value + instruction.length & (MASK64 if instruction.code64 else 0xFFFFFFFF)
+    instruction.retire()
 
 
 def _write_control(engine: Engine, instruction: Instruction, number: int) -> None:
     if number == 0 and instruction.opcode != 0x22:
         if instruction.opcode == 0x06:
-            instruction.length -= 1
             engine.set_cr0(engine.cr[0] & ~_TS)
         else:  # LMSW: PE, MP, EM and TS, and PE is not cleared
             word = instruction.word() & 15

@@ -176,3 +176,22 @@ user: mov $5, %eax; pushf; pop %rbx; syscall
 entry: jmp done""").finish()
     assert program.result == 5
     assert validity.refusal(program.machine.cpus[0].save()) is None
+
+
+@each_backend
+@pytest.mark.parametrize("code", ["rdmsr", "wrmsr", "clts", "mov %rax, %cr0"])
+def test_prefixes_are_a_part_of_the_instruction(backend, code):
+    program = Program(
+        f"""
+        mov     %cr0, %rax
+        mov     $0xc0000082, %ecx
+        xor     %edx, %edx
+        .byte   0x3e, 0x67
+        {code}
+        mov     $7, %eax
+        jmp     done""",
+        backend,
+    ).finish()
+    assert program.result == 7 and not program.traps
+    if backend == "emu":  # once: without them it would be an instruction too
+        assert sum(program.machine.cpus[0].exits()[name] for name in ("msr", "system")) == 1 + 1  # the prelude's LIDT
