@@ -28,9 +28,11 @@ class Callbacks:
         self._delivery = delivery
         self._other = other
         self._tsc = tsc
+        self._block = 0  # the size of the last one that was entered
 
     def block(self, _uc: Any, _address: int, size: int, _data: Any) -> None:
         words = self._words
+        self._block = size
         after = words[_TIME] + size
         if after > words[_LIMIT]:
             words[_REFUSED] = size
@@ -41,9 +43,13 @@ class Callbacks:
             self._engine.one_instruction(True)
 
     def interrupt(self, _uc: Any, number: int, _data: Any) -> None:
-        software = number < 0x100 and self._engine.u32("exception_is_int").value
-        if (number < 0x100 and not software) or self._other(None, number, None):
+        if number >= 0x100:
+            if self._other(None, number, None):
+                self._deliver()
+        elif not self._engine.u32("exception_is_int").value:
             self._deliver()
+        elif not self._delivery.software(number, self._block):
+            self._other(None, EXIT_SHUTDOWN, None)
 
     def invalid_opcode(self, _uc: Any, _data: Any) -> int:
         engine = self._engine

@@ -7,20 +7,19 @@ the instruction by then, so a fault would name the wrong one. It does what the e
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from emu import tasks
 from emu.descriptors import base_of, descriptor_of, limit_of
 from emu.engine import CONTRIBUTORY, HF2_NMI, MOST_DELIVERIES, NT, RF, TF, Engine
+from emu.instruction import length_behind
 from emu.linear import GP, MASK64, NP, PAGE_FAULT, TS, FaultError, read, write
 from vmm.clock import Word
 from vmm.cpu.validity import IF, LMA, VM, WITH_ERROR_CODE
 
 _TIME = Word.TIME.value
 _EXCEPTIONS, _DELIVERED_AT, _DELIVERIES = Word.EXCEPTIONS.value, Word.DELIVERED_AT.value, Word.DELIVERIES.value
-_NMI, _BREAKPOINT, _OVERFLOW, _DOUBLE_FAULT = 2, 3, 4, 8
-_INT3, _INTO = 0xCC, 0xCE
+_NMI, _DOUBLE_FAULT = 2, 8
 _TASK_GATE, _GATES_32, _GATES_64 = 5, (6, 7, 14, 15), (14, 15)
 _VM86_SAVED = ("gs", "fs", "ds", "es")
 _AC = 1 << 18
@@ -36,9 +35,12 @@ class Delivery:
         """Deliver an exception, and what a fault in that leads to (table 6-5). False: to shutdown, a triple fault."""
         return self._deliver(vector, error_code, "exception")
 
-    def software(self, vector: int) -> bool:
-        """The same for INT n, INT3 and INTO; RIP is behind the instruction."""
-        return self._deliver(vector, 0, "software")
+    def software(self, vector: int, block: int = 0) -> bool:
+        """The same for INT n, INT3 and INTO. RIP is behind the instruction, which ended a block of so many bytes."""
+        rip = self._engine.eip
+        behind = rip.value
+        rip.value = behind - length_behind(self._engine, block) & MASK64  # where a fault of the delivery is
+        return self._deliver(vector, 0, "software", behind)
 
     def hardware(self, vector: int) -> bool:
         """The same for an interrupt that was acknowledged, or an NMI."""
@@ -46,7 +48,7 @@ class Delivery:
             self._engine.hflags2.value |= HF2_NMI
         return self._deliver(vector, 0, "hardware")
 
-    def _deliver(self, vector: int, error_code: int, source: str) -> bool:
+    def _deliver(self, vector: int, error_code: int, source: str, behind: int | None = None) -> bool:
         engine = self._engine
         first = vector if source == "exception" else None
         while True:
@@ -55,11 +57,9 @@ class Delivery:
             if not self._counted():
                 break
             try:
-                _enter(engine, vector, error_code, source)
+                _enter(engine, vector, error_code, source, engine.eip.value if behind is None else behind)
                 break
             except FaultError as fault:
-                if source == "software":
-                    _step_back(engine, vector)
                 vector, error_code = fault.vector, fault.error_code
             if first == _DOUBLE_FAULT:
                 return False
@@ -67,7 +67,7 @@ class Delivery:
                 vector in CONTRIBUTORY or first == vector == PAGE_FAULT
             ):
                 vector, error_code = _DOUBLE_FAULT, 0
-            first, source = vector, "exception"
+            first, source, behind = vector, "exception", None
         engine.settle_exception()
         return True
 
@@ -84,32 +84,23 @@ class Delivery:
         return True
 
 
-def _step_back(engine: Engine, vector: int) -> None:
-    """From behind INT3, INTO or INT n to the instruction itself. Prefixes, which mean nothing here, are left out."""
-    short = False
-    if vector in (_BREAKPOINT, _OVERFLOW):
-        with contextlib.suppress(FaultError):  # it ran a moment ago; now nothing may be mapped there
-            short = read(engine, engine.segment("cs").base + engine.eip.value - 1, 1) in (_INT3, _INTO)
-    engine.eip.value = engine.eip.value - (1 if short else 2) & MASK64
-
-
-def _enter(engine: Engine, vector: int, error_code: int, source: str) -> None:
-    """Raises FaultError. What was written until then stays written."""
+def _enter(engine: Engine, vector: int, error_code: int, source: str, rip: int) -> None:
+    """`rip` is where the guest is to go on. Raises FaultError; what was written until then stays written."""
     pushed = [error_code] if source == "exception" and vector in WITH_ERROR_CODE else []
     if not engine.cr[0] & 1:
-        _enter_real(engine, vector)
+        _enter_real(engine, vector, rip)
     elif engine.u64("efer").value & LMA:
-        _enter_64(engine, vector, pushed, source == "software")
+        _enter_64(engine, vector, [rip, *pushed], source == "software")
     else:
-        _enter_32(engine, vector, pushed, source == "software")
+        _enter_32(engine, vector, [rip, *pushed], source == "software")
 
 
-def _enter_real(engine: Engine, vector: int) -> None:
+def _enter_real(engine: Engine, vector: int, rip: int) -> None:
     idt, code, stack = engine.segment("idtr"), engine.segment("cs"), engine.segment("ss")
     if vector * 4 + 3 > idt.limit:
         raise FaultError(GP, vector * 8 + 2)
     target = read(engine, idt.base + vector * 4, 4)
-    words = [engine.rflags() & 0xFFFF, code.selector & 0xFFFF, engine.eip.value & 0xFFFF]
+    words = [engine.rflags() & 0xFFFF, code.selector & 0xFFFF, rip & 0xFFFF]
     _set_rsp(engine, _push(engine, stack.base, engine.regs[4], 0xFFFF, 2, words), 0xFFFF)
     engine.eip.value = target & 0xFFFF
     code.selector, code.base = target >> 16, target >> 16 << 4
@@ -139,7 +130,7 @@ def _enter_64(engine: Engine, vector: int, pushed: list[int], software: bool) ->
     inner = level < engine.cpl or ist > 0
     stack = _inner_rsp(engine, ist + 3 if ist else level) if inner else engine.regs[4]
     words = [engine.segment("ss").selector, engine.regs[4], engine.rflags(), engine.segment("cs").selector,
-             engine.eip.value, *pushed]  # fmt: skip
+             *pushed]  # fmt: skip
     engine.regs[4] = _push(engine, 0, stack & ~15, MASK64, 8, words)
     if inner:
         engine.set_segment("ss", level, 0, 0, level << 13)
@@ -151,15 +142,15 @@ def _enter_32(engine: Engine, vector: int, pushed: list[int], software: bool) ->
     gate = _gate(engine, vector, 8, (_TASK_GATE, *_GATES_32), software)
     selector = gate >> 16 & 0xFFFF
     if gate >> 40 & 0x1F == _TASK_GATE:
-        tasks.switch(engine, selector)
-        if pushed:
+        tasks.switch(engine, selector, pushed[0])
+        if pushed[1:]:
             stack, width = engine.segment("ss"), tasks.width(engine.segment("tr").flags)
             mask = 0xFFFFFFFF if stack.flags >> 22 & 1 else 0xFFFF
-            _set_rsp(engine, _push(engine, stack.base, engine.regs[4], mask, width, pushed), mask)
+            _set_rsp(engine, _push(engine, stack.base, engine.regs[4], mask, width, pushed[1:]), mask)
         return
     descriptor, level = _code_segment(engine, selector, long=False)
     virtual = bool(engine.eflags.value & VM)
-    words = [engine.rflags(), engine.segment("cs").selector, engine.eip.value, *pushed]
+    words = [engine.rflags(), engine.segment("cs").selector, *pushed]
     width = 4 if gate >> 43 & 1 else 2
     if level < engine.cpl:
         inner, pointer, outer = _inner_stack(engine, level)

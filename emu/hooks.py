@@ -23,6 +23,7 @@ from emu.engine import (
     HOOK_INTR,
     Engine,
 )
+from emu.instruction import Instruction
 from emu.linear import GP, FaultError
 from emu.native.code import Code
 from vmm.clock import BYTES_PER_NS, GuestClock, Word
@@ -221,7 +222,7 @@ class Hooks:
             regs[0], regs[2] = value & 0xFFFFFFFF, value >> 32
         else:
             raise FaultError(GP)
-        system.Instruction(engine).retire()
+        Instruction(engine).retire()
 
     def _on_cpuid(self, _uc: Any, _data: Any) -> int:
         regs = self._engine.regs

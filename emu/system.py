@@ -8,9 +8,6 @@ privilege level, and RIP is at the instruction.
 
 from __future__ import annotations
 
-import capstone
-from capstone import x86
-
 from emu.descriptors import base_of, limit_of
 from emu.engine import (
     EXIT_GDTR,
@@ -22,88 +19,15 @@ from emu.engine import (
     EXIT_WRITE_DR,
     Engine,
 )
-from emu.linear import DB, GP, MASK64, NP, UD, FaultError, physical, read, write
+from emu.instruction import Instruction
+from emu.linear import DB, GP, NP, UD, FaultError, read, write
 from vmm.cpu import validity
-from vmm.cpu.paging import PAGE
 
 _TS, _DE = 1 << 3, 1 << 3  # of CR0, of CR4
 _GD, _BD = 1 << 13, 1 << 13  # of DR7, of DR6
-_LONGEST = 15
-_WITHOUT_MODRM = frozenset((0x06, 0x30, 0x32))  # CLTS, WRMSR, RDMSR
-_GENERAL = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
-_PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 _PRESENT = 1 << 47  # of a descriptor
 _BUSY = 1 << 41
 _DIRECTORY_RESERVED = 0xFFFF_FF00_0000_01E6  # of a PDPTE that PAE loads, beside the physical address
-
-
-class Instruction:
-    """The instruction at RIP: its opcode behind 0F, ModRM, length, and operand."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.code64 = bool(engine.segment("cs").flags >> 21 & 1 and engine.u64("efer").value & validity.LMA)
-        self._code = code = _fetch(engine)
-        at = 0
-        while code[at] in _PREFIXES:
-            at += 1
-        self.rex = code[at] if self.code64 and code[at] >> 4 == 4 else 0
-        at += bool(self.rex)
-        self.opcode, self.modrm = code[at + 1], code[at + 2]
-        self.rm = self.modrm & 7 | (self.rex & 1) << 3
-        self.size_prefix = 0x66 in code[:at]
-        self.length = at + (2 if self.opcode in _WITHOUT_MODRM else 3)
-
-    def retire(self) -> None:
-        """Move RIP behind it."""
-        rip = self._engine.eip
-        rip.value = rip.value + self.length & (MASK64 if self.code64 else 0xFFFFFFFF)
-
-    def register(self) -> int:
-        """The general register of ModRM's r/m: all of it in 64-bit mode, else 32 bits."""
-        value = self._engine.regs[self.rm]
-        return value if self.code64 else value & 0xFFFFFFFF
-
-    def set_register(self, value: int) -> None:
-        self._engine.regs[self.rm] = value
-
-    def word(self) -> int:
-        """An operand of 16 bits. Raises FaultError."""
-        if self.modrm >> 6 == 3:
-            return self._engine.regs[self.rm] & 0xFFFF
-        return read(self._engine, self.address(), 2)
-
-    def address(self) -> int:
-        """The linear address of the operand in memory."""
-        engine = self._engine
-        mode = capstone.CS_MODE_64 if self.code64 else capstone.CS_MODE_32 if _code32(engine) else capstone.CS_MODE_16
-        decoder = capstone.Cs(capstone.CS_ARCH_X86, mode)
-        decoder.detail = True
-        found = next(decoder.disasm(bytes(self._code), 0, 1), None)
-        if found is None or not any(operand.type == x86.X86_OP_MEM for operand in found.operands):
-            raise FaultError(UD)
-        self.length = found.size
-        memory = next(operand.mem for operand in found.operands if operand.type == x86.X86_OP_MEM)
-        base, index = (self._part(found, register) for register in (memory.base, memory.index))
-        offset = base + index * memory.scale + memory.disp & (1 << 8 * found.addr_size) - 1
-        segment = found.reg_name(memory.segment) if memory.segment else None
-        if segment is None:
-            segment = "ss" if found.reg_name(memory.base) in ("rsp", "esp", "sp", "rbp", "ebp", "bp") else "ds"
-        if self.code64 and segment not in ("fs", "gs"):
-            return int(offset & MASK64)
-        return int(engine.segment(segment).base + offset & (MASK64 if self.code64 else 0xFFFFFFFF))
-
-    def _part(self, found: capstone.CsInsn, register: int) -> int:
-        if not register:
-            return 0
-        name = found.reg_name(register)
-        if name in ("rip", "eip"):
-            return int(self._engine.eip.value + found.size)
-        if name in ("eiz", "riz"):
-            return 0
-        short = name.lstrip("re")
-        number = _GENERAL.index(short) if short in _GENERAL else int(name[1:].rstrip("dwb"))
-        return int(self._engine.regs[number])
 
 
 def perform(engine: Engine, number: int) -> None:
@@ -207,7 +131,7 @@ def _load_table(engine: Engine, instruction: Instruction, name: str) -> None:
     base = read(engine, address + 2, 8 if instruction.code64 else 4)
     if instruction.code64 and not validity.canonical(base):
         raise FaultError(GP)
-    if not instruction.code64 and instruction.size_prefix == _code32(engine):
+    if not instruction.code64 and instruction.short_operand:
         base &= 0xFFFFFF  # a 16-bit operand
     segment = engine.segment(name)
     segment.base, segment.limit = base, limit
@@ -250,22 +174,3 @@ def _system_descriptor(engine: Engine, selector: int, types: tuple[int, ...]) ->
         if high >> 40 & 0x1F or not validity.canonical(base):
             raise FaultError(GP, selector & 0xFFFC)
     return descriptor, base
-
-
-def _code32(engine: Engine) -> bool:
-    return bool(engine.segment("cs").flags >> 22 & 1)
-
-
-def _fetch(engine: Engine) -> bytes:
-    """Up to 15 bytes at RIP, zeros where nothing is mapped: it was fetched a moment ago."""
-    start = engine.eip.value
-    if not (engine.segment("cs").flags >> 21 & 1 and engine.u64("efer").value & validity.LMA):
-        start = start + engine.segment("cs").base & 0xFFFFFFFF
-    code = b""
-    try:
-        while len(code) < _LONGEST:
-            at = start + len(code)
-            code += engine.read_physical(physical(engine, at), min(_LONGEST - len(code), PAGE - at % PAGE))
-    except FaultError:
-        pass
-    return code.ljust(_LONGEST, b"\0")

@@ -29,8 +29,9 @@ def width(flags: int) -> int:
     return 4 if flags >> 11 & 1 else 2
 
 
-def switch(engine: Engine, selector: int) -> None:
-    """Raises FaultError: before the switch in the old task, then in the new one."""
+def switch(engine: Engine, selector: int, behind: int) -> None:
+    """`behind` is where the old task is to go on. Raises FaultError: before the switch in the old task, then in the new
+    one."""
     descriptor = _tss(engine, selector)
     new, size = base_of(descriptor), width(descriptor >> 32)
     tr = engine.segment("tr")
@@ -51,7 +52,7 @@ def switch(engine: Engine, selector: int) -> None:
     ends = [(at, read(engine, old + at, 1)) for at in (0, last)]
     for at, byte in ends:  # what cannot be written is found before anything is
         write(engine, old + at, bytes([byte]))
-    _keep(engine, old, size)
+    _keep(engine, old, size, behind)
     write(engine, new, old_selector.to_bytes(2, "little"))
     entry = engine.segment("gdtr").base + (selector & ~7) + 4
     write(engine, entry, (read(engine, entry, 4) | _BUSY).to_bytes(4, "little"))
@@ -93,10 +94,10 @@ def _tss(engine: Engine, selector: int) -> int:
     return descriptor
 
 
-def _keep(engine: Engine, tss: int, size: int) -> None:
+def _keep(engine: Engine, tss: int, size: int, rip: int) -> None:
     """Write the registers to a TSS."""
     first, selectors, count = (0x20, 0x48, 6) if size == 4 else (0x0E, 0x22, 4)
-    values = [engine.eip.value, engine.rflags(), *engine.regs[:8]]
+    values = [rip, engine.rflags(), *engine.regs[:8]]
     for i, value in enumerate(values):
         write(engine, tss + first + size * i, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
     for i, name in enumerate(_SEGMENTS[:count]):

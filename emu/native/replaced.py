@@ -17,6 +17,7 @@ from emu.native.code import Code
 # symbol (of x86-64) -> (the function here, its bytes up to where the replacement goes on)
 _KNOWN = {
     "cpu_svm_check_intercept_param": ("check_intercept", "f687b2000000207507c3660f1f440000"),
+    "helper_raise_interrupt": ("raise_interrupt", "4189d04883ec0831c9ba01000000"),
     "helper_ldmxcsr": ("ldmxcsr", "89b730030000e905c6f7ff0f"),
     "helper_fxrstor": ("fxrstor", "415641554154554889fd534c8b742428"),
     "helper_fstenv": ("fstenv", "4157415641554989cd415455"),
@@ -50,6 +51,7 @@ def replace() -> list[str]:
         vmcb=engine.VMCB,
         update_mxcsr=address("update_mxcsr_status"),
         raise_exception=address("raise_exception_err_ra"),
+        raise_interrupt_rest=address("raise_interrupt"),
         load_long=address("cpu_ldl_data_ra"),
         sysret_undefined=address("helper_sysret") + _SYSRET_UNDEFINED,
     )

@@ -24,8 +24,12 @@ block:  mov     %edx, %eax
         movl    $1, CPU_CFLAGS_NEXT_TB(%rax)
 3:      ret
 
-# UC_HOOK_INTR(uc, number, cpu): deliver through the guest's IDT. `other(uc, number, cpu)` is asked first about INT n and
-# about what is no vector (intercepts, 0x100 and up), and returns nonzero when something is to be delivered.
+# UC_HOOK_INTR(uc, number, cpu): deliver through the guest's IDT. `other(uc, number, cpu)` is asked about what is no
+# vector (intercepts, 0x100 and up), and returns nonzero when something is to be delivered.
+#
+# At INT n the engine has moved RIP behind the instruction, and would push that of a fault of its delivery too. So RIP
+# is put back: where it goes on is kept beside it. `raise_interrupt`, below, has left the instruction's length in the
+# error code, which INT n has none of; without it Python delivers.
 #
 # RF is on in the RFLAGS that a fault pushes (SDM vol. 3, 17.3.1.1); #DB, the one trap that comes here, is left alone.
         .globl  interrupt
@@ -34,7 +38,7 @@ interrupt:
         jae     2f
         mov     env(%rip), %rax
         cmpl    $0, ENV_EXCEPTION_IS_INT(%rax)
-        jne     2f
+        jne     4f
         cmp     $1, %esi
         je      deliver
         orl     $RF, ENV_EFLAGS(%rax)
@@ -87,19 +91,23 @@ deliver:
         jnz     deliver
         ret
 3:      jmp     *emu_stop(%rip)
+4:      mov     ENV_ERROR_CODE(%rax), %ecx
+        test    %ecx, %ecx
+        jz      2b
+        sub     %rcx, ENV_EIP(%rax)
+        jmp     deliver
 
-# UC_HOOK_INSN_INVALID(uc, cpu) -> true: deliver #UD, or INT 6, of which the engine makes no difference.
+# UC_HOOK_INSN_INVALID(uc, cpu) -> true: deliver #UD, or INT 6, of which the engine makes no difference. RIP is still at
+# the instruction.
         .globl  invalid_opcode
 invalid_opcode:
-        mov     %rsi, %rdx
-        mov     $6, %esi
-        sub     $8, %rsp
         mov     env(%rip), %rax
         cmpl    $0, ENV_EXCEPTION_IS_INT(%rax)
-        je      1f
-        mov     ENV_EXCEPTION_NEXT_EIP(%rax), %rcx
-        mov     %rcx, ENV_EIP(%rax)             # as the engine has done where another vector comes to `interrupt`
-1:      call    interrupt
+        jne     1f
+        orl     $RF, ENV_EFLAGS(%rax)
+1:      mov     %rsi, %rdx
+        sub     $8, %rsp
+        call    deliver
         add     $8, %rsp
         mov     $1, %eax
         ret
@@ -215,6 +223,18 @@ check_intercept:
         jnz     3f
 2:      ret
 3:      jmp     *check_intercept_rest(%rip)
+
+# helper_raise_interrupt(env, vector, length), of INT n: the length is left in the error code.
+        .globl  raise_interrupt
+raise_interrupt:
+        mov     %edx, %r8d
+        xor     %ecx, %ecx
+        mov     vmcb(%rip), %rax
+        cmp     %rax, ENV_VM_VMCB(%rdi)
+        jne     1f
+        mov     %edx, %ecx
+1:      mov     $1, %edx
+        jmp     *raise_interrupt_rest(%rip)
 
 # helper_ldmxcsr(env, value): #GP(0) for reserved bits (SDM vol. 2, LDMXCSR).
         .globl  ldmxcsr
@@ -365,7 +385,7 @@ memory_mapping: .quad   0                       # as it was
 
 # Of the replaced functions.
         .globl  vmcb, check_intercept_rest, update_mxcsr, raise_exception, load_long, fxrstor_rest, sysret_rest
-        .globl  sysret_undefined, iret_rest, fstenv_rest
+        .globl  sysret_undefined, iret_rest, fstenv_rest, raise_interrupt_rest
 vmcb:                   .quad   0               # what our engines have in vm_vmcb
 check_intercept_rest:   .quad   0
 update_mxcsr:           .quad   0               # update_mxcsr_status(env)
@@ -376,3 +396,4 @@ sysret_rest:            .quad   0
 sysret_undefined:       .quad   0
 iret_rest:              .quad   0
 fstenv_rest:            .quad   0
+raise_interrupt_rest:   .quad   0               # raise_interrupt(env, vector, 1, error code, length)

@@ -117,6 +117,10 @@ def _wrong_segments(state: CpuState, long_mode: bool, protected: bool) -> Iterat
             (segment.limit & 0xFFF != 0xFFF and segment.granular) or (segment.limit >> 20 and not segment.granular)
         ):
             yield f"{name}.limit: {segment.limit:#x} is none that a descriptor can say"
+    if state.ldtr.present and (state.ldtr.s or state.ldtr.type != 2):
+        yield f"ldtr.type: {state.ldtr.type} is no LDT"
+    if not state.tr.present or state.tr.s or state.tr.type | 2 not in ((11,) if long_mode else (3, 11)):
+        yield f"tr.type: {state.tr.type} is no task state segment"
     if virtual:
         for name in _MAIN:
             segment = getattr(state, name)
@@ -141,10 +145,6 @@ def _wrong_segments(state: CpuState, long_mode: bool, protected: bool) -> Iterat
         yield f"cs.dpl: {code.dpl} where the stack is of level {level}"
     if protected and not code.type & _CODE and level:
         yield f"cs.type: {code.type} at level {level}"
-    if state.ldtr.present and (state.ldtr.s or state.ldtr.type != 2):
-        yield f"ldtr.type: {state.ldtr.type} is no LDT"
-    if not state.tr.present or state.tr.s or state.tr.type | 2 not in ((11,) if long_mode else (3, 11)):
-        yield f"tr.type: {state.tr.type} is no task state segment"
 
 
 def _is_vm86(segment: SegmentState) -> bool:
