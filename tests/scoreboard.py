@@ -13,7 +13,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from itertools import chain
 from typing import Any
 
@@ -21,16 +20,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from snapshot import field_types as types
-from snapshot import schema
-from tests.vmm.cpu import random_guests
-from tests.vmm.cpu.campaign import Bench
+from tests import acting
+from tests.fields import forget, paths
 from tests.vmm.cpu.program import Program
 from tests.vmm.cpu.test_state import STATES
 from vmm.board.isapc import CHIPS
-from vmm.cpu import validity
 from vmm.cpu.protocol import CpuState, EventState, SegmentState
-from vmm.machine.stop import Stopped, StopReason
 from vmm.testing import Subject, device_machine
 
 EXAMPLES = 150
@@ -74,35 +69,6 @@ class Row:
     field: str
     caught: str
     seconds: float
-
-
-def paths(cls: type, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every field, those of nested states one by one."""
-    for field in schema.schema_of(cls).fields:
-        match field.type:
-            case schema.StructType(inner) | types.ListType(schema.StructType(inner)):
-                yield from paths(inner, (*before, field.name))
-            case _:
-                yield (*before, field.name)
-
-
-def forget(cls: type, path: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Set the field to what a fresh device has there."""
-
-    def spoil(state: Any) -> Any:
-        return _put(state, path, cls())
-
-    return spoil
-
-
-def _put(state: Any, path: tuple[str, ...], fresh: Any) -> Any:
-    name, *rest = path
-    mine, default = getattr(state, name), getattr(fresh, name)
-    if rest and isinstance(mine, tuple):
-        default = tuple(_put(item, tuple(rest), like) for item, like in zip(mine, default, strict=True))
-    elif rest:
-        default = _put(mine, tuple(rest), default)
-    return dataclasses.replace(state, **{name: default})
 
 
 # Of a chip that is on the board more than once, one.
@@ -156,45 +122,6 @@ def cpu() -> Iterator[Row]:
         machine.cpu.load(base)
 
 
-GUESTS = 200  # at most, for a field
-
-
-def acting() -> Iterator[Row]:
-    """Beside a machine that was never saved runs one whose CPU was loaded without the field: what else comes to differ?
-    Random guests (tests.vmm.cpu.random_guests), a thousand bytes of code."""
-    with closing(Bench()) as never, closing(Bench()) as woken:
-        for path in paths(CpuState):
-            began = time.monotonic()
-            found = next(
-                (seen for seed in range(GUESTS) if (seen := acts(never, woken, path, seed))), "nothing but itself"
-            )
-            yield Row("CPU", ".".join(path), found, time.monotonic() - began)
-
-
-def acts(never: Bench, woken: Bench, path: tuple[str, ...], seed: int) -> str | None:
-    guest = random_guests.draw(seed, spoil=0)
-    machine = never.put(guest)
-    begin, end = machine.position + 100 + seed % 400, machine.position + 1500
-    if machine.run(position=begin) != Stopped(StopReason.POSITION) or machine.clock.prepaid:
-        return None
-    at = machine.cpus[0].save()
-    forgotten = forget(CpuState, path)(at)
-    if forgotten == at or validity.refusal(forgotten) is not None:
-        return None
-    other = woken.put(guest)
-    other.run(position=begin)
-    other.cpus[0].load(forgotten)
-    stops = machine.run(position=end), other.run(position=end)
-    if stops[0] != stops[1]:
-        return "another end of the run"
-    if (machine.position, machine.clock.now_ns()) != (other.position, other.clock.now_ns()):
-        return "another path through the code"
-    if machine.ram.slice(0, random_guests.SIZE) != other.ram.slice(0, random_guests.SIZE):
-        return "other memory"
-    ours, theirs = (forget(CpuState, path)(each.cpus[0].save()) for each in (machine, other))
-    return None if ours == theirs else "other registers"
-
-
 def fields() -> int:
     """Print the table of fields. Returns how many were missed."""
     rows = []
@@ -232,25 +159,9 @@ property finds it, within how many seconds:
 """
 
 
-ACTING = """## What acts
-
-A field that is saved and loaded can still do nothing. Each field of the CPU is left out of what is *loaded*, once a
-random guest has come to have something in it; what is seen beside the field itself, and after how long:
-"""
-
-
-def acting_fields() -> int:
-    """Print the table of what acts."""
-    print(f"{ACTING}\n| field | seen by | seconds |\n|---|---|---|")
-    for row in acting():
-        print(f"| {row.field} | {row.caught} | {row.seconds:.2f} |", flush=True)
-    print()
-    return 0
-
-
 def main() -> int:
     print(HEAD)
-    return fields() + acting_fields() + bugs()
+    return fields() + acting.table() + bugs()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 
 import pytest
 
-from tests import known_bugs, scoreboard
+from tests import acting, known_bugs, scoreboard
 from tests.conftest import ROOT
+from tests.fields import forget, paths
+from tests.vmm.cpu.campaign import Bench
 from vmm.board.isapc import CHIPS
 from vmm.cpu.protocol import CpuState
 from vmm.testing import device_machine
@@ -18,16 +21,30 @@ ROWS = re.findall(r"^\| (\w+) \| ([\w.]+) \| ([^|]+) \| ([\d.]+) \|$", TEXT, re.
 
 def test_every_field_has_its_row_and_is_found():
     states = {slot.device.__name__: slot.device.State for slot in CHIPS} | {"CPU": CpuState}
-    fields = {(part, ".".join(path)) for part, state in states.items() for path in scoreboard.paths(state)}
+    fields = {(part, ".".join(path)) for part, state in states.items() for path in paths(state)}
     assert {(part, field) for part, field, _, _ in ROWS} == fields
     assert not [row for row in ROWS if row[2] == scoreboard.MISSED]
+
+
+ACTING = re.findall(r"^\| ([\w.]+) \| ([^|]+) \| [\d.]+ \|$", TEXT, re.M)
+
+
+def test_every_field_of_the_cpu_has_its_row_of_what_acts():
+    assert [field for field, _ in ACTING] == [".".join(path) for path in paths(CpuState)]
+
+
+@pytest.mark.parametrize("field", ["rip", "rflags", "cs.selector", "tr.base", "dr7", *acting.PROGRAMS])
+def test_a_field_acts(field):
+    assert dict(ACTING)[field] != acting.ALONE
+    with closing(Bench()) as never, closing(Bench()) as woken:
+        assert acting.acted(never, woken, tuple(field.split("."))) != acting.ALONE
 
 
 @pytest.mark.parametrize(("device", "field"), [("Uart", "scr"), ("Pic", "imr")])
 def test_a_row_is_true(device, field):
     subject, path = scoreboard.SUBJECTS[device], tuple(field.split("."))
-    assert path in scoreboard.paths(subject.device.State)
-    assert scoreboard.seen(device_machine(subject, spoil=scoreboard.forget(subject.device.State, path)))
+    assert path in paths(subject.device.State)
+    assert scoreboard.seen(device_machine(subject, spoil=forget(subject.device.State, path)))
     assert scoreboard.seen(device_machine(subject)) is None
 
 

@@ -109,7 +109,7 @@ SEGMENTED = [  # where a segment register holds what its descriptor says
     ("fs", SegmentState(base=HIGH, limit=0xFFFF, type=3, s=True, present=True), "fs.base"),
     ("ds", SegmentState(base=1 << 32, limit=0xFFFF, type=3, s=True, present=True), "ds.base"),
 ]
-OF_ONE = {
+OF_ONE: dict[str, list[tuple[str, object, str | None]]] = {
     "real": [
         ("rflags", with_bit(17), "rflags: VM in real mode"),
         ("cr0", with_bit(31), "cr0: PG without PE"),
@@ -142,7 +142,7 @@ OF_ONE = {
     ],
     "compat ring 3": [("rip", 1 << 32, "rip"), ("tr.type", 1, "tr.type"), ("rflags", with_bit(17), "rflags")],
 }  # fmt: skip
-CASES = [
+CASES: list[tuple[str, str, object, str | None]] = [
     *((kind, *case) for kind in KINDS for case in EVERYWHERE),
     *((kind, *case) for kind in KINDS if kind != "real" for case in PROTECTED),
     *((kind, *case) for kind in KINDS if kind != "vm86" for case in SEGMENTED),
