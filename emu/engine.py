@@ -79,6 +79,7 @@ _ENV = {
     "old_exception": 0x1578,
     "vm_vmcb": 0x1580,
     "intercept": 0x1590,
+    "intercept_cr_read": 0x1598,
     "intercept_cr_write": 0x159A,
     "intercept_dr_read": 0x159C,
     "intercept_dr_write": 0x159E,
@@ -97,7 +98,7 @@ HF_GUEST = 1 << 21
 HF2_GIF = 1 << 0
 HF2_NMI = 1 << 2
 # What is intercepted, by the SVM's exit codes (AMD APM vol. 2, appendix C), which reach HOOK_INTR with 0x100 added.
-EXIT_READ_DR, EXIT_WRITE_CR, EXIT_WRITE_DR = 0x120, 0x110, 0x130  # and the register's number
+EXIT_READ_CR, EXIT_WRITE_CR, EXIT_READ_DR, EXIT_WRITE_DR = 0x100, 0x110, 0x120, 0x130  # and the register's number
 EXIT_IDTR, EXIT_GDTR, EXIT_LDTR, EXIT_TR = 0x16A, 0x16B, 0x16C, 0x16D  # writes
 CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))  # exceptions: SDM vol. 3, table 6-4
 MOST_DELIVERIES = 1000  # of exceptions, with no code run in between
@@ -108,7 +109,7 @@ _DR7_NONE = 0x400  # no breakpoint: the one bit that is always set
 EXIT_MSR = 0x17C
 EXIT_SHUTDOWN = 0x17F
 _INTERCEPT = sum(1 << (code - 0x160) for code in (EXIT_MSR, EXIT_IDTR, EXIT_GDTR, EXIT_LDTR, EXIT_TR))
-_INTERCEPT_CR_WRITE, _INTERCEPT_DR = 0x119, 0xFF  # CR0, CR3, CR4, CR8; all
+_INTERCEPT_CR_READ, _INTERCEPT_CR_WRITE, _INTERCEPT_DR = 0x100, 0x119, 0xFF  # CR8; CR0, CR3, CR4, CR8; all
 
 # The engine's leftover SVM code reads a VMCB by physical address: MSR permission map at +0x48, interrupt vector at
 # +0x64, event injection at +0xa8. Placed across a page end, the first two are MMIO (a callback is the INTA cycle) and
@@ -440,6 +441,7 @@ class Engine:
         self.uc.mmio_map(_HIDDEN, 0x1000, read, None, lambda *_: None, None)
         self.u64("vm_vmcb").value = VMCB
         self._intercept.value = _INTERCEPT
+        self.u16("intercept_cr_read").value = _INTERCEPT_CR_READ
         self.u16("intercept_cr_write").value = _INTERCEPT_CR_WRITE
         self.u16("intercept_dr_read").value = self.u16("intercept_dr_write").value = _INTERCEPT_DR
         self.hflags.value |= HF_GUEST
@@ -503,6 +505,9 @@ class Engine:
         self.settle_exception()
         self.interrupt_request.value = 0
         self.cflags_next_tb.value = _CFLAGS_NONE
+
+    def cr8(self) -> int:
+        return int(self.uc.reg_read(x86.UC_X86_REG_CR8)) & 0xF
 
     def set_cr8(self, value: int) -> None:
         self.uc.reg_write(x86.UC_X86_REG_CR8, value)

@@ -13,7 +13,7 @@ from typing import Any
 import unicorn
 from unicorn import x86_const as x86
 
-from emu.engine import EXIT_MSR, EXIT_READ_DR, EXIT_WRITE_CR, EXIT_WRITE_DR, INTERRUPT_VIRQ, Engine
+from emu.engine import EXIT_MSR, EXIT_READ_CR, EXIT_READ_DR, EXIT_WRITE_CR, EXIT_WRITE_DR, INTERRUPT_VIRQ, Engine
 from vmm.errors import BackendError
 
 # What the fields without an API hold in a new engine of this build and CPU model.
@@ -117,6 +117,7 @@ def check_fields(engine: Engine) -> None:
 
 _GDT, _IDT, _CODE, _HANDLER, _STACK = 0x1000, 0x2000, 0x4000, 0x5000, 0x7000
 _VECTOR = 0x66
+_SIZES = {13: 2, EXIT_MSR: 2, EXIT_READ_CR + 8: 4}  # of an instruction; of others 3
 _MOST_SEEN = 20  # of exceptions: another layout may raise them for ever
 _PROGRAM = bytes.fromhex(
     "cd55"  # int 0x55
@@ -124,6 +125,7 @@ _PROGRAM = bytes.fromhex(
     "b910000000"  # mov ecx, 0x10
     "0f32"  # rdmsr
     "0f22c0"  # mov cr0, rax
+    "440f20c0"  # mov rax, cr8
     "0f21f8"  # mov rax, dr7
     "0f23f8"  # mov dr7, rax
     "fb90"  # sti; nop
@@ -149,7 +151,7 @@ def check_running() -> None:
         if number == 0x55:
             engine.u32("exception_is_int").value = 0
             return
-        engine.eip.value += 2 if number in (13, EXIT_MSR) else 3
+        engine.eip.value += _SIZES.get(number, 3)
         if number == EXIT_WRITE_DR + 7:
             engine.interrupt_request.value |= INTERRUPT_VIRQ
 
@@ -174,7 +176,10 @@ def check_running() -> None:
     except unicorn.UcError as error:
         seen.append((-1, error.errno))
     halted = engine.halted.value
-    exits = [(number, 0, 0, number & 0xFF) for number in (EXIT_MSR, EXIT_WRITE_CR, EXIT_READ_DR + 7, EXIT_WRITE_DR + 7)]
+    exits = [
+        (number, 0, 0, number & 0xFF)
+        for number in (EXIT_MSR, EXIT_WRITE_CR, EXIT_READ_CR + 8, EXIT_READ_DR + 7, EXIT_WRITE_DR + 7)
+    ]
     wanted = [(0x55, 1, _CODE + 2, 0x55), (13, 0, 0x1230, 13), *exits, (_VECTOR,)]
     engine.close()
     if seen != wanted or not halted:

@@ -46,7 +46,7 @@ def save(engine: Engine, tsc: int, halted: bool, event: EventState | None) -> Cp
         **values,  # type: ignore[arg-type]
         rip=engine.eip.value & (MASK64 if code64 else 0xFFFFFFFF),
         rflags=uc.reg_read(x86.UC_X86_REG_RFLAGS) & RFLAGS_BITS & ~(VM if long_mode else 0),
-        cr8=uc.reg_read(x86.UC_X86_REG_CR8) & 0xF,
+        cr8=engine.cr8(),
         efer=engine.u64("efer").value,
         tsc=tsc,
         fpu=_fpu(engine),
@@ -64,7 +64,7 @@ def load(engine: Engine, state: CpuState) -> None:
     engine.u64("efer").value = state.efer
     for i, value in ((0, state.cr0), (2, state.cr2), (3, state.cr3), (4, state.cr4)):
         engine.cr[i] = value
-    uc.reg_write(x86.UC_X86_REG_CR8, state.cr8)
+    engine.set_cr8(state.cr8)
     for i, name in enumerate(_GPRS):
         engine.regs[i] = getattr(state, name)
     for name in _SEGMENTS:

@@ -1,5 +1,5 @@
-"""System instructions, done in the engine's place: MOV to control registers, MOV to and from debug registers, CLTS,
-LMSW, LGDT, LIDT, LLDT, LTR (SDM vol. 2; vol. 3, 2.5 and 17.2).
+"""System instructions, done in the engine's place: MOV to control registers and from CR8, MOV to and from debug
+registers, CLTS, LMSW, LGDT, LIDT, LLDT, LTR (SDM vol. 2; vol. 3, 2.5 and 17.2).
 
 The engine takes any value; here what no CPU can be made to hold is #GP, as on hardware. The rules are those of
 vmm.cpu.validity, so that whatever this CPU comes to can be saved and loaded anywhere. The engine has checked the
@@ -13,6 +13,7 @@ from emu.engine import (
     EXIT_GDTR,
     EXIT_IDTR,
     EXIT_LDTR,
+    EXIT_READ_CR,
     EXIT_READ_DR,
     EXIT_TR,
     EXIT_WRITE_CR,
@@ -33,7 +34,9 @@ _DIRECTORY_RESERVED = 0xFFFF_FF00_0000_01E6  # of a PDPTE that PAE loads, beside
 def perform(engine: Engine, number: int) -> None:
     """Do what HOOK_INTR reports as `number`; RIP is then behind it. Raises FaultError, having changed nothing."""
     instruction = Instruction(engine)
-    if EXIT_WRITE_CR <= number < EXIT_READ_DR:
+    if number == EXIT_READ_CR + 8:
+        instruction.set_register(engine.cr8())  # the engine reads a local APIC's, and there is none
+    elif EXIT_WRITE_CR <= number < EXIT_READ_DR:
         _write_control(engine, instruction, number - EXIT_WRITE_CR)
     elif EXIT_READ_DR <= number < EXIT_WRITE_DR:
         instruction.set_register(engine.dr[_debug_register(engine, number - EXIT_READ_DR)])

@@ -49,6 +49,7 @@ TAKEN = {
     "cr0": ("mov %cr0, %rax; xor $0x40002, %rax; mov %rax, %rbx; mov %rax, %cr0", "mov %cr0, %rax; sub %rbx, %rax", 0),
     "cr3": ("mov %cr3, %rax; or $0x18, %rax; mov %rax, %cr3", "mov %cr3, %rax; and $0x18, %rax", 0x18),
     "cr4": ("mov %cr4, %rax; or $0x84, %rax; mov %rax, %cr4", "mov %cr4, %rax; and $0x84, %rax", 0x84),
+    "cr8": ("mov $5, %eax; mov %rax, %cr8", "mov $-1, %rax; mov %cr8, %rax", 5),
     "dr6": ("mov $0x4003, %eax; mov %rax, %dr6", "mov %dr6, %rax", 0xFFFF4FF3),
     "dr7": ("mov $0x300, %eax; mov %rax, %dr7", "mov %dr7, %rax", 0x700),
     "fs.base": ("mov $0xc0000100, %ecx; mov $0x7fff, %edx; mov $7, %eax; wrmsr", "rdmsr; mov %edx, %eax", 0x7FFF),
