@@ -33,6 +33,18 @@ PRELUDE = """
 .Lpaused\\@:
         .endm
         .equ    PAUSED, 0xa55a
+        .macro  pic     vectors                 # the first controller's, with the timer's line alone open
+        mov     $0x11, %al
+        out     %al, $0x20
+        mov     $\\vectors, %al
+        out     %al, $0x21
+        mov     $4, %al
+        out     %al, $0x21
+        mov     $1, %al
+        out     %al, $0x21
+        mov     $0xfe, %al
+        out     %al, $0x21
+        .endm
         .code64
         mov     $0x80000, %esp
         mov     $0x301000, %edi

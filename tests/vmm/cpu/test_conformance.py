@@ -92,13 +92,7 @@ def test_a_triple_fault_ends_the_run(backend):
 
 # --- interrupts
 
-PIC = """
-        mov     $0x11, %al; out %al, $0x20
-        mov     $0x30, %al; out %al, $0x21
-        mov     $4, %al; out %al, $0x21
-        mov     $1, %al; out %al, $0x21
-        mov     $0xfe, %al; out %al, $0x21
-"""
+PIC = "pic 0x30;"
 ONE_SHOT = """
         mov     $0x30, %al; out %al, $0x43      # counter 0, mode 0: one rise of OUT
         mov     $20, %al; out %al, $0x40

@@ -98,16 +98,7 @@ def test_an_event_whose_tables_are_not_mapped(kind):
 def test_an_interrupt_whose_delivery_faults_is_acknowledged_once():
     """#GP's handler goes on with interrupts on; the timer's request was taken off the PIC by the first INTA."""
     program = Program("""
-        mov     $0x11, %al
-        out     %al, $0x20
-        mov     $0x50, %al                      # vectors beyond the IDT
-        out     %al, $0x21
-        mov     $4, %al
-        out     %al, $0x21
-        mov     $1, %al
-        out     %al, $0x21
-        mov     $0xfe, %al
-        out     %al, $0x21
+        pic     0x50                            # vectors beyond the IDT
         mov     $0x30, %al                      # the timer, once
         out     %al, $0x43
         mov     $10, %al

@@ -243,16 +243,7 @@ def test_stops_at_any_times_do_not_move_a_timers_interrupt():
 
 
 PIT = """
-        mov     $0x11, %al
-        out     %al, $0x20
-        mov     $0x30, %al
-        out     %al, $0x21
-        mov     $4, %al
-        out     %al, $0x21
-        mov     $1, %al
-        out     %al, $0x21
-        mov     $0xfe, %al
-        out     %al, $0x21
+        pic     0x30
         mov     $0x34, %al                      # counter 0, mode 2, every 30 clocks: 25 us
         out     %al, $0x43
         mov     $30, %al
