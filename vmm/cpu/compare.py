@@ -4,6 +4,7 @@ Left out of a comparison, with the reason:
 * the hidden part of a segment that is not present: loading a null selector leaves other bits on each processor. The
   base of FS and GS is used nevertheless, and is compared.
 * a segment's granularity: the limit is kept in bytes, and SVM derives the bit from it (AMD APM vol. 2, 15.5).
+* CS.L outside long mode, where it means nothing: KVM refuses it.
 * FOP, FIP and FDP: some processors save them only while an x87 exception is pending (AMD APM vol. 2, 11.4.4.3).
 * the high halves of SYSENTER_ESP and SYSENTER_EIP: the model's vendor has not got them (AMD APM vol. 2, 6.1.2).
 * the TSC: it moves on while it is read.
@@ -15,6 +16,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from vmm.cpu.protocol import CpuState, SegmentState
+from vmm.cpu.validity import LMA
 
 _LEFT_OUT = {"cpu.tsc", "cpu.fpu.fop", "cpu.fpu.fip", "cpu.fpu.fdp"}
 
@@ -22,6 +24,8 @@ _LEFT_OUT = {"cpu.tsc", "cpu.fpu.fop", "cpu.fpu.fip", "cpu.fpu.fdp"}
 def comparable(state: CpuState) -> dict[str, Any]:
     """Every comparable field by its name in the schema, such as `cpu.cs.base`."""
     found = {name: value for name, value in _walk("cpu", state) if name not in _LEFT_OUT}
+    if not state.efer & LMA:
+        found.pop("cpu.cs.long", None)
     for name in ("cpu.sysenter_esp", "cpu.sysenter_eip"):
         found[name] &= 0xFFFFFFFF
     return found
