@@ -6,6 +6,7 @@ show (exceptions, intercepts, the interrupt vector's way) is watched while a sma
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from functools import cache
 from typing import Any
@@ -36,7 +37,10 @@ def checked_engine() -> Engine:
     """A new engine, found to be the one we know. Raises BackendError."""
     check_running()
     engine = Engine()
-    check_fields(engine)
+    with contextlib.ExitStack() as refused:
+        refused.callback(engine.close)
+        check_fields(engine)
+        refused.pop_all()
     return engine
 
 
@@ -136,8 +140,18 @@ _PROGRAM = bytes.fromhex(
 @cache
 def check_running() -> None:
     """Watch an engine take an INT, a fault, intercepts and an interrupt, and halt. Raises BackendError."""
-    engine = Engine()
-    check_fields(engine)
+    with contextlib.closing(Engine()) as engine:
+        check_fields(engine)
+        seen, halted = _watch(engine)
+    numbers = EXIT_MSR, EXIT_WRITE_CR, EXIT_READ_CR + 8, EXIT_READ_DR + 7, EXIT_WRITE_DR + 7
+    exits = [(number, 0, 0, number & 0xFF) for number in numbers]
+    wanted = [(0x55, 1, _CODE + 2, 0x55), (13, 0, 0x1230, 13), *exits, (_VECTOR,)]
+    if seen != wanted or not halted:
+        raise BackendError(f"unicorn 2.1.4 does not run as it should on this host: {seen}, halted {halted}")
+
+
+def _watch(engine: Engine) -> tuple[list[tuple[int, ...]], bool]:
+    """What was seen while the program ran, and whether it halted."""
     uc = engine.uc
     seen: list[tuple[int, ...]] = []
 
@@ -175,12 +189,4 @@ def check_running() -> None:
         engine.start(_CODE)
     except unicorn.UcError as error:
         seen.append((-1, error.errno))
-    halted = engine.halted.value
-    exits = [
-        (number, 0, 0, number & 0xFF)
-        for number in (EXIT_MSR, EXIT_WRITE_CR, EXIT_READ_CR + 8, EXIT_READ_DR + 7, EXIT_WRITE_DR + 7)
-    ]
-    wanted = [(0x55, 1, _CODE + 2, 0x55), (13, 0, 0x1230, 13), *exits, (_VECTOR,)]
-    engine.close()
-    if seen != wanted or not halted:
-        raise BackendError(f"unicorn 2.1.4 does not run as it should on this host: {seen}, halted {halted}")
+    return seen, bool(engine.halted.value)

@@ -21,3 +21,16 @@ def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(unicorn, "__version__", "2.2.0")
     with pytest.raises(BackendError, match=r"needs unicorn 2\.1\.4, this is 2\.2\.0"):
         engine_module.Engine()
+
+
+@pytest.mark.parametrize("refuse", [layout.check_running.__wrapped__, layout.checked_engine])
+def test_a_refused_engine_is_closed(monkeypatch, refuse):
+    """It has reserved a gibibyte."""
+    layout.check_running()
+    closed = []
+    close = engine_module.Engine.close
+    monkeypatch.setattr(engine_module.Engine, "close", lambda engine: (closed.append(engine), close(engine)))
+    monkeypatch.setattr(layout, "_HFLAGS", 0)
+    with pytest.raises(BackendError, match=r"laid out as 2\.1\.4's: hflags"):
+        refuse()
+    assert len(closed) == 1
