@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -212,6 +214,38 @@ def named(environment, anyhyve):
     sockets = Path(environment["XDG_RUNTIME_DIR"], "anyhyve")
     assert not sockets.exists() or not os.listdir(sockets), "a socket or a lock was left"
     assert not list(Path(environment["XDG_STATE_HOME"]).rglob("*.tmp")), "a temporary file was left"
+
+
+class OnTerminal:
+    """A command with a terminal of its own."""
+
+    def __init__(self, environment, *arguments):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [sys.executable, "-c", MAIN, *map(str, arguments)], environment)
+        self.seen = b""
+
+    def until(self, text):
+        def look():
+            if select.select([self.fd], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):
+                    self.seen += os.read(self.fd, 1 << 16)
+            return text in self.seen
+
+        try:
+            eventually(look)
+        except AssertionError:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+            raise AssertionError(f"{text!r} never came; seen: {self.seen[-1000:]!r}") from None
+
+    def type(self, data):
+        os.write(self.fd, data)
+
+    def wait(self):
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.fd)
+        return status
 
 
 def sessions() -> set[int]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import pty
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -20,7 +17,7 @@ import pytest
 
 from snapshot.verify import verify
 from tests.conftest import OWN
-from tests.vmm.conftest import LAST_GOOD, MAIN, children, eventually, sessions
+from tests.vmm.conftest import LAST_GOOD, MAIN, OnTerminal, children, eventually, sessions
 from vmm.control.client import Client
 from vmm.machine.machine import Machine, Stopped, StopReason
 
@@ -140,38 +137,6 @@ def test_a_long_save_shows_how_far_it_is(box, gate, tmp_path, environment):
 
 
 # --- attach
-
-
-class OnTerminal:
-    """A command with a terminal of its own."""
-
-    def __init__(self, environment, *arguments):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execve(sys.executable, [sys.executable, "-c", MAIN, *map(str, arguments)], environment)
-        self.seen = b""
-
-    def until(self, text):
-        def look():
-            if select.select([self.fd], [], [], 0.05)[0]:
-                with contextlib.suppress(OSError):
-                    self.seen += os.read(self.fd, 1 << 16)
-            return text in self.seen
-
-        try:
-            eventually(look)
-        except AssertionError:
-            os.kill(self.pid, signal.SIGKILL)
-            self.wait()
-            raise AssertionError(f"{text!r} never came; seen: {self.seen[-1000:]!r}") from None
-
-    def type(self, data):
-        os.write(self.fd, data)
-
-    def wait(self):
-        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        os.close(self.fd)
-        return status
 
 
 def test_attach_and_leave(named, anyhyve, environment):
