@@ -29,7 +29,12 @@ def test_a_refused_engine_is_closed(monkeypatch, refuse):
     layout.check_running()
     closed = []
     close = engine_module.Engine.close
-    monkeypatch.setattr(engine_module.Engine, "close", lambda engine: (closed.append(engine), close(engine)))
+
+    def count(engine):
+        closed.append(engine)
+        close(engine)
+
+    monkeypatch.setattr(engine_module.Engine, "close", count)
     monkeypatch.setattr(layout, "_HFLAGS", 0)
     with pytest.raises(BackendError, match=r"laid out as 2\.1\.4's: hflags"):
         refuse()

@@ -68,11 +68,9 @@ class _Session:
                 sys.stdout.buffer.write(found["data"].encode("latin-1"))  # the guest's console, as it is
                 sys.stdout.buffer.flush()
                 self._reading = self._read(found["next"])
-            elif message.get("id") == self._writing:
+            else:
                 del self._keys[: result(message)["taken"]]
                 self._writing = None
-            else:
-                result(message)
 
     def _type(self, data: bytes) -> bool:
         """Take what was typed; returns False when the user leaves."""
