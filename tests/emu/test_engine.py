@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import unicorn
 
@@ -9,11 +11,15 @@ from emu import engine as engine_module
 from emu import layout
 from vmm.errors import BackendError
 
+UNSEEN = {"error_code", "exception_is_int", "vm_vmcb", *(name for name in engine_module._ENV if "intercept" in name)}
+
 
 @pytest.mark.parametrize("name", sorted(engine_module._ENV))
 def test_another_layout_is_refused(monkeypatch, name):
+    """By the field's name, but where the API cannot show it, and the engine itself is lost."""
     monkeypatch.setitem(engine_module._ENV, name, engine_module._ENV[name] + 8)
-    with pytest.raises(BackendError, match=r"laid out|does not run as it should"):
+    how = "does not run as it should" if name in UNSEEN else "laid out as 2.1.4's" + f": {name}" * (name != "uc")
+    with pytest.raises(BackendError, match=f"{re.escape(how)}{'' if name in UNSEEN else '$'}"):
         layout.check_running.__wrapped__()
 
 

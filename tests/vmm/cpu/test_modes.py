@@ -340,3 +340,40 @@ next:   mov     %dr6, %rax
     ).finish()
     assert program.result == 0x101
     assert [(t.vector, t.rip) for t in program.traps] == [(1, program.labels["at"])]
+
+
+@each_backend
+def test_each_of_many_breakpoints_is_met(backend):
+    """One after another in the same code, more than a CPU could keep translations for: each once, where it is."""
+    program = Program(
+        """
+        .equ    MANY, 600
+        xor     %r12d, %r12d
+        lea     sled(%rip), %rbx
+        mov     $MANY, %ecx
+        mov     $0x402, %eax
+        mov     %rax, %dr7
+again:  mov     %rbx, %dr0
+        lea     next(%rip), %r15
+        movl    $0, 0x300010
+        jmp     sled
+next:   xor     %edx, %edx
+        cmp     %rbx, 0x300010                  # RIP, in the first entry of the log
+        sete    %dl
+        add     %edx, %r12d
+        mov     $0x300000, %r14d
+        inc     %rbx
+        dec     %ecx
+        jnz     again
+        xor     %eax, %eax
+        mov     %rax, %dr7
+        mov     %r12, %rax
+        jmp     done
+sled:   .rept   MANY
+        nop
+        .endr
+        jmp     next
+        """,
+        backend,
+    )
+    assert program.finish().result == 600
