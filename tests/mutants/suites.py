@@ -35,7 +35,7 @@ SUITES = {
     "vmm/saving/": Suite(("tests/vmm/saving",)),
     "vmm/control/": Suite(("tests/vmm/control",)),
     "vmm/bus.py": Suite(("tests/vmm/test_bus.py",)),
-    "vmm/ram.py": Suite(("tests/vmm/test_ram.py", "tests/vmm/test_bus.py", "tests/vmm/saving")),
+    "vmm/ram.py": Suite(("tests/vmm/test_ram.py",)),
     "vmm/registers.py": Suite(("tests/vmm/test_registers.py", "tests/vmm/test_bus.py", GENERIC)),
     "vmm/wires.py": Suite(("tests/vmm/test_wires.py", "tests/vmm/board", GENERIC)),
     "emu/": Suite(("tests/emu", "tests/vmm/cpu", "tests/vmm/machine/test_cut.py"), ("-m", "not slow and not kvm")),

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from snapshot.errors import SnapshotError
+from snapshot.mapped import FileMemory, stamp
 from tests.snapshot.test_mapped import flags
 from vmm.dirty_pages import PAGE, Scanner
 from vmm.errors import BackendError, GuestError, RequestError
@@ -136,6 +138,8 @@ MOVES = st.lists(st.tuples(st.integers(0, 3), st.none() | BASES | UNALIGNED), ma
 
 
 @given(WINDOWS, MOVES)
+@example([(1, True), (1, False)], [(0, 6 * PAGE), (1, 8 * PAGE)])
+@example([(1, True), (1, False)], [(0, 8 * PAGE), (1, 6 * PAGE)])
 def test_each_page_shows_ram_or_the_first_window_made(made, moves):
     """Page by page: the machine's RAM, else the window made first among those that are mapped there."""
     ram, told = islands(*ISLANDS), []
@@ -209,3 +213,54 @@ def test_it_is_in_no_core_dump():
     fresh = Ram.fresh(PAGE)
     for address in (fresh.regions[0].address, shown.address, window.address, contents):
         assert "dd" in flags(address)
+
+
+def test_what_is_read_from_a_file_is_checked_as_long_as_it_is(tmp_path):
+    """Looked at again when it is time, and no more once the region shows a copy."""
+    path, held = tmp_path / "file", os.urandom(4 * PAGE)
+    path.write_bytes(held)
+
+    def still(there):
+        if there.read_bytes() != held:
+            raise SnapshotError("it is another")
+
+    with path.open("rb") as file:
+        memory = FileMemory(file.fileno(), 0, len(held), path, stamp(file.fileno()), still)
+    ram = Ram((Region("ram.0", 0, len(held), memory, memoryview(memory), [(0, len(held))]), *Ram.fresh(PAGE).regions))
+    (region, fresh) = ram.regions
+    (descriptor,) = ram.files()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "file", 0)  # as where standard input was closed
+        assert ram.files() == [0]
+    assert os.pread(descriptor, PAGE, 0) == held[:PAGE]
+    assert region.touched()[0] == (0, len(held)) and not fresh.touched()
+    copy = region.kept()
+    assert bytes(copy.contents) == held
+    ram.check()
+    with path.open("r+b") as file:
+        file.write(bytes(PAGE))
+    ram.check(1e9)
+    for look in (region.check, ram.check, region.kept):
+        with pytest.raises(SnapshotError, match="it was changed while its RAM was in use: it is another"):
+            look()
+    assert region.showing(copy).stored == copy.extents
+    ram.check()
+    assert ram.files() == [] and bytes(region.view) == held
+    ram.close()
+
+
+def test_a_copy_that_nobody_has_is_gone():
+    copy = Ram.fresh(PAGE).regions[0].kept()
+    file = copy.file
+    os.fstat(file)
+    del copy
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)
+
+
+def test_fresh_ram_is_of_huge_pages_where_there_are():
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("a kernel without them")
+    ram = Ram.fresh(16 * PAGE)
+    assert "hg" in flags(ram.regions[0].address)
+    ram.close()
