@@ -7,6 +7,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -228,11 +229,26 @@ def test_preflight(box, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_preflight_of_a_folder_that_is_almost_full(box, tmp_path, monkeypatch):
+    box.call("pause")
+    path = str(tmp_path / "cut")
+    most = box.call("snapshot.preflight", path=path)["most_bytes"]
+    for free, fits in ((most, True), (most - 1, False)):
+        monkeypatch.setattr("os.statvfs", lambda _, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
+        if fits:
+            assert box.call("snapshot.preflight", path=path) == {"most_bytes": most, "free_bytes": free}
+        else:
+            with pytest.raises(Failed, match=f"it may take {most} bytes, and {free} are free there") as failed:
+                box.call("snapshot.preflight", path=path)
+            assert failed.value.code == protocol.HOST
+
+
 def test_devices(box):
     box.call("pause")
     found = box.call("devices")
     assert [each["name"] for each in found] == list(box.machine.states())
     (uart,) = box.call("devices", name="com1")
+    assert {**uart, "state": None} == {**next(each for each in found if each["name"] == "com1"), "state": None}
     assert uart["schema"] == "uart.16550a" and uart["state"]["mcr"] == box.machine.board.devices["com1"].state.mcr
     with pytest.raises(Failed, match="there is no part 'com9'; there are config") as failed:
         box.call("devices", name="com9")
@@ -375,9 +391,9 @@ def test_the_lifecycle_is_drawn():
 
 
 def test_the_errors_are_documented():
-    text = DOC.read_text()
-    for code, what in protocol.CODES.items():
-        assert re.search(rf"\| {code} \| {re.escape(what)} \|", text), code
+    """All, and no others."""
+    rows = re.findall(r"^\| (-?\d+) \| (.*?) \|", DOC.read_text(), re.MULTILINE)
+    assert rows == [(str(code), what) for code, what in protocol.CODES.items()]
 
 
 def test_the_example_exchange_is_true(box):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from types import SimpleNamespace
 
 import pytest
 
+from snapshot.verify import verify
+from tests.conftest import OWN
+from tests.vmm.conftest import OnTerminal
 from vmm.control import terminal
 from vmm.control.supervisor import Supervisor
 from vmm.errors import BackendError
@@ -45,3 +49,40 @@ def test_without_a_thread_it_is_not_begun(boot_own, shown, monkeypatch):
         with pytest.raises(BackendError, match="no thread for terminal"), terminal.Terminal(Supervisor(machine), None):
             pass
         assert not machine.board.console._listeners
+
+
+def test_a_halted_machine_waits_for_what_may_be_typed(boot_own, shown, monkeypatch):
+    """As long as there may be something."""
+    stdin = SimpleNamespace(isatty=lambda: False, closed=False)
+    monkeypatch.setattr("vmm.control.terminal.sys.stdin", stdin)
+    monkeypatch.setattr("select.select", lambda *_: ([], [], []))
+    with boot_own() as machine:
+        assert not machine.loop.awaits_input
+        with terminal.Terminal(Supervisor(machine), None):
+            assert machine.loop.awaits_input
+    stdin.closed = True
+    with boot_own() as machine, terminal.Terminal(Supervisor(machine), None):
+        assert not machine.loop.awaits_input
+
+
+@pytest.mark.parametrize(("save", "leave"), [(b"s", b"q"), (b"S", b"Q")])
+def test_on_a_terminal(tmp_path, save, leave):
+    """Every key is the guest's, Ctrl-C too, but the monitor's and the one behind that."""
+    terminal = OnTerminal(
+        os.environ, "run", "--kernel", OWN, "--flat", "--memory", "16M", "--save", tmp_path / "cut"
+    )  # fmt: skip
+    terminal.until(f"anyhyve: Ctrl-] then s saves to {tmp_path / 'cut'}, q quits".encode())
+    terminal.until(b"round")
+    for key in (b"\x03", b"\xff"):
+        terminal.type(key)
+        terminal.until(b"[" + key + b"]")
+    terminal.type(b"\x1d\x1d")
+    terminal.until(b"[\x1d]")
+    terminal.type(b"\x1dxa")
+    terminal.until(b"[a]")
+    assert b"[x]" not in terminal.seen
+    terminal.type(b"\x1d" + save)
+    terminal.until(b"saved to ")
+    terminal.type(b"\x1d" + leave)
+    assert terminal.wait() == 0
+    verify(tmp_path / "cut")
