@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+
+from vmm.cli import show
 
 CMDLINE = "console=ttyS0 mitigations=off"
 GOAL = b"shell ready"
@@ -49,7 +49,7 @@ def main() -> None:
     qemu = shutil.which("qemu-system-x86_64")
     if qemu is None:
         sys.exit("bench: no qemu-system-x86_64 here, so there is nothing to compare with")
-    table = Table("kernel", "anyhyve s (median)", "QEMU TCG s (median)", "ratio (median)", "ratios of single rounds")
+    table = []
     for kernel in ("vmlinuz", "vmlinux"):
         common = ["-kernel", str(guest / kernel), "-initrd", str(guest / "initrd.img"), "-append", arguments.append]
         theirs = [qemu, "-accel", "tcg", "-m", "256", "-smp", "1", "-nographic", "-nic", "none", "-no-reboot", *common]
@@ -63,8 +63,9 @@ def main() -> None:
         us, them = (statistics.median(column) for column in zip(*rows, strict=True))
         ratios = [a / b for a, b in rows]  # of neighbours in time: the computer's own ups and downs cancel
         singles = " ".join(f"{ratio:.2f}" for ratio in ratios)
-        table.add_row(kernel, f"{us:.2f}", f"{them:.2f}", f"{statistics.median(ratios):.2f}", singles)
-    Console().print(table)
+        table.append((kernel, f"{us:.2f}", f"{them:.2f}", f"{statistics.median(ratios):.2f}", singles))
+    columns = "kernel", "anyhyve s (median)", "QEMU TCG s (median)", "ratio (median)", "ratios of single rounds"
+    show.table(columns, table)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.qemu import CMDLINE, Qemu, debian
 from bench.save_restore import GOAL, main, timed
 from snapshot.verify import verify
+from vmm.cli import show
 from vmm.control.supervisor import Supervisor
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig
@@ -63,14 +63,14 @@ def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
     runner.join()
     qemu.close()
     them = statistics.median(theirs)
-    table = Table(f"{MIB} MiB guest, dirtying memory: the guest stands still", "ms", "of QEMU's")
+    rows = []
     for what, saves in (("checkpoint", live), ("checkpoint --hold", full)):
         us = statistics.median(save["pause_s"] for save in saves) * 1e3
-        table.add_row(what, f"{us:.1f}", f"{us / them:.3f}")
-    table.add_row("QEMU: stop and save", f"{them:.1f}", "1")
-    out.print(table)
+        rows.append((what, f"{us:.1f}", f"{us / them:.3f}"))
+    rows.append(("QEMU: stop and save", f"{them:.1f}", "1"))
+    show.table((f"{MIB} MiB guest, dirtying memory: the guest stands still", "ms", "of QEMU's"), rows)
     size, wall = (statistics.median(save[key] for save in live) for key in ("size_bytes", "wall_s"))
-    out.print(f"a checkpoint is whole on disk after {wall:.2f} s: {size / 1e6:.0f} MB")
+    show.line(f"a checkpoint is whole on disk after {wall:.2f} s: {size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

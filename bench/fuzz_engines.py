@@ -22,9 +22,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from snapshot.schema import encode
+from vmm.cli import show
 from vmm.testing import draw, fuzz
 from vmm.testing.case import Case
 from vmm.testing.subject import Subject
@@ -174,14 +174,15 @@ def main() -> None:
     found: dict[tuple[str, str], list[float | None]] = {}
     for bug, engine, seconds in runs(options.seeds, options.limit):
         found.setdefault((bug, engine), []).append(seconds)
-    table = Table("bug", *ENGINES, title=f"seconds to the find, median of {options.seeds}; limit {options.limit:g} s")
+    rows = []
     for bug in BUGS:
         medians = [statistics.median(options.limit if s is None else s for s in found[bug, e]) for e in ENGINES]
-        table.add_row(bug, *(f"{m:.2f}" if m < options.limit else "-" for m in medians))
+        rows.append((bug, *(f"{m:.2f}" if m < options.limit else "-" for m in medians)))
     sums = [sum(options.limit if s is None else s for b in BUGS for s in found[b, e]) for e in ENGINES]
     finds = [sum(s is not None for b in BUGS for s in found[b, e]) for e in ENGINES]
-    table.add_row("all runs: found, seconds", *(f"{n}, {s:.0f}" for n, s in zip(finds, sums, strict=True)))
-    Console().print(table)
+    rows.append(("all runs: found, seconds", *(f"{n}, {s:.0f}" for n, s in zip(finds, sums, strict=True))))
+    title = f"seconds to the find, median of {options.seeds}; limit {options.limit:g} s"
+    show.table(("bug", *ENGINES), rows, title=title)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from vmm.cli import show
 from vmm.errors import BackendError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig
@@ -56,7 +55,7 @@ def main() -> int:
             rows.append((ours / READS * 1e6, theirs / READS * 1e6))
     us, them = (statistics.median(column) for column in zip(*rows, strict=True))
     ratio = statistics.median(a / b for a, b in rows)
-    Console().print(f"one port read on KVM: {us:.1f} us, {them:.1f} us in C, ratio {ratio:.2f}")
+    show.line(f"one port read on KVM: {us:.1f} us, {them:.1f} us in C, ratio {ratio:.2f}")
     return 0
 
 

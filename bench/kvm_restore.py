@@ -9,8 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-
+from vmm.cli import show
 from vmm.errors import BackendError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig
@@ -25,7 +24,6 @@ CODE = (
 
 
 def main() -> int:
-    out = Console()
     image = Image(CODE, flat=True)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         file = Path(folder, "guest")
@@ -43,7 +41,7 @@ def main() -> int:
                 with Machine.restore(file, "kvm", max_memory=mib << 20) as woken:
                     woken.run()
                     times.append((time.perf_counter() - started) * 1e3)
-            out.print(f"restore on KVM, file to first exit, {mib} MiB: {statistics.median(times):.1f} ms")
+            show.line(f"restore on KVM, file to first exit, {mib} MiB: {statistics.median(times):.1f} ms")
         with Machine.restore(file, "kvm", max_memory=4 << 30) as woken:
             moment = woken.moment()
             whole, back = [], []
@@ -56,7 +54,7 @@ def main() -> int:
                 back.append(time.perf_counter() - ran)
                 assert dirty >= PAGES * 4096
         reset_ms = statistics.median(back) * 1e3
-        out.print(
+        show.line(
             f"reset with {PAGES} dirty pages: {reset_ms:.2f} ms, {1e3 / reset_ms:.0f} a second; "
             f"with the guest's run {1 / statistics.median(whole):.0f} a second"
         )

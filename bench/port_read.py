@@ -6,9 +6,9 @@ import statistics
 import time
 
 import unicorn
-from rich.console import Console
 from unicorn import x86_const as x86
 
+from vmm.cli import show
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig
 
@@ -38,7 +38,7 @@ def bare() -> float:
 def main() -> None:
     rows = [(ours(), bare()) for _ in range(5)]
     us, them = (statistics.median(column) for column in zip(*rows, strict=True))
-    Console().print(f"one port read: {us:.2f} us through the bus, {them:.2f} us bare hook, ratio {us / them:.2f}")
+    show.line(f"one port read: {us:.2f} us through the bus, {them:.2f} us bare hook, ratio {us / them:.2f}")
 
 
 if __name__ == "__main__":

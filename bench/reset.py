@@ -14,11 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from bench.qemu import Qemu
 from bench.save_restore import timed
+from vmm.cli import show
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped
 
@@ -77,22 +75,21 @@ def main() -> None:
     parser.add_argument("--verify-reset", action="store_true", help="compare everything after each; slow")
     parser.add_argument("--million", action="store_true", help="a million resets, and the memory they took")
     arguments = parser.parse_args()
-    out = Console()
-    table = Table("dirty pages", "resets/s, with the run", "QEMU loadvm/s, without", "times")
+    rows = []
     qemu = shutil.which("qemu-img") is not None and shutil.which("qemu-system-x86_64") is not None
     for pages in (1, 10, 50, 200):
         us = statistics.median(rates(pages, BATCH, arguments.verify_reset))
         with tempfile.TemporaryDirectory(dir=".") as folder:
             them = 1e3 / loadvms(pages, Path(folder)) if qemu else None
         theirs = ("no QEMU here", "") if them is None else (f"{them:,.0f}", f"{us / them:.0f}")
-        table.add_row(str(pages), f"{us:,.0f}", *theirs)
-    out.print(table)
+        rows.append((pages, f"{us:,.0f}", *theirs))
+    show.table(("dirty pages", "resets/s, with the run", "QEMU loadvm/s, without", "times"), rows)
     if arguments.million:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter()
         rates(10, 1_000_000 // ROUNDS + 1, False)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        out.print(f"a million resets: {time.perf_counter() - started:.0f} s, memory grew by {grown} KiB")
+        show.line(f"a million resets: {time.perf_counter() - started:.0f} s, memory grew by {grown} KiB")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import zstandard
 from rich.console import Console
-from rich.table import Table
 
 from bench.qemu import CMDLINE, Qemu, debian
+from vmm.cli import show
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig
 
@@ -85,21 +85,21 @@ def measure(guest: Path, rounds: int, folder: Path, out: Console) -> None:
 
         incoming.append(timed(come))
         waiting.close()
-    table = Table("what", "anyhyve ms", "QEMU ms", "ratio")
+    rows = []
     median = statistics.median
     for what, us, them in (
         ("save: guest stopped", saves, theirs),
         ("restore: to first instruction", restores, incoming),
     ):
-        table.add_row(what, f"{median(us):.1f}", f"{median(them):.1f}", f"{median(us) / median(them):.2f}")
+        rows.append((what, f"{median(us):.1f}", f"{median(them):.1f}", f"{median(us) / median(them):.2f}"))
     for mib in (256, 1024, 4096):
         with Machine.boot(MachineConfig(memory_bytes=mib << 20), image) as large:
             large.run(position=50_000_000)
             large.save(folder / "large")
         times = [timed(lambda: wake(folder / "large")) for _ in range(rounds)]
-        table.add_row(f"restore: {mib} MiB of RAM", f"{median(times):.1f}", "", "")
-    out.print(table)
-    out.print(sizes(machine, folder, stream))
+        rows.append((f"restore: {mib} MiB of RAM", f"{median(times):.1f}", "", ""))
+    show.table(("what", "anyhyve ms", "QEMU ms", "ratio"), rows)
+    show.table(("on disk", "anyhyve MB", "QEMU stream MB", "ratio"), sizes(machine, folder, stream))
 
 
 def a_second(machine: Machine) -> None:
@@ -108,7 +108,7 @@ def a_second(machine: Machine) -> None:
         machine.run(position=machine.position + 10_000)
 
 
-def sizes(machine: Machine, folder: Path, stream: Path) -> Table:
+def sizes(machine: Machine, folder: Path, stream: Path) -> list[tuple[str, ...]]:
     """On disk, of the same booted guest: raw, packed with zstd level 3, and a second of idling as a difference."""
     a_second(machine)  # the shell starts
     machine.save(folder / "packed", packed=True)
@@ -118,11 +118,11 @@ def sizes(machine: Machine, folder: Path, stream: Path) -> Table:
     theirs = len(zstandard.ZstdCompressor(level=3).compress(stream.read_bytes())) / 1e6
     mb = {name: (folder / name).stat().st_blocks * 512 / 1e6 for name in ("before", "packed", "idle")}
     raw = stream.stat().st_size / 1e6
-    table = Table("on disk", "anyhyve MB", "QEMU stream MB", "ratio")
-    table.add_row("raw", f"{mb['before']:.1f}", f"{raw:.1f}", f"{mb['before'] / raw:.2f}")
-    table.add_row("zstd", f"{mb['packed']:.1f}", f"{theirs:.1f}", f"{mb['packed'] / theirs:.2f}")
-    table.add_row("1 s of idling, as a difference", f"{mb['idle']:.1f}", "", "")
-    return table
+    return [
+        ("raw", f"{mb['before']:.1f}", f"{raw:.1f}", f"{mb['before'] / raw:.2f}"),
+        ("zstd", f"{mb['packed']:.1f}", f"{theirs:.1f}", f"{mb['packed'] / theirs:.2f}"),
+        ("1 s of idling, as a difference", f"{mb['idle']:.1f}", "", ""),
+    ]
 
 
 if __name__ == "__main__":

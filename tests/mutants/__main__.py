@@ -21,11 +21,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from tests.mutants.campaign import FOUND, KNOWN, LIVED, NOT_HERE, NOT_TRIED, Broken, Verdict, campaign
+from tests.mutants.mutate import Mutant as Mutant
 from tests.mutants.mutate import Site, Source, sample
 from tests.mutants.suites import files
+from vmm.cli import show
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -57,15 +58,21 @@ def sites(patterns: list[str]) -> list[Site]:
     ]
 
 
-def show(console: Console, verdict: Verdict) -> None:
+def console() -> Console:
+    """Standard error; it cuts no line."""
+    return Console(stderr=True, soft_wrap=True)
+
+
+def say(out: Console, verdict: Verdict) -> None:
     mutant = verdict.mutant
-    console.print(f"[bold]{verdict.what}[/] {escape(f'{mutant.file}::{mutant.function} ({mutant.operator})')}")
-    console.print(escape(f"  - {mutant.before}\n  + {mutant.after}"), highlight=False)
+    out.print(f"[bold]{verdict.what}[/] {escape(f'{mutant.file}::{mutant.function} ({mutant.operator})')}")
+    out.print(escape(f"  - {mutant.before}\n  + {mutant.after}"), highlight=False)
 
 
-def table(verdicts: list[Verdict]) -> Table:
-    """A row a folder, and all of them."""
-    result = Table("", *(columns := (FOUND, LIVED, KNOWN, NOT_HERE, NOT_TRIED)), "% found", "s a mutant")
+def sum_up(verdicts: list[Verdict]) -> None:
+    """A table: a row a folder, and all of them."""
+    kinds = FOUND, LIVED, KNOWN, NOT_HERE, NOT_TRIED
+    rows: list[tuple[str, ...]] = []
     folders: dict[str, list[Verdict]] = {}
     for verdict in sorted(verdicts, key=lambda v: v.mutant.file):
         folders.setdefault(str(Path(verdict.mutant.file).parent), []).append(verdict)
@@ -73,8 +80,8 @@ def table(verdicts: list[Verdict]) -> Table:
         counts = Counter(verdict.what for verdict in some)
         tried = [v.seconds for v in some if v.what in (FOUND, LIVED)]
         mean = f"{sum(tried) / len(tried):.1f}" if tried else ""
-        result.add_row(name, *(str(counts[what]) for what in columns), f"{percent(some):.1f}", mean)
-    return result
+        rows.append((name, *(str(counts[what]) for what in kinds), f"{percent(some):.1f}", mean))
+    show.table(("", *kinds, "% found", "s a mutant"), rows, err=True)
 
 
 def percent(verdicts: list[Verdict]) -> float:
@@ -84,12 +91,12 @@ def percent(verdicts: list[Verdict]) -> float:
 
 
 def main() -> int:
-    asked, console = options(), Console(stderr=True)
+    asked, out = options(), console()
     mutants = sample(sites(asked.only), asked.seed, asked.count)
-    console.print(f"{len(mutants)} mutants, --seed {asked.seed}")
+    out.print(f"{len(mutants)} mutants, --seed {asked.seed}")
     verdicts: list[Verdict] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=out) as progress:
         task = progress.add_task("mutants", total=len(mutants))
         try:
             for verdict in campaign(ROOT, mutants, asked.jobs, asked.seconds):
@@ -100,10 +107,10 @@ def main() -> int:
                     del line["mutant"]["code"]
                     print(json.dumps(line), flush=True)
                 if verdict.what == LIVED:
-                    show(progress.console, verdict)
+                    say(progress.console, verdict)
         except Broken as error:
             sys.exit(str(error))
-    console.print(table(verdicts))
+    sum_up(verdicts)
     return int(percent(verdicts) < asked.least)
 
 

@@ -35,7 +35,7 @@ def catalog_group(ctx: click.Context, name: str | None, vm: str | None, as_json:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time_s))
         size, kept = f"{entry.size_bytes / 1e6:.1f}", "kept" if entry.kept else ""
         rows.append((entry.machine, entry.path.name, when, size, entry.parent or "", kept, entry.problem or ""))
-    show.table(("machine", "snapshot", "time", "on disk MB", "parent", "kept", "problem"), rows, whole="snapshot")
+    show.table(("machine", "snapshot", "time", "on disk MB", "parent", "kept", "problem"), rows)
 
 
 def _file(ctx: click.Context, param: click.Parameter, value: str) -> Path:

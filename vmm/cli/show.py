@@ -46,16 +46,22 @@ def console(data: bytes) -> None:
     sys.stdout.buffer.write(data)
 
 
-def table(columns: Sequence[str], rows: Iterable[Iterable[object]], whole: str | None = None) -> None:
-    """A table; the column `whole` is not broken into lines."""
+def table(
+    columns: Sequence[str], rows: Iterable[Iterable[object]], title: str | None = None, err: bool = False
+) -> None:
+    """A table, on standard error if `err`. On a terminal, cells that are too wide for it are broken into lines;
+    anywhere else a row is one line, however long. Nothing is left out."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    drawn = Table(*(Column(Text(shown(name)), no_wrap=name == whole) for name in columns))
+    drawn = Table(*(Column(Text(shown(name)), overflow="fold") for name in columns), title=title and Text(title))
     for row in rows:
         drawn.add_row(*(Text(shown(cell)) for cell in row))
-    Console().print(drawn)
+    console = Console(stderr=err)
+    if not console.file.isatty():
+        console.width = sys.maxsize
+    console.print(drawn)
 
 
 @contextmanager
