@@ -113,7 +113,7 @@ def test_ours(long, what):
 
 def test_mutants():
     """What `python -m tests.mutants` says; mutmut is an extra."""
-    tool = pytest.importorskip("tests.mutants.__main__", exc_type=ModuleNotFoundError)
+    tool = pytest.importorskip("tests.mutants.__main__", reason="no mutmut here: pip install 'anyhyve[mutants]'")
     mutant = tool.Mutant(str(FILE), LONG, "operator", str(FILE), LONG, "")
     verdicts = [tool.Verdict(mutant, tool.LIVED)]
     lines = drawn(lambda: tool.say(tool.console(), verdicts[0]), terminal=False)
