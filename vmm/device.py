@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
-from vmm.registers import Bank, Register
+from vmm.registers import Bank, Register, shared
 
 S = TypeVar("S")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,9 +51,9 @@ class Device(Generic[S]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = [register for member in vars(cls).values() for register in getattr(member, "_registers", ())]
-        places = [(r.kind, r.bank, r.offset, r.size) for r in own]
-        if twice := next((place for place in places if places.count(place) > 1), None):
-            raise TypeError(f"{cls.__name__}: two methods for the same register: {twice}")
+        if twice := shared(own):
+            one, other = twice
+            raise TypeError(f"{cls.__name__}: two methods for the same register: {one}, and {other}")
         found = {(r.kind, r.bank, r.offset, r.size): r for r in (*cls.registers, *own)}
         cls.registers = tuple(found.values())
         cls.banks = {name: Bank(cls.registers, name) for name in dict.fromkeys(r.bank for r in cls.registers)}

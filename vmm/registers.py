@@ -10,7 +10,9 @@ A family costs one entry, however many it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -66,6 +68,21 @@ class Register:
         index, off = divmod(offset - self.offset, self.span.step)
         return partial(method, index) if not off and 0 <= index < self.span.count and size == self.size else None
 
+    def meets(self, other: Register) -> bool:
+        """Whether some access is for both of them alike. One of its own size goes before one of any."""
+        if (self.kind, self.bank, self.size) != (other.kind, other.bank, other.size):
+            return False
+        if self.size == ANY:
+            return self.offset < other.end and other.offset < self.end
+        fewer, more = sorted((self._offsets, other._offsets), key=len)
+        apart = fewer[-1] < more[0] or more[-1] < fewer[0]
+        return not apart and any(offset in more for offset in fewer)
+
+    @property
+    def _offsets(self) -> range:
+        step, count = (1, 1) if self.span is None else (self.span.step, self.span.count)
+        return range(self.offset, self.offset + step * count, step)
+
     def __str__(self) -> str:
         return f"{self.kind} {self.bank or 'registers'}+{self.offset:#x}/{self.size or 'any'} {self.method}"
 
@@ -85,6 +102,9 @@ def _declare(kind: str, offsets: tuple[int | Span, ...], bank: str, size: int) -
         raise TypeError("a register of any size is declared with a span")
 
     def mark(function: F) -> F:
+        before = sys._getframe(1).f_locals.get(function.__name__)  # in the class, when it is read
+        if before is not function and hasattr(before, "_registers"):
+            raise TypeError(f"{function.__qualname__}: two methods of one name, and the first has registers")
         declared: list[Register] = getattr(function, "_registers", [])
         for at in offsets:
             place, family = (at.start, at) if isinstance(at, Span) else (at, None)
@@ -93,6 +113,11 @@ def _declare(kind: str, offsets: tuple[int | Span, ...], bank: str, size: int) -
         return function
 
     return mark
+
+
+def shared(registers: Iterable[Register]) -> tuple[Register, Register] | None:
+    """Two of them that answer one access; None where no two do."""
+    return next((pair for pair in itertools.combinations(registers, 2) if pair[0].meets(pair[1])), None)
 
 
 class Bank:

@@ -11,13 +11,14 @@ from snapshot.schema import state
 from vmm.board import isapc
 from vmm.board.alarms import Alarms
 from vmm.board.config import MachineConfig
+from vmm.board.declared import made
 from vmm.board.dma import RamDma
 from vmm.board.slot import A20, At, Cascade, Fixed, Intr, Irq, Serial, Slot
 from vmm.bus import Bus, Window
 from vmm.clock import GuestClock
 from vmm.device import Device
 from vmm.devices.isa.pic import CASCADE, Pic, PicPair
-from vmm.errors import RequestError
+from vmm.errors import BackendError, RequestError
 from vmm.host.console import Console
 from vmm.ram import Ram
 from vmm.wires import (
@@ -69,7 +70,8 @@ class Board:
     """All chips of one machine. It drives nothing until a CPU is attached."""
 
     def __init__(self, config: MachineConfig, clock: GuestClock, ram: Ram | None = None) -> None:
-        """Raises RequestError for a device that cannot be put on it, BackendError for one that is not here."""
+        """Raises RequestError for a device that cannot be put on it, BackendError for one that is not here, or of a
+        kind whose code fails."""
         self.clock = clock
         self.bus = Bus()
         self.state = BoardState()
@@ -85,8 +87,15 @@ class Board:
         self._a20 = Junction(lambda level: self._pins.set_a20(level))
         self._irqs = [Junction(partial(self._drive_irq, irq)) for irq in range(16)]
         self._posting: dict[int, bool] = {}
+        given = {device.id for device in config.devices}
         for slot in self.slots:
-            self._put(slot)
+            try:
+                self._put(slot)
+            except Exception as error:
+                if slot.id not in given or isinstance(error, RequestError):
+                    raise
+                # A kind may be of somebody's package.
+                raise BackendError(f"device {slot.id}: {type(error).__name__}: {error}") from error
         pics = [device for device in self.devices.values() if isinstance(device, Pic)]
         self.pics = PicPair(*pics)
 
@@ -99,7 +108,7 @@ class Board:
 
     def _put(self, slot: Slot) -> None:
         alarms = len(self.alarms)
-        device = wire(slot.device, partial(self._wire, slot))
+        device = made(partial(wire, slot.device, partial(self._wire, slot)))
         if len(self.alarms) > alarms:
             self.alarms.belongs(device)
         elif type(device).deadline is not Device.deadline:

@@ -21,7 +21,7 @@ from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 
 from snapshot.field_types import Range, u8
-from vmm.board import options
+from vmm.board import declared, options
 from vmm.board.config import PLACES, DeviceConfig
 from vmm.board.slot import At, Fixed, Irq, Lead, Slot
 from vmm.device import Device
@@ -55,8 +55,8 @@ class Kind:
 
     def wrong(self) -> str | None:
         """What does not fit together in it, if anything: a device could not be made."""
-        if not hasattr(self.device, "State"):
-            return f"{self.device.__name__} has no State"
+        if (said := declared.wrong(self.device)) is not None:
+            return said
         if unknown := [bank for bank in self.banks if bank not in self.device.banks]:
             return f"{self.device.__name__} has no bank {unknown[0]!r}"
         hints = typing.get_type_hints(self.device.__init__)
