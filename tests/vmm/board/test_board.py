@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from typing import Annotated, Any
 
 import pytest
@@ -10,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapshot.field_types import Range
-from vmm.board import isapc
+from vmm.board import isapc, kinds
 from vmm.board.alarms import Alarms
 from vmm.board.board import Board
-from vmm.board.config import RESERVED, MachineConfig
+from vmm.board.config import RESERVED, DeviceConfig, MachineConfig, named
 from vmm.board.dma import RamDma
 from vmm.board.isapc import CHIPS
 from vmm.board.kinds import OURS, Kind
@@ -22,6 +23,7 @@ from vmm.clock import GuestClock
 from vmm.device import Device
 from vmm.devices.isa.debugcon import Debugcon
 from vmm.devices.isa.pit import Pit
+from vmm.errors import BackendError
 from vmm.ram import Ram
 from vmm.registers import reads, span
 from vmm.saving.parts import parts_of
@@ -170,3 +172,53 @@ class Unused:
 def test_a_kind_that_does_not_fit_together(kind, why):
     assert why in (kind.wrong() or "")
     assert all(ours.wrong() is None for ours in OURS)
+
+
+class Unmade(Debugcon):
+    def __init__(self) -> None:
+        pass
+
+
+class Raises(Debugcon):
+    def __init__(self) -> None:
+        raise ValueError("no such colour")
+
+
+class NoAlarm(Debugcon):
+    def __init__(self) -> None:
+        super().__init__(lambda byte: None, 0)
+
+    def deadline(self) -> int | None:
+        return 1
+
+
+class Unwired(Debugcon):
+    def __init__(self, speed: int) -> None:
+        super().__init__(lambda byte: None, speed)
+
+
+class Deaf(Debugcon):
+    @reads(1)
+    def read_more(self, value: int) -> int:
+        return value
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        (Unmade, r"TypeError: Unmade.__init__ \(test_board.py:\d+\) is to call super\(\).__init__\(\) .*"),
+        (Raises, "ValueError: no such colour"),
+        (NoAlarm, "TypeError: NoAlarm has deadlines, and no Alarm to tell them to"),
+        (Unwired, "TypeError: Unwired: nothing is wired to 'speed'"),
+        (Deaf, r"device theirs: .*: Deaf.read_more \(test_board.py:\d+\) is to take \(self\): it answers a read"),
+    ],
+)
+def test_a_device_of_another_package_that_cannot_be_made(monkeypatch, device, why):
+    """One line, which the command line shows as such."""
+    monkeypatch.setitem(globals(), "KIND", Kind("theirs", device))
+    monkeypatch.setattr(kinds, "_theirs", lambda: {"theirs": EntryPoint("theirs", f"{__name__}:KIND", kinds.GROUP)})
+    kinds.kind.cache_clear()
+    config = MachineConfig(devices=named([DeviceConfig.parse("theirs,port=0x300")]))
+    with pytest.raises(BackendError, match=f"^device theirs0: {why}$"):
+        Board(config, GuestClock(1_000_000))
+    kinds.kind.cache_clear()
