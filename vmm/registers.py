@@ -74,9 +74,10 @@ class Register:
             return False
         if self.size == ANY:
             return self.offset < other.end and other.offset < self.end
-        fewer, more = sorted((self._offsets, other._offsets), key=len)
-        apart = fewer[-1] < more[0] or more[-1] < fewer[0]
-        return not apart and any(offset in more for offset in fewer)
+        fine, coarse = sorted((self._offsets, other._offsets), key=lambda offsets: offsets.step)
+        first = coarse.start + max(0, -(-(fine.start - coarse.start) // coarse.step)) * coarse.step
+        end = min(coarse[-1], fine[-1], first + coarse.step * fine.step) + 1  # then it comes round again
+        return any(offset in fine for offset in range(first, end, coarse.step))
 
     @property
     def _offsets(self) -> range:

@@ -45,20 +45,21 @@ def replay(id: str | None, folder: Path, file: Path | None, against: str | None,
 def _find(folder: Path, id: str, as_json: bool) -> None:
     try:
         from vmm.testing import fuzz
+        from vmm.testing.case import cause, told
     except ImportError as error:
         raise BackendError(f"{error.name} is not installed: pip install 'anyhyve[test]'") from None
     if (path := fuzz.find(folder, id)) is None:
         raise RequestError(f"no find {id} in {folder}")
     sys.path.insert(0, "")  # for MODULE:CLASS
     case = fuzz.load(path)
-    why = case.failure()
+    lines, raised = case.told()
+    said = told(raised) if raised else ["fails no more"]
     if as_json:
-        show.as_json({**case.to_json(), "cause": why})
+        show.as_json({**case.to_json(), "cause": raised and cause(raised), "played": lines, "said": said})
     else:
-        for line in case.lines():
+        for line in [*lines, f"{case.device}: {said[0]}", *said[1:]]:
             show.line(line)
-        show.line(f"{case.device}: {why or 'fails no more'}")
-    sys.exit(0 if why is None else 1)
+    sys.exit(0 if raised is None else 1)
 
 
 def _here(commands: list[qtest.Command], as_json: bool) -> None:

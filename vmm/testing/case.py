@@ -66,10 +66,10 @@ class Case:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RequestError("not a case") from None
 
-    def run(self, *, subject: Subject | None = None, **how: Any) -> None:
+    def run(self, *, subject: Subject | None = None, answers: list[Any] | None = None, **how: Any) -> None:
         """Raises what the device raises, or AssertionError for what does not hold; Stale when the case is none of this
         device as it is now. A state that is none of its schema must be refused, and then is. `subject` when it is not
-        the one of this name; `how` as Twins has it."""
+        the one of this name; `answers` is given what each action answers; `how` as Twins has it."""
         subject = subject or Subject.named(self.device)
         for action in self.actions:
             if isinstance(action, actions.Call):
@@ -88,19 +88,34 @@ class Case:
             return
         assert schema.encode(value) == fields, "a state is not as it was read"
         twins = Twins(subject, value, self.now, **how)
+        answers = [] if answers is None else answers
         for action in self.actions:
-            twins.do(action)
+            answers.append(twins.do(action))
         twins.check()
 
     def failure(self, **how: Any) -> str | None:
         """What goes wrong, in words that are the same whenever it goes wrong for the same reason; None when nothing
         does. Raises Stale, as `run`."""
+        error = self._raised(**how)
+        return None if error is None else cause(error)
+
+    def told(self, **how: Any) -> tuple[list[str], Exception | None]:
+        """The same with all numbers: its lines, with what was answered to each, and what is raised in the end."""
+        answers: list[Any] = []
+        error = self._raised(answers=answers, **how)
+        done = len(self.actions)
+        answers += [None] * (done - len(answers))
+        lines = self.lines()
+        said = [line + _answered(answer) for line, answer in zip(lines[-done:], answers, strict=True)] if done else []
+        return lines[: len(lines) - done] + said, error
+
+    def _raised(self, **how: Any) -> Exception | None:
         try:
             self.run(**how)
         except Stale:
             raise
         except Exception as error:
-            return cause(error)
+            return error
         return None
 
     def lines(self) -> list[str]:
@@ -120,13 +135,31 @@ def _decode(fields: dict[str, Json], subject: Subject) -> Any:
 
 
 def cause(error: BaseException) -> str:
-    """The kind of an error, what it says but for numbers, and where: the innermost function that is not a test's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/vmm/testing/" not in f.filename]
+    """What is told of an error, but for the numbers."""
+    kind, said, where = _parts(error)
+    return f"{kind}: {re.sub(_NUMBERS, 'N', said)}{where}"
+
+
+def told(error: BaseException) -> list[str]:
+    """The kind of an error, what it says, and where; and what was expected and what came, where that is known."""
+    return ["{}: {}{}".format(*_parts(error)), *getattr(error, "__notes__", ())]
+
+
+def _parts(error: BaseException) -> tuple[str, str, str]:
+    """Its kind, its first line, and the innermost function that is the device's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _OURS.search(f.filename)]
     where = f" in {frames[-1].name}" if frames else ""
-    said = re.sub(r"0x[0-9a-f]+|\d+|b?'[^']*'", "N", str(error).split("\n")[0])
-    return f"{type(error).__name__}: {said}{where}"
+    return type(error).__name__, str(error).split("\n")[0], where
 
 
+def _answered(answer: Any) -> str:
+    if answer is None:
+        return ""
+    return f": {answer:#x}" if type(answer) is int else f": {answer!r}"
+
+
+_NUMBERS = r"-?0x[0-9a-f]+|\d+|b?'[^']*'"
+_OURS = re.compile(r"/vmm/(testing/|bus\.py)")
 _SHRINK_S = 30
 
 

@@ -8,8 +8,10 @@ vmm/testing/twins.py.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from types import TracebackType
 from typing import Any, ClassVar
 
 from hypothesis import Phase, settings
@@ -34,12 +36,37 @@ from vmm.testing.strategies import WAITS, accesses, calls, states
 from vmm.testing.subject import BANK, Subject
 from vmm.testing.twins import Twins
 
+_BETWEEN = {
+    *(f"vmm.testing.{name}" for name in ("case", "devices", "rig", "subject", "twins", "watched")),
+    "vmm.board.declared",
+    "vmm.bus",
+    "vmm.wires",
+}
 Tested = type[Device[Any]] | Build | Subject
 
 
 def check_device(device: Tested, *, examples: int | None = None, steps: int = 40) -> None:
     """Run the properties, on as many examples as Hypothesis' profile says. Raises what the device raised, or
-    AssertionError for what does not hold; the shortest way there is in its note."""
+    AssertionError for what does not hold, the shortest way there in its note; TypeError for what is declared wrongly.
+    Its traceback is of the device's code."""
+    try:
+        _check(device, examples, steps)
+    except Exception as error:
+        error.__traceback__ = _theirs(error)
+        raise
+
+
+def _theirs(error: Exception) -> TracebackType | None:
+    """An error's traceback without what is between the test and the device."""
+    found = None
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        module = str(frame.f_globals.get("__name__"))
+        if module.partition(".")[0] != "hypothesis" and module not in _BETWEEN:
+            found = TracebackType(found, frame, frame.f_lasti, line)
+    return found
+
+
+def _check(device: Tested, examples: int | None, steps: int) -> None:
     subject = device if isinstance(device, Subject) else Subject.of(device)
     machine: Any = device_machine(subject)
     # A way that is found is made short by us, as a case: steps of a state machine shrink a hundred times slower.
@@ -49,16 +76,17 @@ def check_device(device: Tested, *, examples: int | None = None, steps: int = 40
     )  # fmt: skip
     try:
         run_state_machine_as_test(machine, settings=how)
+        return
     except Exception as error:
-        case: Case | None = machine.played
-        if case is None or (why := case.failure(subject=subject)) is None:
-            raise
-        small = smallest(case, why, subject=subject)
-        try:
-            small.run(subject=subject)
-        except Exception as shown:
-            shown.add_note(f"The shortest way there:\n{small}")
-            raise shown from error
+        found = error
+    case: Case | None = machine.played
+    if case is None or (why := case.failure(subject=subject)) is None:
+        raise found
+    lines, shown = smallest(case, why, subject=subject).told(subject=subject)
+    if shown is None:
+        raise found
+    shown.add_note("\n".join(("The shortest way there:", *lines)))
+    raise shown
 
 
 def device_machine(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from vmm.board.declared import made
 from vmm.board.slot import Fixed, Lead, Slot
 from vmm.device import Device
 from vmm.wires import UNWIRED, Alarm, Clock, Dma, Line, Msi, Posting, wire
@@ -101,10 +102,10 @@ def _is_sink(annotation: Any) -> bool:
 
 def wiring(cls: type[Device[Any]], leads: Mapping[str, Lead] | None = None) -> Build:
     """How to build a device from its class, each argument of its constructor wired to a rig by its annotation
-    (vmm.wires). Raises TypeError for one that is something else and has no default."""
+    (vmm.wires). Raises TypeError for one that is something else and has no default, and for a device without state."""
 
     def build(rig: Rig) -> Device[Any]:
-        return wire(cls, partial(rig.wire, leads or {}))
+        return made(partial(wire, cls, partial(rig.wire, leads or {})))
 
     build(Rig())
     return build

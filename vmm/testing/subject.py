@@ -6,16 +6,14 @@ import functools
 import importlib
 import inspect
 import sys
-import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any
 
 from snapshot import field_types as types
-from snapshot import schema
 from snapshot.errors import SnapshotError
-from vmm.board import kinds
+from vmm.board import declared, kinds
 from vmm.board.config import DeviceConfig
 from vmm.board.isapc import CHIPS
 from vmm.board.slot import At
@@ -44,9 +42,16 @@ class Subject:
     def of(cls, device: type[Device[Any]] | Build, at: tuple[At, ...] | None = None) -> Subject:
         """A class whose constructor says what its wires are, or a function that builds a device from a Rig. Where `at`
         does not say it, the banks lie among the ports, or, if they are too large for that or have registers of eight
-        bytes, in memory."""
+        bytes, in memory. Raises TypeError for what is no device or is declared wrongly, and what its constructor
+        raises."""
+        if isinstance(device, type) and (said := declared.wrong(device)):
+            raise TypeError(said)
+        if not callable(device):
+            raise TypeError(f"{device!r} is neither a device's class nor a function that makes one of a Rig")
         build = wiring(device) if isinstance(device, type) else device
-        made = type(build(Rig()))
+        made = type(declared.made(lambda: build(Rig())))
+        if said := declared.wrong(made):
+            raise TypeError(said)
         return cls(f"{made.__module__}:{made.__qualname__}", made, build, _places(made) if at is None else at)
 
     @classmethod
@@ -102,22 +107,16 @@ class Subject:
             return Command("write", size, address, value)
         return Command("out", size, address & 0xFFFF, value)
 
-    def put(self, bus: Bus, device: Device[Any]) -> None:
-        """Put its banks where they lie."""
+    def put(self, bus: Bus, device: Any) -> None:
+        """Put a device's banks where they lie."""
         for at in self.at:
             space = bus.memory if at.space == "memory" else bus.ports
             space.window(device, at.bank, width=at.width).map(at.base)
 
     @functools.cached_property
-    def calls(self) -> dict[str, dict[str, types.Type]]:
+    def calls(self) -> dict[str, Mapping[str, types.Type]]:
         """The @outside methods, with the types of their parameters; and RESET#, which every device has."""
-        found: dict[str, dict[str, types.Type]] = {"reset": {}}
-        for method in self.device.outside:
-            function = getattr(self.device, method)
-            hints = typing.get_type_hints(function, include_extras=True)
-            names = list(inspect.signature(function).parameters)[1:]
-            found[method] = {name: schema.type_of(hints[name], f"{method}.{name}") for name in names}
-        return found
+        return {"reset": {}, **declared.outside(self.device)}
 
     @functools.cached_property
     def modules(self) -> tuple[ModuleType, ...]:

@@ -37,6 +37,18 @@ class CounterState:
     at_ns: u64 = 0
 
 
+def hiding_place() -> Callable[..., int]:
+    """Keeps what it is called with, where no look at a device's attributes finds it."""
+    hidden = 0
+
+    def keep(value: int | None = None) -> int:
+        nonlocal hidden
+        hidden = hidden if value is None else value
+        return hidden
+
+    return keep
+
+
 class Counter(Device[CounterState]):
     """One byte, a line that is its lowest bit, a timer, and a pin."""
 
@@ -45,7 +57,7 @@ class Counter(Device[CounterState]):
     def __init__(self, clock: Clock, alarm: Alarm, line: Line, sink: Callable[[int], None]) -> None:
         super().__init__()
         self.clock, self.alarm, self.line, self.sink = clock, alarm, line, sink
-        self.hidden = 0
+        self.hidden = hiding_place()
 
     @reads(0)
     def read(self) -> int:
@@ -86,11 +98,11 @@ def test_a_device_built_by_a_function():
 
 class Forgetful(Counter):
     def read(self):
-        return self.hidden
+        return self.hidden()
 
     def set(self, value):
         super().set(value)
-        self.hidden = value
+        self.hidden(value)
 
 
 class Wide(Counter):
@@ -157,13 +169,13 @@ class KnocksLater(Counter):
     """The twin's line goes up twice where the original's does once."""
 
     def set(self, value):
-        if self.hidden:
+        if self.hidden():
             self.line(False)
         super().set(value)
 
     def restored(self):
         super().restored()
-        self.hidden = self.state.count & 1
+        self.hidden(self.state.count & 1)
 
 
 class Loses(Counter):
@@ -185,10 +197,10 @@ class TooMuch(Counter):
 class PinForgotten(Counter):
     @outside
     def pin(self, value: u8):
-        self.hidden = value
+        self.hidden(value)
 
     def read(self):
-        return self.state.count ^ self.hidden
+        return self.state.count ^ self.hidden()
 
 
 BUGS = {

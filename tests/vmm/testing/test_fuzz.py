@@ -115,7 +115,7 @@ def test_planted_faults_are_found_made_small_and_shown_again(broken, device, cau
     for line, id in again:
         replayed = anyhyve(*line.split(), cwd=broken)
         assert replayed.returncode == 1
-        shown |= {why for why in causes if why.encode() in replayed.stdout}
+        shown |= {why for why in causes if why in re.sub(r"\b\d+\b", "N", replayed.stdout.decode())}
         accesses = (findings / f"{id}.qtest").read_text()
         list(parse(accesses))
         assert len(accesses.splitlines()) <= 4, "small"
