@@ -3,7 +3,7 @@
     from anyhyve import Image, Machine, MachineConfig
 
 Each is imported from the module it is defined in when it is first asked for, so that importing this package costs
-nothing. For tests of devices and machines there is `anyhyve.testing`.
+nothing. For more tests of devices and machines there is `anyhyve.testing`.
 """
 
 from __future__ import annotations
@@ -59,12 +59,16 @@ if TYPE_CHECKING:
     from vmm.registers import reads as reads
     from vmm.registers import span as span
     from vmm.registers import writes as writes
+    from vmm.testing import Rig as Rig
+    from vmm.testing import check_device as check_device
+    from vmm.testing import device_machine as device_machine
     from vmm.wires import Alarm as Alarm
     from vmm.wires import Clock as Clock
     from vmm.wires import Dma as Dma
     from vmm.wires import ExitRequest as ExitRequest
     from vmm.wires import Line as Line
     from vmm.wires import Msi as Msi
+    from vmm.wires import Posting as Posting
     from vmm.wires import ResetRequest as ResetRequest
     from vmm.wires import Transmit as Transmit
 
@@ -86,7 +90,8 @@ _MODULES = {  # where each name is from; the imports above are the same for type
     "vmm.machine.moment": "Moment",
     "vmm.machine.stop": "Fault Stop StopReason Stopped",
     "vmm.registers": "ANY reads span writes",
-    "vmm.wires": "Alarm Clock Dma ExitRequest Line Msi ResetRequest Transmit",
+    "vmm.testing": "Rig check_device device_machine",
+    "vmm.wires": "Alarm Clock Dma ExitRequest Line Msi Posting ResetRequest Transmit",
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
 
