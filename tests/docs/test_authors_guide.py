@@ -1,7 +1,11 @@
 """docs/device-authors-guide.md, run: the device is whole, small, versioned, passes the generic properties, and can be
-put on a board."""
+put on a board, from pip to a guest's driver that reads it."""
 
+import os
+import platform
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 import types
@@ -58,3 +62,39 @@ def test_it_is_put_on_a_board_as_shown(guide, monkeypatch):
         kinds.kind.cache_clear()
     assert answers[-1] == 1, "it barks"
     assert board.board.pics.master.state.lines == 1 << 5
+
+
+@pytest.mark.no_roundtrip("it runs in other processes")
+def test_from_pip_to_a_guests_driver(tmp_path):
+    """The package as it is shown is built and installed, without a network and into a folder of its own; then the
+    commands are given, and say what is shown."""
+    pytest.importorskip("hatchling", reason="no hatchling here: pip install 'anyhyve[dev]'")
+    for tool in ("as", "objcopy"):
+        if shutil.which(tool) is None or platform.machine() != "x86_64":
+            pytest.skip(f"no {tool} for x86-64 here (Debian: binutils)")
+    device, _, kind = PYTHON
+    blocks = {"acme_watchdog.py": f"{device}\n\n{kind}"}
+    (blocks["pyproject.toml"],) = re.findall(r"```toml\n(.*?)```", TEXT, re.S)
+    (blocks["driver.S"],) = re.findall(r"```asm\n(.*?)```", TEXT, re.S)
+    for name, text in blocks.items():
+        (tmp_path / name).write_text(text)
+    site = tmp_path / "site"
+    offline = ["--no-index", "--no-build-isolation", "--no-deps", "--target", str(site)]
+    commands = {
+        "pip": [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"],
+        "anyhyve": [sys.executable, "-m", "anyhyve"],
+    }
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join((str(site), str(ROOT)))}
+    (shown,) = re.findall(r"```console\n(\$ pip.*?)```", TEXT, re.S)
+    for step in shown.removeprefix("$ ").split("\n$ "):
+        command, _, wanted = step.partition("\n")
+        name, *words = command.partition("#")[0].split()
+        words += offline if name == "pip" else []
+        done = subprocess.run(
+            [*commands.get(name, [name]), *words], cwd=tmp_path, env=where, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        if name == "anyhyve" and words[0] == "devices":
+            assert done.stdout.startswith("## watchdog\n\nA watchdog timer.\n") and "set_period" in done.stdout
+        elif wanted:
+            assert (done.stdout + done.stderr).split() == wanted.split()

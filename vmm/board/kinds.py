@@ -21,6 +21,7 @@ from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 
 from snapshot.field_types import Range, u8
+from snapshot.schema import schema_of
 from vmm.board import declared, options
 from vmm.board.config import PLACES, DeviceConfig
 from vmm.board.slot import At, Fixed, Irq, Lead, Slot
@@ -50,8 +51,9 @@ class Kind:
 
     @property
     def doc(self) -> str:
-        """The first line of what the device's class says."""
-        return (inspect.getdoc(self.device) or inspect.getdoc(self.device.State) or "").partition("\n")[0]
+        """The first line of what the device's class says of itself, else its state."""
+        said = inspect.getdoc(self.device) or ""
+        return schema_of(self.device.State).doc if said == inspect.getdoc(Device) else said.partition("\n")[0]
 
     def wrong(self) -> str | None:
         """What does not fit together in it, if anything: a device could not be made."""

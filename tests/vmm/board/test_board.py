@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from snapshot.field_types import Range
 from vmm.board import isapc, kinds
 from vmm.board.alarms import Alarms
-from vmm.board.board import Board
+from vmm.board.board import Board, BoardState
 from vmm.board.config import RESERVED, DeviceConfig, MachineConfig, named
 from vmm.board.dma import RamDma
 from vmm.board.isapc import CHIPS
@@ -172,6 +172,22 @@ class Unused:
 def test_a_kind_that_does_not_fit_together(kind, why):
     assert why in (kind.wrong() or "")
     assert all(ours.wrong() is None for ours in OURS)
+
+
+class Silent(Device[BoardState]):
+    State = BoardState
+
+
+class Spoken(Silent):
+    """Of itself."""
+
+
+@pytest.mark.parametrize(
+    ("device", "doc"),
+    [(Silent, "What the guest asked of the board and has not been done yet."), (Spoken, "Of itself.")],
+)
+def test_what_a_kind_says_of_itself(device, doc):
+    assert Kind("x", device).doc == doc
 
 
 class Unmade(Debugcon):
