@@ -12,6 +12,7 @@ from vmm.board import kinds
 from vmm.board.options import options_of
 from vmm.cli import show
 from vmm.cli.options import json_option
+from vmm.errors import BackendError
 from vmm.registers import Register
 
 
@@ -22,7 +23,14 @@ from vmm.registers import Register
 def devices(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
     """The kinds of devices `--device` makes, those of other packages among them; of a KIND its options, registers and
     state, too."""
-    found = [kinds.kind(name) for name in names or kinds.names()]
+    found = []
+    for name in names or kinds.names():
+        try:
+            found.append(kinds.kind(name))
+        except BackendError as error:
+            if names:
+                raise
+            show.note(error)  # one broken package hides no other
     if as_json:
         show.as_json({kind.name: describe(kind) for kind in found})
     elif names or markdown:
