@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.registers import ANY, Bank, Register, reads, span, writes
+from vmm.registers import ANY, Bank, Register, reads, shared, span, writes
 
 STARTS, COUNTS, STEPS, SIZES = st.integers(0, 9), st.integers(1, 5), st.integers(1, 8), st.sampled_from((1, 2, 4, 8))
 
@@ -89,3 +91,22 @@ def test_a_register_of_its_own_size_comes_before_one_of_any():
         found = Bank(order, "").find(Asked(), "read", 4, 4)
         assert found is not None and found() == (0,)
         assert Bank(order, "").find(Asked(), "write", 4, 4) is None
+
+
+FAMILIES = st.builds(span, st.integers(0, 30), st.integers(1, 8), st.integers(1, 7))
+
+
+@given(FAMILIES, FAMILIES, st.sampled_from((1, 4, ANY)))
+def test_two_meet_where_one_access_is_for_both(one, other, size):
+    a, b = (Register("read", "", at.start, size, "byte", at) for at in (one, other))
+    accesses = [(offset, n) for offset in range(90) for n in (1, 4)]
+    both = any(a.bind(Chip(), *access) and b.bind(Chip(), *access) for access in accesses)
+    assert a.meets(b) == b.meets(a) == both
+    assert (shared([a, b]) is not None) == both
+
+
+def test_others_do_not_meet():
+    one = Register("read", "", 0, 1, "byte")
+    assert one.meets(replace(one, method="other"))
+    for other in (replace(one, kind="write"), replace(one, bank="b"), replace(one, size=2), replace(one, offset=1)):
+        assert not one.meets(other)
