@@ -111,13 +111,17 @@ def test_ours(long, what):
     assert all(name in piped for name in names), piped
 
 
+@pytest.mark.slow  # mutmut is an extra, which `make test-full` installs
 def test_mutants():
-    """What `python -m tests.mutants` says; mutmut is an extra."""
-    tool = pytest.importorskip("tests.mutants.__main__", reason="no mutmut here: pip install 'anyhyve[mutants]'")
-    mutant = tool.Mutant(str(FILE), LONG, "operator", str(FILE), LONG, "")
-    verdicts = [tool.Verdict(mutant, tool.LIVED)]
+    """What `python -m tests.mutants` says."""
+    from tests.mutants import __main__ as tool
+    from tests.mutants.campaign import LIVED, Verdict
+    from tests.mutants.mutate import Mutant
+
+    mutant = Mutant(str(FILE), LONG, "operator", str(FILE), LONG, "")
+    verdicts = [Verdict(mutant, LIVED)]
     lines = drawn(lambda: tool.say(tool.console(), verdicts[0]), terminal=False)
-    assert lines == [f"{tool.LIVED} {FILE}::{LONG} (operator)", f"  - {FILE}", f"  + {LONG}"]
+    assert lines == [f"{LIVED} {FILE}::{LONG} (operator)", f"  - {FILE}", f"  + {LONG}"]
     for terminal in (True, False):
         lines = drawn(lambda: tool.sum_up(verdicts), terminal)
         assert str(FILE.parent) in cells(lines)[0]
