@@ -25,7 +25,8 @@ EXCEPTIONS = {
     # KVM on the SVM that QEMU 7.2 emulates.
     "qemu-svm": {
         "a gate beyond the IDT": "QEMU's error code is the vector times 16, not 8",
-        "fault_of_delivery[double: a page": "QEMU does not count the page fault that KVM injects",
+        "operand_of_the_other_size[64-bit": "QEMU takes 24 bits of the base",
+        "an_ldtr_that_is_none": "QEMU leaves it present",
         "fault_of_delivery[gate": "QEMU's error code is the vector times 16, not 8",
         "pushes_rf[kvm-divide": "QEMU does not set RF",
         "pushes_rf[kvm-write": "QEMU does not set RF",
