@@ -43,6 +43,21 @@ class Epoch(click.ParamType[int]):
         return int(seconds)
 
 
+class Seconds(click.ParamType[float]):
+    """More than none, and not for ever."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds <= 1e9:
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
+
+
 class Pattern(click.ParamType[str]):
     """A regular expression."""
 

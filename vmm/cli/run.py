@@ -25,6 +25,7 @@ from vmm.cli.options import (
     Epoch,
     Memory,
     Pattern,
+    Seconds,
     allow_option,
     backend_option,
     chosen,
@@ -38,21 +39,29 @@ from vmm.control.terminal import Terminal
 from vmm.cpu import backends
 from vmm.errors import RequestError
 from vmm.guest.image import Image
+from vmm.guest.lost import LOST
 from vmm.machine.machine import Fault, Machine, Stop, Stopped, StopReason
+from vmm.machine.run import Goal
 from vmm.saving import releases
 
 DEFAULT_MEMORY = 256 << 20
 _SIGNALS = {StopReason.SIGTERM: 15, StopReason.SIGHUP: 1}
+_REACHED = (
+    StopReason.POSITION, StopReason.PATTERN, StopReason.QUIT, StopReason.STOPPED, StopReason.SUSPENDED,
+)  # fmt: skip
 # What ends a run without --save being done.
 _NOT_SAVED = (StopReason.QUIT, StopReason.STOPPED, StopReason.SUSPENDED, *_SIGNALS)
 
 
 @dataclass
-class Goal:
+class Asked:
     """What to run for, and what to do when it is reached."""
 
     until: str | None
     at: int | None
+    until_time: float | None
+    timeout: float | None
+    lost: str
     save: Path | None
     force: bool
     packed: bool
@@ -66,6 +75,20 @@ class Goal:
     autosave: int | None
     suspend_on_term: bool
 
+    @property
+    def misses(self) -> list[str]:
+        """The options whose end it may not come to."""
+        return [f"--{name}" for name in ("until", "at") if getattr(self, name) is not None]
+
+    @property
+    def awaits(self) -> bool:
+        """Whether there is something to reach."""
+        return bool(self.misses) or self.until_time is not None or self.timeout is not None
+
+    def goal(self, machine: Machine) -> Goal:
+        until_ns = None if self.until_time is None else machine.clock.now_ns() + round(self.until_time * 1e9)
+        return Goal(self.at, self.until, None, until_ns, self.lost or None, self.timeout)
+
 
 def _goal(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
@@ -73,6 +96,13 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--until", type=Pattern(), help="Stop when a console line matches."),
             click.option("--at", type=click.IntRange(0), metavar="POSITION",
                          help="Stop at this many bytes of code executed."),
+            click.option("--until-time", type=Seconds(), metavar="SECONDS",
+                         help="Stop when so much guest time has passed."),
+            click.option("--timeout", type=Seconds(), metavar="SECONDS",
+                         help="Stop when so much time has passed on the clock on the wall."),
+            click.option("--lost", type=Pattern(), default=LOST, show_default="what Linux, the BSDs, Xen, SeaBIOS say",
+                         help="A console line of a guest that goes no further: a panic. What the run is for it will "
+                              "not reach, and ends. '' for none."),
             click.option("--save", type=NO_FOLDER, help="Save when the run stops."),
             force_option,
             pack_option,
@@ -133,7 +163,11 @@ def run(
     tsc_khz: int | None, waking: Path | None, devices: tuple[DeviceConfig, ...], bind: tuple[tuple[str, str], ...],
     backend: str, **goal: Any
 ) -> None:  # fmt: skip
-    """Boot a guest with its serial console on this terminal."""
+    """Boot a guest with its serial console on this terminal.
+
+    Exit status: the guest's own where it ends with one; 0 where what was asked for is reached, or nothing was; 3 where
+    it is missed; 1 where the guest is lost, its CPU shuts down, or something is wrong; 2 for wrong usage.
+    """
     if waking is None and kernel is None:
         raise click.UsageError("Missing option '--kernel'.")
     image = None if kernel is None else Image.from_files(kernel, initrd, append, flat)
@@ -143,7 +177,7 @@ def run(
             _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz,
                    devices=named(devices) or None)  # fmt: skip
             machine.image = image
-            sys.exit(_drive(machine, Goal(**goal)))
+            sys.exit(_drive(machine, Asked(**goal)))
     assert image is not None
     rate = tsc_khz or backends.factory(backend).tsc_khz()
     start_ns = DEFAULT_EPOCH_NS if epoch is None else epoch * 10**9
@@ -151,7 +185,7 @@ def run(
         memory_bytes=DEFAULT_MEMORY if memory is None else memory, epoch_ns=start_ns, tsc_khz=rate, devices=devices
     )
     with Machine.boot(config, image, backend, bind=_bind(bind)) as machine:
-        sys.exit(_drive(machine, Goal(**goal)))
+        sys.exit(_drive(machine, Asked(**goal)))
 
 
 def _bind(given: tuple[tuple[str, str], ...]) -> dict[str, str]:
@@ -202,7 +236,7 @@ def _wake(
     with Machine.restore(file, chosen(backend), verify=verify, allow=allow, bind=_bind(bind)) as machine:
         if clock == "catch-up":
             machine.catch_up()
-        sys.exit(_drive(machine, Goal(**goal)))
+        sys.exit(_drive(machine, Asked(**goal)))
 
 
 def _config(**values: Any) -> MachineConfig:
@@ -216,49 +250,50 @@ def _config(**values: Any) -> MachineConfig:
     return config
 
 
-def _drive(machine: Machine, goal: Goal) -> int:
+def _drive(machine: Machine, asked: Asked) -> int:
     """Run to the goal, save, report. Returns the exit status."""
-    versions = None if goal.for_version is None else releases.versions(goal.for_version)
-    if goal.save is not None:
-        machine.can_save(goal.save, goal.parent, versions, force=goal.force)  # said now, not after an hour's run
+    versions = None if asked.for_version is None else releases.versions(asked.for_version)
+    if asked.save is not None:
+        machine.can_save(asked.save, asked.parent, versions, force=asked.force)  # said now, not after an hour's run
     vm = Supervisor(machine)
     for part, place in machine.far_ends.items():
         show.note(f"{part} is at {place}")
     with ExitStack() as stack:
-        if goal.name is not None:
-            _name(vm, goal, stack)
+        if asked.name is not None:
+            _name(vm, asked, stack)
         interactive = False
-        if not goal.as_json:
-            interactive = stack.enter_context(Terminal(vm, goal.save, force=goal.force)).interactive
-        machine.loop.pace_real = goal.pace == "real" or (goal.pace is None and (interactive or goal.name is not None))
+        if not asked.as_json:
+            interactive = stack.enter_context(Terminal(vm, asked.save, force=asked.force)).interactive
+        attended = interactive or asked.name is not None
+        machine.loop.pace_real = asked.pace == "real" or (asked.pace is None and attended)
         started = time.perf_counter()
         try:
-            stop = vm.run(position=goal.at, until=goal.until, paused=goal.paused)
+            stop = vm.run(asked.goal(machine), paused=asked.paused, ends_lost=asked.awaits or not attended)
         finally:
             vm.close()
     wall = time.perf_counter() - started
-    if goal.save is not None and isinstance(stop, Stopped) and stop.reason not in _NOT_SAVED:
-        machine.save(goal.save, packed=goal.packed, parent=goal.parent, versions=versions, force=goal.force)
-    if goal.as_json:
+    if asked.save is not None and isinstance(stop, Stopped) and stop.reason not in _NOT_SAVED:
+        machine.save(asked.save, packed=asked.packed, parent=asked.parent, versions=versions, force=asked.force)
+    if asked.as_json:
         show.as_json(report(machine, stop, wall))
     else:
-        show.note_after_console(f"{stop} at position {machine.position}")
-    return status(stop, goal)
+        show.note_after_console(f"{_words(stop, asked)}, at position {machine.position}")
+    return status(stop, asked)
 
 
-def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
+def _name(vm: Supervisor, asked: Asked, stack: ExitStack) -> None:
     """Let others ask for the machine, and save it by itself."""
     from vmm.control import catalog
     from vmm.control.automatic import Automatic
     from vmm.control.place import Place, rundir
     from vmm.control.server import Server
 
-    assert goal.name is not None
-    vm.last_sequence = partial(catalog.last_sequence, goal.name)
-    stack.enter_context(Automatic(vm, goal.name, autosave_s=goal.autosave, suspend=goal.suspend_on_term))
+    assert asked.name is not None
+    vm.last_sequence = partial(catalog.last_sequence, asked.name)
+    stack.enter_context(Automatic(vm, asked.name, autosave_s=asked.autosave, suspend=asked.suspend_on_term))
     # After the signals: no socket is left by a signal that came too early.
-    stack.enter_context(Server(vm, Place(rundir(goal.rundir), goal.name)))
-    catalog.clear(goal.name)  # the name is ours by now
+    stack.enter_context(Server(vm, Place(rundir(asked.rundir), asked.name)))
+    catalog.clear(asked.name)  # the name is ours by now
     vm.machine.loop.awaits_input = True  # somebody may attach
 
     def warn(event: str, details: dict[str, Any]) -> None:
@@ -267,6 +302,39 @@ def _name(vm: Supervisor, goal: Goal, stack: ExitStack) -> None:
                 show.note(details["text"])
 
     vm.listeners.append(warn)
+
+
+def _words(stop: Stop, asked: Asked) -> str:
+    """What happened: what was reached, or missed and why."""
+    match stop:
+        case Fault():
+            return str(stop)
+        case Stopped(StopReason.PATTERN):
+            return f"the console shows {asked.until}"
+        case Stopped(StopReason.POSITION):
+            return "the run has come as far as --at"
+        case Stopped(reason, code, why):
+            said = _WORDS[reason].format(code=code, why=why, time=asked.until_time, timeout=asked.timeout)
+    if asked.misses and reason not in _REACHED:
+        return f"{said}; {' and '.join(asked.misses)} not reached"
+    return said
+
+
+_WORDS = {
+    StopReason.TIME: "{time:g} s of guest time have passed",
+    StopReason.TIMEOUT: "{timeout:g} s have passed on the clock on the wall",
+    StopReason.PANIC: "the guest is lost: {why}",
+    StopReason.RESET: "the guest asked to be started again",
+    StopReason.EXIT: "the guest ended with status {code}",
+    StopReason.TRIPLE_FAULT: "the guest's CPU shut down: a triple fault",
+    StopReason.HALTED: "the guest halted {why}",
+    StopReason.COMMAND: "ended",
+    StopReason.QUIT: "quit",
+    StopReason.STOPPED: "stopped by ctl",
+    StopReason.SUSPENDED: "suspended",
+    StopReason.SIGTERM: "ended by SIGTERM",
+    StopReason.SIGHUP: "ended by SIGHUP",
+}
 
 
 def report(machine: Machine, stop: Stop, wall_s: float) -> dict[str, Any]:
@@ -281,19 +349,15 @@ def report(machine: Machine, stop: Stop, wall_s: float) -> dict[str, Any]:
     }
 
 
-def status(stop: Stop, goal: Goal) -> int:
+def status(stop: Stop, asked: Asked) -> int:
     match stop:
-        case Fault():
+        case Fault() | Stopped(StopReason.TRIPLE_FAULT | StopReason.PANIC):
             return 1
         case Stopped(StopReason.EXIT, code):
             return code & 0xFF
-        case Stopped(StopReason.TRIPLE_FAULT, _):
-            return 1
-        case Stopped(
-            StopReason.POSITION | StopReason.PATTERN | StopReason.QUIT | StopReason.SUSPENDED | StopReason.STOPPED, _
-        ):
-            return 0
-        case Stopped(reason, _) if reason in _SIGNALS:
+        case Stopped(reason) if reason in _SIGNALS:
             return 128 + _SIGNALS[reason]
+        case Stopped(reason) if reason in _REACHED or not asked.misses:
+            return 0
         case _:
-            return 3 if goal.until is not None or goal.at is not None else 0
+            return 3

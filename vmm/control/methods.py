@@ -21,7 +21,7 @@ from vmm.saving import releases
 
 MAX_TYPED = 1 << 16  # bytes waiting for the guest to read its serial port
 MAX_READ = 1 << 16  # bytes of console output in one answer
-EVENTS = ("state", "progress", "saved", "save failed", "warning")
+EVENTS = ("state", "progress", "saved", "save failed", "panic", "warning")
 
 METHODS = Methods()
 _AWAKE = frozenset((State.RUNNING, State.PAUSED))

@@ -19,13 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vmm.control.lifecycle import ALIVE, Lifecycle, State
 from vmm.errors import BackendError, Cancelled, RequestError
 from vmm.machine.machine import Fault, Machine, Stop, Stopped, StopReason
+from vmm.machine.run import Goal
 from vmm.saving.checkpoint import Checkpoint, NoProcess
 
 QUIESCE_S = 5.0  # a machine not between two instructions by then (its console's reader is stuck, say) is not saved
@@ -76,15 +77,24 @@ class Supervisor:
 
     # --- the machine's thread
 
-    def run(self, *, position: int | None = None, until: str | None = None, paused: bool = False) -> Stop:
-        """Run the machine as `Machine.run` does, and do what is commanded meanwhile. Returns why it ended. Raises
-        what that raises, and BackendError when the host has no thread to save with."""
+    def run(self, goal: Goal | None = None, *, paused: bool = False, ends_lost: bool = True) -> Stop:
+        """Run the machine as `Machine.run` does, and do what is commanded meanwhile. Returns why it ended. A guest that
+        is lost is told of as the event `panic`, and without `ends_lost` left running. Raises what `Machine.run` raises,
+        and BackendError when the host has no thread to save with."""
         self._have_a_saver()
         self._life.move(State.PAUSED if paused else State.RUNNING)
-        self.machine.loop.aim(position, until, None, None)
+        goal = goal or Goal()
+        self.machine.loop.aim(goal)
         try:
-            while (stop := self._stretch()) == _COMMAND and self._end is None:
-                pass
+            while True:
+                stop = self._stretch()
+                if isinstance(stop, Stopped) and stop.reason is StopReason.PANIC:
+                    self.tell("panic", line=stop.why)
+                    if not ends_lost:
+                        self.machine.loop.aim(replace(goal, lost=None))
+                        continue
+                if stop != _COMMAND or self._end is not None:
+                    break
             stop = self._end or stop
         except Exception as error:
             self._over(State.FAILED, str(error))

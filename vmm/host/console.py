@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 _KEEP = 1 << 20
+_END = ord("\n")
 _AT_ONCE, _ENOUGH = 4096, 1 << 16  # bytes typed: given to a port at a time, and waiting for it
 BACK = 4096  # bytes of a line that are searched: one without an end must not take the square of its length
 
@@ -20,6 +21,8 @@ class Console:
         self.total = 0
         self._lock = threading.Lock()  # over these two, for other threads' `read`
         self.found = False
+        self.lost: str | None = None  # the line that says so
+        self._lost: re.Pattern[str] | None = None
         self.on_match: Callable[[], None] = lambda: None
         self.on_input: Callable[[], None] = lambda: None  # called from any thread
         self.typed = bytearray()
@@ -47,9 +50,10 @@ class Console:
     def unlisten(self, listener: Callable[[int], None]) -> None:
         self._listeners.remove(listener)
 
-    def watch(self, pattern: str | None, since: int | None = None) -> None:
+    def watch(self, pattern: str | None, since: int | None = None, lost: str | None = None) -> None:
         """Look for `pattern` in each line the guest goes on to write; what it wrote before `since` (as `total` counts;
-        by default: before now) is not part of the line."""
+        by default: before now) is not part of the line. The first whole line that has `lost` becomes that."""
+        self._lost, self.lost = None if lost is None else expression(lost), None
         self._pattern = None if pattern is None else expression(pattern)
         self._from = self.total if since is None else since
         self.found = False
@@ -76,6 +80,13 @@ class Console:
             self._pattern = None
             self.found = True
             self.on_match()
+        if byte == _END and self._lost is not None and (found := self._lost.search(self._last_line())):
+            self._lost, self.lost = None, found[0].rstrip()
+            self.on_match()
+
+    def _last_line(self) -> str:
+        end = len(self.output) - 1
+        return text(self.output[max(self.output.rfind(b"\n", 0, end) + 1, end - BACK) : end])
 
     def _matches(self, pattern: re.Pattern[str]) -> bool:
         """Whether the line the guest is writing matches, its end included once that is written. A pattern can only come

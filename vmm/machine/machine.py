@@ -33,7 +33,7 @@ from vmm.guest.image import Image
 from vmm.guest.image import load as load_image
 from vmm.host.bindings import Bindings
 from vmm.machine.moment import Moment, Moments
-from vmm.machine.run import RunLoop
+from vmm.machine.run import Goal, RunLoop
 from vmm.machine.stop import Fault, Stop, Stopped, StopReason
 from vmm.ram import Ram
 from vmm.saving.checkpoint import Checkpoint, write
@@ -204,14 +204,18 @@ class Machine:
         until: str | None = None,
         since: int | None = None,
         until_ns: int | None = None,
+        lost: str | None = None,
+        seconds: float | None = None,
     ) -> Stop:
         """Run until the guest stops, `position` is reached (at the first instruction boundary not before it), a line
         the console goes on to show has the regular expression `until` (in what was written after the first `since`
-        bytes, by default from now on), guest time is `until_ns`, or a posted command says so. Raises SnapshotError
+        bytes, by default from now on), guest time is `until_ns`, so many `seconds` have passed on the clock on the
+        wall, a line of the console has the regular expression `lost` (vmm.guest.lost.LOST: the guest is lost, and may
+        show more for a moment), or a posted command says so. Raises SnapshotError
         when the RAM the machine was woken with turns out to be damaged, or its file to be changed; GuestError when
         guest time has come to its end, RequestError for a position on KVM, re.error for what is no expression."""
         self._must_be_open()
-        self.loop.aim(position, until, until_ns, since)
+        self.loop.aim(Goal(position, until, since, until_ns, lost, seconds))
         return self.loop.go_on()
 
     def post(self, command: Command) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from vmm.board.board import Board
@@ -18,6 +19,9 @@ from vmm.errors import GuestError
 from vmm.machine.stop import Fault, Stop, Stopped, StopReason
 
 _SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
+_SILENCE_NS, _LAST_WORDS_NS = 10_000_000, 200_000_000  # of guest time, after a panic's first line
+# Of a guest that is lost these say less than its console.
+_ENDS_OF_ITS_OWN = frozenset((StopReason.HALTED, StopReason.RESET, StopReason.TRIPLE_FAULT, StopReason.TIME))
 _LOOK_S = 0.05  # how often it looks at the file that RAM was woken from
 
 Command = Callable[[], Stop | None]  # what it returns ends the run
@@ -33,6 +37,27 @@ class Hook(Protocol):
     def __call__(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a run is for: it ends where the first of them comes true. `Machine.run` says what each is."""
+
+    position: int | None = None
+    until: str | None = None
+    since: int | None = None
+    until_ns: int | None = None
+    lost: str | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class LastWords:
+    """Of a guest that is lost: since when, how much the console had shown, and since when no more."""
+
+    since_ns: int
+    shown: int
+    at_ns: int
+
+
 class RunLoop:
     """Not thread-safe, but for `post`. `check` is called at each safe point, with how often in seconds it is to look at
     what costs something, and raises for what must end the run."""
@@ -43,8 +68,9 @@ class RunLoop:
         self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
         self.hooks: list[Hook] = []
         self._board, self._clock, self._check = board, clock, check
-        self._position: int | None = None  # what the run is for
-        self._until_ns: int | None = None
+        self._goal = Goal()
+        self._until_s: float | None = None  # on the clock on the wall
+        self._last_words: LastWords | None = None
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._next: Command | None = None  # taken from the queue, not done yet
         self._woken = self._closed = False
@@ -53,26 +79,35 @@ class RunLoop:
         for console in board.consoles.values():
             console.on_input = self._look_around
 
-    def aim(self, position: int | None, until: str | None, until_ns: int | None, since: int | None) -> None:
+    def aim(self, goal: Goal) -> None:
         """What `go_on` runs for, however often a command stops it on the way."""
-        self._position, self._until_ns = position, until_ns
-        self.cpu.stop_at(position)
-        self._board.console.watch(until, since)
+        self._goal = goal
+        self._until_s = None if goal.seconds is None else time.monotonic() + goal.seconds
+        self._last_words = None
+        self.cpu.stop_at(goal.position)
+        self._board.console.watch(goal.until, goal.since, goal.lost)
 
     def replace(self, cpu: Cpu) -> None:
         """Go on with another CPU."""
         self.cpu = cpu
-        cpu.stop_at(self._position)
+        cpu.stop_at(self._goal.position)
         self.attention()  # a kick may have gone to the one before
 
     def go_on(self) -> Stop:
         """Run towards what was aimed at. Raises GuestError when guest time has come to its end."""
-        board, clock = self._board, self._clock
+        stop = self._go_on()
+        line = self._board.console.lost
+        if line is not None and isinstance(stop, Stopped) and stop.reason in _ENDS_OF_ITS_OWN:
+            return Stopped(StopReason.PANIC, why=line)
+        return stop
+
+    def _go_on(self) -> Stop:
+        board, clock, until_ns = self._board, self._clock, self._goal.until_ns
         self.time_moved()
         while (stop := self._safe_point()) is None:
             deadline = board.alarms.next_ns
-            if self._until_ns is not None and (deadline is None or self._until_ns < deadline):
-                deadline = self._until_ns
+            if until_ns is not None and (deadline is None or until_ns < deadline):
+                deadline = until_ns
             if clock.now_ns() >= LAST_NS:
                 raise GuestError(f"guest time has come to its end, {LAST_NS} ns: it has nothing more to wait for")
             limit_ns = clock.now_ns() + _SLICE_NS
@@ -157,11 +192,24 @@ class RunLoop:
         if board.console.found:
             board.console.found = False
             return Stopped(StopReason.PATTERN)
-        if self._until_ns is not None and self._clock.now_ns() >= self._until_ns:
+        if board.console.lost is not None and self._has_said_all():
+            return Stopped(StopReason.PANIC, why=board.console.lost)
+        if self._goal.until_ns is not None and self._clock.now_ns() >= self._goal.until_ns:
             return Stopped(StopReason.TIME)
+        if self._until_s is not None and time.monotonic() >= self._until_s:
+            return Stopped(StopReason.TIMEOUT)
         for hook in self.hooks:
             hook()
         return None
+
+    def _has_said_all(self) -> bool:
+        """Whether a guest that is lost has shown nothing more for a while, or enough: a panic's trace follows its first
+        line."""
+        shown, now = self._board.console.total, self._clock.now_ns()
+        words = self._last_words = self._last_words or LastWords(now, shown, now)
+        if words.shown != shown:
+            words.shown, words.at_ns = shown, now
+        return now - words.at_ns >= _SILENCE_NS or now - words.since_ns >= _LAST_WORDS_NS
 
     def _obey(self) -> Stop | None:
         """Do what was posted up to now."""
@@ -183,10 +231,11 @@ class RunLoop:
     def _idle(self, interruptible: bool, deadline: int | None) -> Stop | None:
         """The CPU halted: time skips to the next event."""
         if not interruptible:
-            return Stopped(StopReason.HALTED)
+            return Stopped(StopReason.HALTED, why="with interrupts off")
         if deadline is None:
             if not self.awaits_input:
-                return Stopped(StopReason.HALTED) if self._commands.empty() else None
+                nothing = Stopped(StopReason.HALTED, why="and nothing is to come that would wake it")
+                return nothing if self._commands.empty() else None
             self._await_command(0.05)
             return None
         for hook in self.hooks:

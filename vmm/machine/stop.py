@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -16,6 +16,8 @@ class StopReason(StrEnum):
     EXIT = "exit"  # to end with a status,
     TRIPLE_FAULT = "triple fault"
     HALTED = "halted"  # or waits for nothing
+    PANIC = "panic"  # the console shows that it is lost
+    TIMEOUT = "timeout"  # the time given on the clock on the wall is over
     COMMAND = "command"  # a posted command said so, and no more
     QUIT = "quit"  # at the terminal
     STOPPED = "stopped"  # over the socket
@@ -26,10 +28,11 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True)
 class Stopped:
-    """The run ended; `status` is that of an exit."""
+    """The run ended; `status` is that of an exit, `why` says more in a few words: the console's line, say."""
 
     reason: StopReason
     status: int = 0
+    why: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reason", StopReason(self.reason))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from collections import deque
 
 from vmm.errors import GuestError
+from vmm.guest.lost import LOST
 from vmm.host.console import BACK, expression, text
 from vmm.host.shown import shown
 from vmm.machine.machine import Fault, Machine, Stopped
@@ -16,11 +18,14 @@ _SHOWN = 12  # lines
 
 class Expect:
     """What the guest writes from now on, in order: each `expect` looks from where the one before ended. Times are guest
-    seconds."""
+    seconds, of which no wait lasts longer than `wall_seconds` on the clock on the wall. A guest whose console shows
+    `lost` is waited for no longer."""
 
-    def __init__(self, machine: Machine, *, seconds: float = 60.0) -> None:
+    def __init__(
+        self, machine: Machine, *, seconds: float = 60.0, wall_seconds: float = 300.0, lost: str | None = LOST
+    ) -> None:
         self.machine = machine
-        self.seconds = seconds
+        self.seconds, self.wall_seconds, self.lost = seconds, wall_seconds, lost
         self.log: deque[str] = deque(maxlen=1000)  # what was said and awaited
         self._at = machine.board.console.total
 
@@ -36,10 +41,11 @@ class Expect:
 
     def expect(self, pattern: str, *, seconds: float | None = None) -> re.Match[str]:
         """Run until the console shows the regular expression, within a line. Raises GuestError, with the last lines of
-        the console, when the guest ends before or that many guest seconds pass."""
+        the console, when the guest ends or is lost before, or that many guest seconds pass."""
         self.log.append(f"expect {pattern!r}")
         machine, wanted = self.machine, expression(pattern)
         until_ns = machine.clock.now_ns() + int((self.seconds if seconds is None else seconds) * 1e9)
+        ends_at = time.monotonic() + self.wall_seconds
         at, begun, why = self._at, False, ""
         while True:
             # Where a line has begun already, the byte before says so.
@@ -56,14 +62,21 @@ class Expect:
                 at, begun = far, True
             if why:
                 raise GuestError(f"the guest never said {pattern!r}: {why}; its last lines:\n{self._last_lines()}")
-            stop = machine.run(until=pattern, since=self._at, until_ns=until_ns)
+            stop = machine.run(
+                until=pattern, since=self._at, until_ns=until_ns, lost=self.lost,
+                seconds=max(0.0, ends_at - time.monotonic()),
+            )  # fmt: skip
             match stop:
                 case Stopped("pattern"):
                     continue
                 case Stopped("time"):
                     why = f"waited {self.seconds if seconds is None else seconds:g} guest seconds"
-                case Stopped(reason):
-                    why = f"it ended with {reason}"
+                case Stopped("timeout"):
+                    why = f"waited {self.wall_seconds:g} s on the clock on the wall"
+                case Stopped("panic", why=said):
+                    why = f"it is lost: {shown(said)}"
+                case Stopped(reason, why=more):
+                    why = f"it ended with {reason} {more}".rstrip()
                 case Fault(rip, what):
                     why = f"the CPU could not go on at {rip:#x}: {what}"
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vmm.guest.lost import LOST
+
 if TYPE_CHECKING:
     from vmm.guest.image import Image
     from vmm.machine.machine import Machine
@@ -32,17 +34,23 @@ _INI = {
     "vm_memory": "guest: MiB of RAM",
     "vm_ready": "regular expression for the console's line at which the guest is up",
     "vm_patience": "guest seconds to wait for what the console is to show",
+    "vm_wall_patience": "the same in seconds of this computer's clock: no wait is longer",
+    "vm_lost": "regular expression for a console line of a guest that goes no further: a panic",
 }
 _DEFAULTS = {
     "vm_append": "console=ttyS0 mitigations=off",
     "vm_memory": "256",
     "vm_ready": "shell ready",
     "vm_patience": "60",
+    "vm_wall_patience": "300",
+    "vm_lost": LOST,
 }
 _CHECKS: dict[str, tuple[Callable[[str], object], str]] = {
     "vm_memory": (lambda given: 1 <= int(given) < 1 << 24, "a number of MiB"),
     "vm_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
+    "vm_wall_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
     "vm_ready": (re.compile, "a regular expression"),
+    "vm_lost": (re.compile, "a regular expression"),
 }
 
 
@@ -247,11 +255,18 @@ class _Booted:
     boot: Callable[[], Machine]
     machine: Machine | None = None
     moment: Moment | None = None
+    failed: str | None = None  # why it could not be booted: it is not tried again for every test
 
     def again(self) -> Machine:
         machine = self.machine
+        if self.failed is not None:
+            pytest.fail(f"no guest, as before: {self.failed}", pytrace=False)
         if machine is None or machine.closed or self.moment is None:
-            machine = self.machine = self.boot()
+            try:
+                machine = self.machine = self.boot()
+            except BaseException as error:
+                self.failed = str(error).split("\n")[0]
+                raise
             self.moment = machine.moment()
         machine.rewind(self.moment)
         for console in machine.board.consoles.values():
@@ -272,7 +287,8 @@ def _vm_marked(vm_backend: str, vm_image: Image, pytestconfig: pytest.Config) ->
 def _talk(machine: Machine, config: pytest.Config) -> Expect:
     from vmm.testing.expect import Expect
 
-    return Expect(machine, seconds=float(config.getini("vm_patience")))
+    patience, wall = (float(config.getini(name)) for name in ("vm_patience", "vm_wall_patience"))
+    return Expect(machine, seconds=patience, wall_seconds=wall, lost=config.getini("vm_lost") or None)
 
 
 def _until_ready(machine: Machine, config: pytest.Config) -> None:

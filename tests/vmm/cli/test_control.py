@@ -228,7 +228,7 @@ def test_suspended_by_a_signal_and_woken(named, anyhyve, environment, number):
     """As before and after a reboot of this computer: the guest goes on from where it was."""
     box = named("box", "--suspend-on-term", "--memory", "16M")
     box.send_signal(number)
-    assert box.wait(20) == 0 and b"suspended at position" in box.stderr.read()
+    assert box.wait(20) == 0 and b"suspended, at position" in box.stderr.read()
     file = catalog(environment) / "suspended.snapshot"
     verify(file)
     with Machine.restore(file) as machine:
@@ -317,7 +317,7 @@ def test_suspended_by_a_signal_without_threads_and_processes(named, environment)
     box = named("box", "--suspend-on-term", "--memory", "16M", main=NO_MORE)
     box.send_signal(signal.SIGUSR1)
     box.terminate()
-    assert box.wait(20) == 0 and b"suspended at position" in box.stderr.read()
+    assert box.wait(20) == 0 and b"suspended, at position" in box.stderr.read()
     verify(catalog(environment) / "suspended.snapshot")
 
 

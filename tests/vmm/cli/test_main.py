@@ -55,7 +55,7 @@ def test_the_console_goes_to_standard_output_and_typing_to_the_guest():
     done = anyhyve(*OWN_GUEST, "--until", r"\[x\]", typed=b"xx")  # the guest throws one away when it sets up its port
     assert done.returncode == 0
     assert done.stdout.startswith(b"anyhyve own guest") and b"[x]" in done.stdout
-    assert re.search(rb"pattern at position \d+", done.stderr)
+    assert re.search(rb"the console shows \\\[x\\\], at position \d+", done.stderr)
 
 
 def test_json_is_one_object_of_the_promised_shape():

@@ -19,6 +19,7 @@ from vmm.control.supervisor import Supervisor, WrongState
 from vmm.errors import BackendError, Cancelled
 from vmm.guest.image import Image
 from vmm.machine.machine import Fault, Machine, MachineConfig, Stopped, StopReason
+from vmm.machine.run import Goal
 
 END = 6_000_000  # position; some hundred rounds of the guest's
 
@@ -71,7 +72,7 @@ def command(vm: Supervisor, what: str, folder: Path, saved: list[Path]) -> None:
 def test_whatever_is_commanded_the_result_is_the_same(undisturbed, commands):
     with tempfile.TemporaryDirectory() as scratch, boot() as machine:
         vm, saved, stop = Supervisor(machine), list[Path](), list[object]()
-        runner = threading.Thread(target=lambda: stop.append(vm.run(position=END, paused=True)))
+        runner = threading.Thread(target=lambda: stop.append(vm.run(Goal(END), paused=True)))
         runner.start()
         eventually(lambda: vm.state is State.PAUSED)
         try:
@@ -99,7 +100,7 @@ def test_what_is_aimed_at_survives_every_stop_on_the_way():
     """A command comes with each byte of output: the text waited for is half written at most of them."""
     with boot() as machine:
         machine.board.console.listen(lambda _: machine.post(lambda _: Stopped(StopReason.COMMAND)))
-        machine.loop.aim(None, "round 0002 sum", None, None)
+        machine.loop.aim(Goal(until="round 0002 sum"))
         stops = 0
         while (stop := machine.loop.go_on()) == Stopped(StopReason.COMMAND):
             stops += 1

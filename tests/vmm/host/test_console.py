@@ -69,7 +69,7 @@ class Scripted:
     def send(self, data):
         self.sent += data
 
-    def run(self, *, until, since, until_ns):
+    def run(self, *, until, since, until_ns, **_):
         console = self.board.console
         console.watch(until, since)
         for piece in self.pieces:
@@ -143,7 +143,7 @@ def test_stops_that_are_no_match_cost_a_line(searched):
     """`x$` is there when the console stops, and is over when it is looked at."""
 
     class Late(Scripted):
-        def run(self, *, until, since, until_ns):
+        def run(self, *, until, since, until_ns, **_):
             found = super().run(until=until, since=since, until_ns=until_ns)
             write(self, "y")  # the block was not at its end
             return found

@@ -15,6 +15,7 @@ from vmm.control.server import Server
 from vmm.control.supervisor import Supervisor
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
+from vmm.machine.run import Goal
 
 
 def run_on(machine: Machine) -> None:
@@ -67,7 +68,7 @@ def test_checkpoints_in_a_loop_during_a_boot(debian, tmp_path, count):
     (tmp_path / "run").mkdir(mode=0o700)
     with boot(debian) as machine:
         vm, stops = Supervisor(machine), []
-        runner = threading.Thread(target=lambda: stops.append(vm.run(until="shell ready")))
+        runner = threading.Thread(target=lambda: stops.append(vm.run(Goal(until="shell ready"))))
         with Server(vm, Place(tmp_path / "run", "box")), Client(tmp_path / "run", "box") as client:
             runner.start()
             while client.call("status")["state"] == "created":  # the thread has not come to its run yet

@@ -324,3 +324,18 @@ def test_it():
     assert not {"unicorn", "vmm.machine", "vmm.testing.subject", "emu"} & sys.modules.keys()
 """
     outcome(project(source), passed=1)
+
+
+def test_a_guest_that_does_not_come_up_is_booted_once(project):
+    ini = INI.replace("own guest", "never\nvm_patience = 0.001")
+    (project.folder / "pytest.ini").write_text(ini)
+    source = "def test_one(vm_booted):\n    pass\n\ndef test_two(console):\n    pass\n"
+    said = outcome(project(source, "--vm-artifacts=left"), errors=2)
+    assert said.count("(vm_ready says what to wait for)") == 1
+    assert "no guest, as before: the guest never said 'never': waited 0.001 guest seconds" in said
+
+
+def test_a_guest_that_is_lost(project):
+    (project.folder / "pytest.ini").write_text(INI.replace("own guest", "never\nvm_lost = anyhyve (own)"))
+    said = outcome(project("def test_it(vm_booted):\n    pass\n"), error=1)
+    assert "the guest never said 'never': it is lost: anyhyve own" in said

@@ -1,0 +1,82 @@
+"""How a run ends: in words on its last line, in the exit status, and at once when the guest is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.vmm.cli.test_main import anyhyve
+from tests.vmm.cpu.program import PRELUDE, assemble
+from tests.vmm.machine.test_lost import ENDS, PANIC, saying
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """`run(source, *options)`: a guest of assembly."""
+
+    def run(source: str, *options: object):
+        kernel = tmp_path / "kernel"
+        kernel.write_bytes(assemble(PRELUDE + source)[0])
+        return anyhyve("run", "--kernel", kernel, "--flat", "--memory", "4M", "--backend", "emu", *options)
+
+    return run
+
+
+def last_line(done):
+    return done.stderr.decode().splitlines()[-1].rpartition(", at position")[0]
+
+
+LOST = saying("booting\r\n", f"{PANIC}\r\n", "trace\r\n", then="")
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("goal", [("--until", "ready"), ("--at", 10**12), ("--timeout", 60), ("--until-time", 1e6), ()])
+def test_a_guest_that_is_lost(run, goal, end):
+    done = run(saying("booting\r\n", f"{PANIC}\r\n", "trace\r\n", then=ENDS[end]), *goal)
+    missed = f"; {goal[0]} not reached" if goal[:1] in (("--until",), ("--at",)) else ""
+    assert last_line(done) == f"anyhyve: the guest is lost: {PANIC}{missed}"
+    assert done.returncode == 1 and done.stdout.endswith(b"trace\r\n")
+
+
+def test_what_is_lost_can_be_said(run):
+    done = run(saying("Hello\r\n", "all is lost, again\r\n", then=""), "--lost", "all .* lost", "--until", "ready")
+    assert last_line(done) == "anyhyve: the guest is lost: all is lost; --until not reached" and done.returncode == 1
+    assert run(saying(f"{PANIC}\r\n", then="cli; hlt"), "--lost", "").returncode == 0
+
+
+def test_json_says_it_too(run):
+    done = run(LOST, "--until", "ready", "--json")
+    assert json.loads(done.stdout)["stopped"] == "panic" and done.returncode == 1
+
+
+WORDS = {
+    ("cli; hlt",): ("the guest halted with interrupts off", 0),
+    ("cli; hlt", "--until", "ready"): ("the guest halted with interrupts off; --until not reached", 3),
+    ("sti; hlt",): ("the guest halted and nothing is to come that would wake it", 0),
+    ("mov $7, %al; mov $0x501, %edx; out %al, (%dx)",): ("the guest ended with status 15", 15),
+    ("mov $0xfe, %al; out %al, $0x64",): ("the guest asked to be started again", 0),
+    ("lidt 0x200000; ud2",): ("the guest's CPU shut down: a triple fault", 1),
+    ("1: jmp 1b", "--at", 1000): ("the run has come as far as --at", 0),
+    ("1: jmp 1b", "--until-time", 0.001): ("0.001 s of guest time have passed", 0),
+    ("1: jmp 1b", "--until-time", 0.001, "--until", "x"): (
+        "0.001 s of guest time have passed; --until not reached", 3),
+    ("1: jmp 1b", "--timeout", 0.2): ("0.2 s have passed on the clock on the wall", 0),
+    ("1: jmp 1b", "--timeout", 0.2, "--at", 10**15): (
+        "0.2 s have passed on the clock on the wall; --at not reached", 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", WORDS, ids=str)
+def test_the_last_line_says_what_happened(run, given):
+    words, status = WORDS[given]
+    done = run(*given)
+    assert (last_line(done), done.returncode) == (f"anyhyve: {words}", status)
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--until-time"])
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan"])
+def test_times_that_are_none(run, option, value):
+    done = run("1: jmp 1b", option, value)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
