@@ -21,7 +21,7 @@ from vmm.machine.stop import Fault, Stop, Stopped, StopReason
 _SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
 _SILENCE_NS, _LAST_WORDS_NS = 10_000_000, 200_000_000  # of guest time, after a panic's first line
 # Of a guest that is lost these say less than its console.
-_ENDS_OF_ITS_OWN = frozenset((StopReason.HALTED, StopReason.RESET, StopReason.TRIPLE_FAULT, StopReason.TIME))
+_ENDS_OF_ITS_OWN = frozenset((StopReason.HALTED, StopReason.TRIPLE_FAULT, StopReason.TIME))
 _LOOK_S = 0.05  # how often it looks at the file that RAM was woken from
 
 Command = Callable[[], Stop | None]  # what it returns ends the run
@@ -186,6 +186,8 @@ class RunLoop:
         for console, receive in board.receivers:
             if console.typed:
                 console.take(receive)
+        if board.state.request == StopReason.RESET and board.console.lost is not None:
+            return Stopped(StopReason.PANIC, why=board.console.lost)  # the request stays for who lets the guest go on
         if board.state.request != "none":
             request, board.state.request = board.state.request, "none"
             return Stopped(StopReason(request), board.state.exit_status)
