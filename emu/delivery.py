@@ -1,8 +1,8 @@
 """Delivery of interrupts and exceptions through the guest's tables (SDM vol. 3, 6.10 to 6.15), in Python.
 
-The engine has its own, and machine code calls it (emu.native). This one is for where that cannot be: from Python the
-engine's would leave by longjmp when it faults, across Python's frames; and for INT n the engine has moved RIP behind
-the instruction by then, so a fault would name the wrong one. It does what the engine's does, access by access.
+The engine has its own, and machine code calls it (emu.native). From Python that would leave by longjmp when it faults,
+across Python's frames. So this one does the same, access by access, where Python delivers: on hosts without machine
+code, for a breakpoint that was met, and for the event of a CPU that was woken.
 """
 
 from __future__ import annotations

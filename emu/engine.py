@@ -421,8 +421,8 @@ class Engine:
 
     def intercept(self, acknowledge: Callable[[], int], readable_msrs: tuple[int, ...]) -> None:
         """Take interrupt vectors from `acknowledge()` at the moment of INTA. Send to HOOK_INTR, as EXIT_*, every MSR
-        access but reads of `readable_msrs`, every access of a debug register, and every write of a control register or
-        a table's register."""
+        access but reads of `readable_msrs`, every access of a debug register, every read of CR8, and every write of a
+        control register or a table's register."""
         permissions = bytearray(b"\xff" * 0x2000)
         for number in readable_msrs:
             bit = 2 * (number if number < 0x2000 else 0x2000 + number - 0xC0000000)
