@@ -106,6 +106,7 @@ class EmuCpu(Cpu):
 
     def run(self, limit: int) -> Exit:
         words, clock = self._words, self._clock
+        ended: Shutdown | Crashed | None
         if self._event is not None and (ended := self._deliver()) is not None:
             return ended
         if clock.prepaid and (stopped := self._finish_block()) is not None:
@@ -281,7 +282,7 @@ class EmuCpu(Cpu):
         self._ram_shown = self._ram.changes
         self._engine.show_windows(self._ram.shown())
 
-    def _deliver(self) -> Shutdown | Crashed | None:
+    def _deliver(self) -> Shutdown | None:
         """Deliver the event that another CPU had accepted, or what a fault in its delivery leads to."""
         event, self._event = self._event, None
         assert event is not None
