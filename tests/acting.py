@@ -54,21 +54,7 @@ PROGRAMS = {
         mov     %gs:0, %rax""",
     "cr8": "mov $5, %eax; mov %rax, %cr8; pause; mov %cr8, %rax",
     "sfmask": """
-        mov     $0xc0000081, %ecx               # STAR
-        xor     %eax, %eax
-        mov     $0x00230010, %edx
-        wrmsr
-        inc     %ecx                            # LSTAR
-        lea     entry(%rip), %rax
-        xor     %edx, %edx
-        wrmsr
-        mov     $0xc0000084, %ecx               # SFMASK: DF
-        mov     $0x400, %eax
-        wrmsr
-        mov     $0xc0000080, %ecx               # EFER.SCE
-        rdmsr
-        or      $1, %eax
-        wrmsr
+        syscalls
         pause
         std
         syscall

@@ -33,6 +33,23 @@ PRELUDE = """
 .Lpaused\\@:
         .endm
         .equ    PAUSED, 0xa55a
+        .macro  syscalls                        # SYSCALL leads to `entry`
+        mov     $0xc0000081, %ecx               # STAR: kernel 0x10, user 0x23 (CS 0x33, SS 0x2b)
+        xor     %eax, %eax
+        mov     $0x00230010, %edx
+        wrmsr
+        inc     %ecx                            # LSTAR
+        lea     entry(%rip), %rax
+        xor     %edx, %edx
+        wrmsr
+        mov     $0xc0000084, %ecx               # SFMASK: DF
+        mov     $0x400, %eax
+        wrmsr
+        mov     $0xc0000080, %ecx               # EFER.SCE
+        rdmsr
+        or      $1, %eax
+        wrmsr
+        .endm
         .macro  pic     vectors                 # the first controller's, with the timer's line alone open
         mov     $0x11, %al
         out     %al, $0x20

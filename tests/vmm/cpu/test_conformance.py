@@ -174,21 +174,7 @@ def test_syscall_and_sysret(backend):
     """To ring 3 by SYSRET and back by SYSCALL (AMD APM vol. 3): RCX, R11, masks, selectors."""
     program = Program(
         """
-        mov     $0xc0000081, %ecx               # STAR: kernel 0x10, user 0x23 (CS 0x33, SS 0x2b)
-        xor     %eax, %eax
-        mov     $0x00230010, %edx
-        wrmsr
-        inc     %ecx                            # LSTAR
-        lea     entry(%rip), %rax
-        xor     %edx, %edx
-        wrmsr
-        mov     $0xc0000084, %ecx               # SFMASK: DF
-        mov     $0x400, %eax
-        wrmsr
-        mov     $0xc0000080, %ecx               # EFER.SCE
-        rdmsr
-        or      $1, %eax
-        wrmsr
+        syscalls
         orl     $4, 0x9000                      # user access to everything
         orl     $4, 0xa000
         orl     $4, 0xb000
