@@ -93,6 +93,8 @@ def suspend_all(rundir: Path | None, as_json: bool) -> None:
                 with sense(name):
                     outcome[name] = str(answer["path"])
         except (BackendError, RequestError, Failed) as error:
+            if place.withdrawn(folder, name):
+                continue  # it has come to its end meanwhile
             outcome[name] = None
             show.note(f"{name}: {error}")
     if as_json:

@@ -75,7 +75,7 @@ async def checkpoint(
     return await _save(session, path, hold=hold, pack=pack, parent=parent, for_version=for_version, force=force)
 
 
-@METHODS.method("suspend", _AWAKE | {State.SAVING})
+@METHODS.method("suspend", _AWAKE | {State.SAVING, State.STOPPED})
 async def suspend(
     session: Session,
     path: Annotated[Path, "the file, replaced only by a whole new one"],
@@ -85,7 +85,7 @@ async def suspend(
     force: Annotated[bool, "replace any file, also one that others stand on"] = False,
 ) -> Any:
     """Save, then end the machine. When it cannot be saved the machine goes on. A save under way is finished first; the
-    same suspend, asked for by two, is one."""
+    same suspend, asked for by two, is one, also when the second comes after its end."""
     return await _save(session, path, end=True, pack=pack, parent=parent, for_version=for_version, force=force)
 
 

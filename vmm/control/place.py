@@ -73,12 +73,17 @@ class Place:
             self._give_up_lock()
             raise
 
-    def close(self) -> None:
-        """Remove the socket, if it is still ours."""
+    def withdraw(self) -> None:
+        """Remove the socket's name, if it is still ours: nobody new finds it, and who is cut off from here on can tell
+        that the machine has not been killed (`withdrawn`)."""
         with contextlib.suppress(OSError):
             found = os.stat(self.path.name, dir_fd=self._folder, follow_symlinks=False)
             if (found.st_dev, found.st_ino) == self._bound:
                 os.unlink(self.path.name, dir_fd=self._folder)
+
+    def close(self) -> None:
+        """Remove the socket, if it is still ours."""
+        self.withdraw()
         self.socket.close()
         self._give_up_lock()
 
@@ -166,6 +171,11 @@ def connect(folder: Path, name: str) -> socket.socket:
     finally:
         os.close(directory)
     return found
+
+
+def withdrawn(folder: Path, name: str) -> bool:
+    """Whether a machine that was there has come to its end in order: one that is killed leaves its socket."""
+    return not os.path.lexists(folder / f"{name}.sock")
 
 
 def names(folder: Path) -> Iterator[str]:

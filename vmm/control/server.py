@@ -66,6 +66,7 @@ class Server:
         self.vm.close()
         self.vm.listeners.remove(self._event)
         self.vm.machine.board.console.unlisten(self._output)
+        self._place.withdraw()
         self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
         self._place.close()

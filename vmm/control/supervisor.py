@@ -70,9 +70,10 @@ class Supervisor:
         self.last_sequence: Callable[[], int] = lambda: 0  # of the saves there are already; asked at the first
         self._sequence: int | None = None
         self._end: Stop | None = None
-        self._lock = threading.Lock()  # over the two below
+        self._lock = threading.Lock()  # over what is below
         self._waiting: set[Future[Any]] = set()
         self._saves: list[Save] = []  # the one under way, and a suspend that waits for its end
+        self._suspended: Save | None = None  # how the machine came to its end, for who asks once more
         self._saver = ThreadPoolExecutor(1, "save")
 
     # --- the machine's thread
@@ -161,14 +162,14 @@ class Supervisor:
         force: bool = False,
     ) -> Future[dict[str, Any]]:
         """Save to `path`: with `end` the machine then ends, with `hold` or `end` it stands still until the file is on
-        disk. A suspend (`end`) waits for a save under way, and the same one asked for again is the same Future. Raises
-        WrongState when another save is under way or the machine has ended; the Future fails as `Machine.save` does,
+        disk. A suspend (`end`) waits for a save under way, and the same one asked for again, even after the machine's
+        end, is the same Future. Raises WrongState when another save is under way or the machine has ended; the Future fails as `Machine.save` does,
         with Cancelled, or with BackendError when the machine does not come to a safe point in time."""
         options = {"packed": packed, "parent": parent, "versions": versions, "force": force}
         asked = Save(path, end, hold or end, options)
         with self._lock:
-            for other in self._saves:
-                if other.end and asked.same(other):
+            for other in (*self._saves, self._suspended):
+                if other is not None and other.end and asked.same(other):
                     return other.saved
             if self._saves and (not end or self._saves[-1].end):
                 raise WrongState(f"a save to {self._saves[-1].path} is under way")
@@ -267,13 +268,15 @@ class Supervisor:
         wall = time.monotonic() - began
         saved = {"path": str(asked.path), **asked.found, "pause_s": round(asked.pause_s, 6),
                  "wall_s": round(wall, 6), "size_bytes": size}  # fmt: skip
-        self._done(asked)
+        self._done(asked, saved=True)
         self.tell("saved", **saved)
         asked.saved.set_result(saved)
 
-    def _done(self, asked: Save) -> None:
+    def _done(self, asked: Save, *, saved: bool = False) -> None:
         with self._lock:
             self._saves.remove(asked)
+            if saved and asked.end:
+                self._suspended = asked
 
     def _begin(self, asked: Save) -> None:
         """Take the checkpoint at a safe point, and leave the machine running or, with `hold`, standing still. Raises

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
+import os
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 from snapshot.verify import verify
 from tests.vmm.cli.test_control import answer, catalog, refusal
@@ -65,6 +72,21 @@ def test_suspend_all_twice_at_once(named, anyhyve, environment):
     file = str(catalog(environment) / "suspended.snapshot")
     assert {"box": file} in outcomes and all(outcome in ({"box": file}, {}) for outcome in outcomes), outcomes
     verify(Path(file))
+
+
+@pytest.mark.parametrize(("left", "status", "said"), [((), 0, {}), (("box.sock",), 1, {"box": None})])
+def test_suspend_all_and_one_that_has_just_ended(anyhyve, environment, left, status, said):
+    """Its lock is still held; in order it takes its socket away first, killed it leaves it."""
+    folder = Path(environment["XDG_RUNTIME_DIR"]) / "anyhyve"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in left:
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as stale:
+            stale.bind(str(folder / name))
+    with open(folder / "box.lock", "w") as lock:
+        os.chmod(lock.fileno(), 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = anyhyve("suspend-all", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (status, said), done.stderr
 
 
 def test_suspend_all_and_one_that_cannot(named, anyhyve, environment):

@@ -183,8 +183,10 @@ def test_the_same_suspend_asked_twice_is_one(box, tmp_path, gate):
     assert first.result() == second.result() and first.result()["path"] == str(tmp_path / "cut")
     eventually(lambda: box.end)
     assert box.end == Stopped(StopReason.SUSPENDED)
-    with pytest.raises(WrongState, match="the machine is stopped"):
-        box.vm.save(tmp_path / "cut", end=True)
+    assert box.vm.save(tmp_path / "cut", end=True).result() == first.result(), "also when it has ended"
+    for path, end in ((tmp_path / "other", True), (tmp_path / "cut", False)):
+        with pytest.raises(WrongState, match="the machine is stopped"):
+            box.vm.save(path, end=end)
 
 
 def test_a_suspend_waits_for_the_save_under_way(box, tmp_path, gate):
