@@ -20,8 +20,10 @@ guest: .venv/done
 demo: guest
 	$(BIN)/python -m bench.demo --guest $(GUEST)
 
+# A worker for each processor; a file's tests stay together, for they share what takes long to make.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 test: guest
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # The long campaign. What has no build for every Python is an extra: where there is none the test says so.
 FUZZ_SECONDS ?= 600
@@ -31,7 +33,7 @@ test-full: guest
 	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dask]'
 	-$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[mutants]'
-	$(BIN)/python -m pytest --hypothesis-profile=nightly $(PYTEST_ARGS)
+	$(PYTEST) --hypothesis-profile=nightly $(PYTEST_ARGS)
 	$(BIN)/anyhyve fuzz all --seconds $(FUZZ_SECONDS)
 	$(MAKE) mutants MUTANTS_ARGS="--count $(MUTANTS) --seconds $(MUTANTS_SECONDS)"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.left_out import pytest_terminal_summary as pytest_terminal_summary
+from tests.left_out import pytest_configure as pytest_configure
 from tests.vmm.cpu.hosts import exception, host
 
 ROOT = Path(__file__).parent.parent

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
 SLOW = "slow: `make test-full` (which fuzzes, and plants faults, too)"
+DESELECTED = "deselected by -m, -k or --deselect"
 KVM = "`make test-kvm-emulated`, or a host whose KVM can do it"
 
 
-@pytest.hookimpl(hookwrapper=True, tryfirst=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
-    yield
-    stats = terminalreporter.stats
-    if found := list(left_out(stats.get("deselected", ()), stats.get("skipped", ()))):
-        terminalreporter.section("left out")
-        for line in found:
-            terminalreporter.write_line(line)
+class LeftOut:
+    """Counts what is deselected, here or by the workers of pytest-xdist, of which each collects the same tests."""
 
+    def __init__(self) -> None:
+        self.deselected = Counter[str]()
 
-def left_out(deselected: Iterable[pytest.Item], skipped: Iterable[pytest.TestReport]) -> Iterator[str]:
-    """A line for each reason, the commonest first."""
-    why = Counter(SLOW if "slow" in item.keywords else "deselected by -m, -k or --deselect" for item in deselected)
-    why.update(_skipped(report) for report in skipped)
-    for reason, count in why.most_common():
-        yield f"{count} {reason}"
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        self.deselected.update(SLOW if "slow" in item.keywords else DESELECTED for item in items)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["deselected"] = dict(self.deselected)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.deselected |= Counter(getattr(node, "workeroutput", {}).get("deselected", {}))
+
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+        yield
+        skipped = Counter(_skipped(report) for report in terminalreporter.stats.get("skipped", ()))
+        if found := (self.deselected + skipped).most_common():
+            terminalreporter.section("left out")
+            for reason, count in found:
+                terminalreporter.write_line(f"{count} {reason}")
 
 
 def _skipped(report: pytest.TestReport) -> str:
     said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     reason = f"skipped: {said.removeprefix('Skipped: ')}"
     return f"{reason}: {KVM}" if "kvm" in report.keywords else reason
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(LeftOut(), "left out")

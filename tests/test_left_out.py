@@ -38,8 +38,9 @@ def run(folder, *arguments):
     return done.stdout.partition(" left out ")[2].splitlines()[1:-1]
 
 
-def test_what_was_left_out_and_how_to_run_it(tmp_path):
-    left = run(tmp_path, "-m", "not slow")
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_what_was_left_out_and_how_to_run_it(tmp_path, workers):
+    left = run(tmp_path, "-m", "not slow", *workers)
     assert left == [f"3 {SLOW}", f"2 skipped: {REASON}", f"1 skipped: no /dev/kvm here: {KVM}"]
 
 
