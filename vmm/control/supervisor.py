@@ -163,8 +163,9 @@ class Supervisor:
     ) -> Future[dict[str, Any]]:
         """Save to `path`: with `end` the machine then ends, with `hold` or `end` it stands still until the file is on
         disk. A suspend (`end`) waits for a save under way, and the same one asked for again, even after the machine's
-        end, is the same Future. Raises WrongState when another save is under way or the machine has ended; the Future fails as `Machine.save` does,
-        with Cancelled, or with BackendError when the machine does not come to a safe point in time."""
+        end, is the same Future. Raises WrongState when another save is under way or the machine has ended; the Future
+        fails as `Machine.save` does, with Cancelled, or with BackendError when the machine does not come to a safe
+        point in time."""
         options = {"packed": packed, "parent": parent, "versions": versions, "force": force}
         asked = Save(path, end, hold or end, options)
         with self._lock:
