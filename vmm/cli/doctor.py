@@ -14,6 +14,7 @@ import click
 from vmm.cli import show
 from vmm.cli.options import json_option
 from vmm.cpu import backends
+from vmm.debug import selftest
 from vmm.errors import BackendError
 
 
@@ -24,7 +25,7 @@ def examine(names: Iterable[str]) -> dict[str, str]:
         "unicorn": version("unicorn"),
     }
     for name in names:
-        findings[name] = _backend(name)
+        findings.update(_backend(name))
     if not os.path.exists("/dev/kvm"):
         findings["/dev/kvm"] = "not there"
     else:
@@ -33,11 +34,15 @@ def examine(names: Iterable[str]) -> dict[str, str]:
     return findings
 
 
-def _backend(name: str) -> str:
+def _backend(name: str) -> dict[str, str]:
     try:
-        return f"ready: {backends.probe(name)}"
+        found = selftest.examine(name)
     except BackendError as error:
-        return f"not ready: {error}"
+        return {name: f"not ready: {error}"}
+    findings = {name: f"ready: {backends.probe(name)}" if found.runs is None else f"not ready: {found.runs}"}
+    if name != "emu":
+        findings[f"lockstep with {name}"] = "ready" if found.stepping is None else f"not ready: {found.stepping}"
+    return findings
 
 
 @click.command()

@@ -11,7 +11,9 @@ import click
 
 from vmm.cli import show
 from vmm.cli.options import FILE, backend_option, chosen, json_option
+from vmm.debug import selftest
 from vmm.debug.lockstep import Divergence, Lockstep
+from vmm.errors import BackendError
 
 
 @click.command()
@@ -32,7 +34,11 @@ def lockstep(file: Path, backend: str, against: str, instructions: int, save_pai
     """Run a snapshot on two CPUs, instruction by instruction, and report the first that differs.
 
     Exit status 0: they agree so far; 1: they differ."""
-    backend = chosen(backend)
+    if backend == "auto":
+        backend = chosen(backend)
+    for name in {backend, against} - {"emu"} if "emu" in (backend, against) else ():
+        if (why_not := selftest.findings(name).stepping) is not None:
+            raise BackendError(f"{name}: {why_not}: what differs would be this host's, not the guest's")
     with Lockstep(file, backend, against) as pair, show.progress(instructions, "instructions") as progress:
         found = pair.run(instructions, lambda count: progress(done=count))
         if found is not None and save_pair is not None:

@@ -119,7 +119,7 @@ backend_option = click.option(
     default="emu",
     show_default=True,
     metavar="emu|kvm|auto",
-    help="Which CPU; auto is kvm where the host has it, and says which it took.",
+    help="Which CPU; auto is kvm where this host's can run a guest, and says which it took.",
 )
 allow_option = click.option(
     "--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved."
@@ -129,8 +129,17 @@ pack_option = click.option("--pack", "packed", is_flag=True, help="Pack the RAM 
 
 
 def chosen(backend: str) -> str:
-    """The name of the CPU that --backend means here. Raises RequestError when there is none of that name."""
-    name, why = backends.choose(backend)
+    """The name of the CPU that --backend means here. Raises RequestError when there is none of that name, BackendError
+    when this host has none."""
+    backends.factory("emu" if backend == "auto" else backend)
+    if backend == "emu":
+        return backend
+    from vmm.debug import selftest
+
     if backend == "auto":
+        name, why = selftest.choose()
         show.note(f"backend {name}: {why}")
-    return name
+        return name
+    if (why_not := selftest.findings(backend).runs) is not None:
+        show.note(f"warning: {why_not}")
+    return backend

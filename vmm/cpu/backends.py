@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 
 from vmm.clock import GuestClock
 from vmm.cpu.protocol import Cpu, CpuState, Intr, IoBus
-from vmm.errors import BackendError, RequestError
+from vmm.errors import RequestError
 from vmm.ram import Ram
 
 
@@ -42,14 +42,3 @@ def probe(name: str) -> str:
     """How this host runs a backend, in one line. Raises BackendError, naming what is missing."""
     module: Any = import_module(factory(name).__module__)
     return str(module.probe())
-
-
-def choose(name: str) -> tuple[str, str]:
-    """A backend's name and why: `auto` is kvm where the host has it, else emu. Raises BackendError."""
-    if name != "auto":
-        factory(name)
-        return name, "as asked for"
-    try:
-        return "kvm", probe("kvm")
-    except BackendError as error:
-        return "emu", str(error)

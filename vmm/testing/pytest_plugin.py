@@ -143,15 +143,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 def _demand_kvm(config: pytest.Config) -> None:
     """Skip, or fail if it was required, with this host's reason."""
-    from vmm.cpu import backends
+    from vmm.debug import selftest
     from vmm.errors import BackendError
 
     try:
-        backends.probe("kvm")
+        why_not = selftest.findings("kvm").runs
     except BackendError as error:
-        if config.getoption("--require-kvm"):
-            pytest.fail(f"{error} (--require-kvm)", pytrace=False)
-        pytest.skip(f"no KVM: {error}")
+        why_not = str(error)
+    if why_not is None:
+        return
+    if config.getoption("--require-kvm"):
+        pytest.fail(f"{why_not} (--require-kvm)", pytrace=False)
+    pytest.skip(f"no KVM: {why_not}")
 
 
 # --- fixtures
@@ -160,9 +163,11 @@ def _demand_kvm(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def vm_backend(request: pytest.FixtureRequest) -> str:
     """The name of the CPU the machines run on: emu or kvm."""
-    from vmm.cpu import backends
+    name: str = getattr(request, "param", request.config.getoption("--vm-backend"))
+    if name == "auto":
+        from vmm.debug import selftest
 
-    name, _ = backends.choose(getattr(request, "param", request.config.getoption("--vm-backend")))
+        name, _ = selftest.choose()
     if name == "kvm":
         _demand_kvm(request.config)
     return name

@@ -310,7 +310,7 @@ def test_where_there_is_no_kvm(project):
     assert "/nowhere/kvm" in said and "(--require-kvm)" in said
 
 
-def test_where_there_is_a_kvm(kvm, project):
+def test_where_there_is_a_kvm(crossing, project):
     said = outcome(project(KVM, "--vm-backend=all", "--require-kvm"), passed=4)
     assert "test_as_asked[emu]" in said and "test_as_asked[kvm]" in said and "test_chosen[kvm]" in said
 
