@@ -17,6 +17,7 @@ from pathlib import Path
 from snapshot.files import read_file
 from vmm.cpu.protocol import CpuState, SegmentState, TableState
 from vmm.errors import GuestError
+from vmm.guest import foreign
 from vmm.ram import Ram
 
 FLAT_BASE = 0x100000
@@ -58,13 +59,16 @@ def load(image: Image, ram: Ram) -> CpuState:
     """Write the guest into `ram` and return the state its CPU starts from. Raises GuestError."""
     kernel = image.kernel
     if image.flat:
+        _fits(ram, FLAT_BASE, len(kernel), "the code")
         ram.write(FLAT_BASE, kernel)
         return _long_mode(ram, FLAT_BASE)
     if kernel[:4] == b"\x7fELF":
         return _load_elf(image, ram)
     if kernel[0x202:0x206] == b"HdrS":
         return _load_bzimage(image, ram)
-    raise GuestError("the kernel is neither a bzImage nor an ELF vmlinux")
+    if (what := foreign.known(kernel)) is not None:
+        raise GuestError(f"the kernel is neither a bzImage nor an ELF vmlinux; it is {what}")
+    raise GuestError("the kernel is neither a bzImage nor an ELF vmlinux (raw code wants --flat)")
 
 
 def memory_map(ram: Ram) -> list[tuple[int, int, int]]:
@@ -94,6 +98,11 @@ def _load_bzimage(image: Image, ram: Ram) -> CpuState:
     preferred, init_size = struct.unpack_from("<QI", kernel, 0x258)
     if preferred < 0x100000 or not payload:
         raise GuestError("the bzImage header is damaged")
+    (paragraphs,) = struct.unpack_from("<I", kernel, 0x1F4)  # syssize, of 16 bytes
+    if len(payload) < 16 * paragraphs:
+        raise GuestError(
+            f"the bzImage is cut short: {len(payload)} bytes of code, and its header says {16 * paragraphs}"
+        )
     _fits(ram, preferred, max(init_size, len(payload)), "the kernel")
     ram.write(preferred, payload)
     _zero_page(image, ram, kernel[0x1F1:0x290], preferred + init_size)
@@ -105,8 +114,8 @@ def _load_bzimage(image: Image, ram: Ram) -> CpuState:
 def _load_elf(image: Image, ram: Ram) -> CpuState:
     kernel = image.kernel
     try:
-        if kernel[4] != 2 or struct.unpack_from("<H", kernel, 18)[0] != 62:
-            raise GuestError("the ELF kernel is not for x86-64")
+        if (why := foreign.elf(kernel)) is not None:
+            raise GuestError(f"the ELF file is no kernel we can boot: it is {why}")
         entry, phoff = struct.unpack_from("<QQ", kernel, 24)
         (phnum,) = struct.unpack_from("<H", kernel, 56)
         top, pvh, start = 0, None, None
@@ -159,16 +168,28 @@ def _pvh_entry(notes: bytes) -> int | None:
 def _fits(ram: Ram, base: int, size: int, what: str) -> None:
     low = ram.regions[0].size
     if base + size > low:
-        raise GuestError(f"{what} needs memory up to {base + size:#x}, the machine has {low:#x} below 4 GiB")
+        raise GuestError(
+            f"{what} needs {_mebibytes(base + size)} of memory, the machine has {_mebibytes(low)} below 4 GiB"
+        )
+
+
+def _mebibytes(size: int) -> str:
+    """Rounded up, as --memory takes it."""
+    return f"{-(-size >> 20)}M"
 
 
 def _place_initrd(image: Image, ram: Ram, above: int, highest: int) -> tuple[int, int]:
     if not image.initrd:
         return 0, 0
     size = len(image.initrd)
-    base = min(ram.regions[0].size, highest + 1) - size & ~0xFFF
+    low = ram.regions[0].size
+    base = min(low, highest + 1) - size & ~0xFFF
     if base < above:
-        raise GuestError(f"no room for an initrd of {size} bytes above the kernel's end at {above:#x}")
+        if highest + 1 < low:
+            raise GuestError(f"no room for an initrd of {size} bytes: the kernel wants it below {highest + 1:#x}")
+        raise GuestError(
+            f"kernel and initrd need {_mebibytes(above + size + 0xFFF)} of memory, the machine has {_mebibytes(low)}"
+        )
     ram.write(base, image.initrd)
     return base, size
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
+import re
 import struct
+import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snapshot.container import MAGIC
 from tests.conftest import DEBIAN
 from vmm.errors import GuestError
 from vmm.guest.image import Image, load
@@ -25,6 +30,7 @@ def bzimage() -> bytearray:
     kernel = bytearray(1024 + 4096)
     kernel[0x1F1] = 1
     kernel[0x202:0x206] = b"HdrS"
+    struct.pack_into("<I", kernel, 0x1F4, 4096 // 16)
     struct.pack_into("<H", kernel, 0x206, 0x20C)
     struct.pack_into("<I", kernel, 0x22C, 0x7FFFFFFF)
     struct.pack_into("<H", kernel, 0x236, 1)
@@ -146,10 +152,86 @@ def test_a_fifo_is_no_kernel(tmp_path):
 
 @pytest.mark.debian
 @pytest.mark.parametrize("name", ["vmlinuz", "vmlinux"])
-def test_a_real_kernel_cut_and_changed(debian, name):
+def test_a_real_kernel_cut(debian, name):
+    """The last hundredth is a signature, or symbols."""
     kernel = (DEBIAN / name).read_bytes()
-    for size in [*range(0, 0x400, 37), *range(0x400, len(kernel), len(kernel) // 20)]:
+    whole = Ram.fresh(256 << 20)
+    load(Image(kernel[: len(kernel) - len(kernel) // 100]) if name == "vmlinux" else Image(kernel), whole)
+    whole.close()
+    for size in [*range(0, 0x400, 37), *range(0x400, len(kernel) // 2, len(kernel) // 20)]:
         ram = Ram.fresh(256 << 20)
-        with contextlib.suppress(GuestError):
+        with pytest.raises(GuestError):
             load(Image(kernel[:size]), ram)
         ram.close()
+
+
+@given(st.data(), st.sampled_from(sorted(KERNELS)))
+def test_a_kernel_cut_short(data, kind):
+    size = data.draw(st.integers(0, len(KERNELS[kind]) - 1))
+    with pytest.raises(GuestError):
+        load(Image(bytes(KERNELS[kind][:size])), Ram.fresh(MEMORY))
+
+
+def _elf(**fields: int) -> bytes:
+    """Of another kind, machine, class or byte order; or with another first header."""
+    file = elf()
+    order = ">" if fields.get("order") == 2 else "<"
+    struct.pack_into(f"{order}HH", file, 16, fields.get("kind", 2), fields.get("machine", 62))
+    file[4], file[5] = fields.get("bits", 2), fields.get("order", 1)
+    struct.pack_into("<I", file, 64, fields.get("first", 1))
+    return bytes(file)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (bytes(0x38) + b"ARM\x64" + bytes(0x200), "it is an ARM64 kernel"),
+        (gzip.compress(bytes(elf())), "it is packed with gzip: unpack it first"),
+        (b"070701" + bytes(200), "an initial RAM disk.*--initrd takes it"),
+        (MAGIC + bytes(200), "`anyhyve restore` wakes it"),
+        (b"#!/bin/sh\n", "a script"),
+        (b"MZ" + bytes(0x300), "a program for UEFI"),
+        (_elf(machine=183), "for ARM64, not for x86-64"),
+        (_elf(machine=3, bits=1), "for 32-bit x86, not for x86-64"),
+        (_elf(machine=22, order=2), "for S/390, not for x86-64"),
+        (_elf(machine=9999), "for machine 9999 of the ELF standard"),
+        (_elf(kind=1), "such as a kernel module"),
+        (_elf(kind=3), "a program or a library"),
+        (_elf(first=3), "a program for an operating system"),
+        (b"\x7fELF", "cut short"),
+        (b"", r"neither a bzImage nor an ELF vmlinux \(raw code wants --flat\)"),
+    ],
+)
+def test_what_is_no_kernel_of_ours(kernel, words):
+    with pytest.raises(GuestError, match=words):
+        load(Image(kernel), Ram.fresh(MEMORY))
+
+
+def test_a_program_of_this_computer():
+    with pytest.raises(GuestError, match="no kernel we can boot"):
+        load(Image(Path(sys.executable).read_bytes()), Ram.fresh(MEMORY))
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("initrd", [0, 1, 5000, 3 << 20])
+def test_too_little_memory_says_how_much_is_needed(kind, initrd):
+    """And with that it loads."""
+    image = Image(bytes(KERNELS[kind]), bytes(initrd))
+    struct.pack_into("<I", big := bytearray(image.kernel), 0x260, 0x280000)
+    if kind == "bzImage":
+        image = replace(image, kernel=bytes(big))
+    with pytest.raises(GuestError, match=r"needs? \d+M of memory, the machine has 1M") as refused:
+        load(image, Ram.fresh(1 << 20))
+    needed = int(re.findall(r"(\d+)M of memory", str(refused.value))[0])
+    with contextlib.suppress(GuestError):  # the kernel fits; what the two need is said next
+        load(image, Ram.fresh(needed << 20))
+        return
+    with pytest.raises(GuestError, match=r"kernel and initrd need \d+M of memory") as refused:
+        load(image, Ram.fresh(needed << 20))
+    needed = int(re.findall(r"(\d+)M of memory", str(refused.value))[0])
+    load(image, Ram.fresh(needed << 20))
+
+
+def test_code_that_does_not_fit():
+    with pytest.raises(GuestError, match="the code needs 3M of memory, the machine has 2M"):
+        load(Image(bytes((1 << 20) + 1), flat=True), Ram.fresh(2 << 20))
