@@ -85,10 +85,11 @@ class Box:
         if self._closed:
             return
         self._closed = True
-        self.vm.cancel()  # a machine that ended may still be at a save
-        while self._thread.is_alive():
-            self.vm.stop()
-            self._thread.join(0.1)
+        if self._thread.is_alive():
+            self.vm.cancel()
+            while self._thread.is_alive():
+                self.vm.stop()
+                self._thread.join(0.1)
         self._server.__exit__(None, None, None)
         self.machine.close()
 

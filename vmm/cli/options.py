@@ -28,6 +28,8 @@ class Memory(click.ParamType[int]):
         match = re.fullmatch(r"(\d+)([KMG]?)", str(value).upper())
         if not match:
             self.fail(f"{value!r} is not a size such as 256M", param, ctx)
+        if not match[2] and 0 < int(match[1]) < 1 << 20:
+            self.fail(f"{match[1]} is a number of bytes; is {match[1]}M meant?", param, ctx)
         return int(match[1]) * _UNITS[match[2]]
 
 
@@ -129,17 +131,12 @@ pack_option = click.option("--pack", "packed", is_flag=True, help="Pack the RAM 
 
 
 def chosen(backend: str) -> str:
-    """The name of the CPU that --backend means here. Raises RequestError when there is none of that name, BackendError
-    when this host has none."""
-    backends.factory("emu" if backend == "auto" else backend)
-    if backend == "emu":
+    """The name of the CPU that --backend means here. Raises RequestError when there is none of that name."""
+    if backend != "auto":
+        backends.factory(backend)
         return backend
     from vmm.debug import selftest
 
-    if backend == "auto":
-        name, why = selftest.choose()
-        show.note(f"backend {name}: {why}")
-        return name
-    if (why_not := selftest.findings(backend).runs) is not None:
-        show.note(f"warning: {why_not}")
-    return backend
+    name, why = selftest.choose()
+    show.note(f"backend {name}: {why}")
+    return name

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from snapshot.errors import SnapshotError
 from vmm.board.config import DEFAULT_EPOCH_NS, DeviceConfig, MachineConfig, named
 from vmm.cli import show
+from vmm.cli.drive import Asked, drive
 from vmm.cli.options import (
     FILE,
     NO_FOLDER,
@@ -34,67 +32,23 @@ from vmm.cli.options import (
     pack_option,
     rundir_option,
 )
-from vmm.control.supervisor import Supervisor
-from vmm.control.terminal import Terminal
+from vmm.clock import BYTES_PER_NS, LAST_NS
 from vmm.cpu import backends
 from vmm.errors import RequestError
 from vmm.guest.image import Image
 from vmm.guest.lost import LOST
-from vmm.machine.machine import Fault, Machine, Stop, Stopped, StopReason
-from vmm.machine.run import Goal
-from vmm.saving import releases
+from vmm.guest.origin import Origin
+from vmm.host import background
+from vmm.machine.machine import Machine
 
 DEFAULT_MEMORY = 256 << 20
-_SIGNALS = {StopReason.SIGTERM: 15, StopReason.SIGHUP: 1}
-_REACHED = (
-    StopReason.POSITION, StopReason.PATTERN, StopReason.QUIT, StopReason.STOPPED, StopReason.SUSPENDED,
-)  # fmt: skip
-# What ends a run without --save being done.
-_NOT_SAVED = (StopReason.QUIT, StopReason.STOPPED, StopReason.SUSPENDED, *_SIGNALS)
-
-
-@dataclass
-class Asked:
-    """What to run for, and what to do when it is reached."""
-
-    until: str | None
-    at: int | None
-    until_time: float | None
-    timeout: float | None
-    lost: str
-    save: Path | None
-    force: bool
-    packed: bool
-    parent: Path | None
-    for_version: str | None
-    pace: str | None
-    as_json: bool
-    name: str | None
-    rundir: Path | None
-    paused: bool
-    autosave: int | None
-    suspend_on_term: bool
-
-    @property
-    def misses(self) -> list[str]:
-        """The options whose end it may not come to."""
-        return [f"--{name}" for name in ("until", "at") if getattr(self, name) is not None]
-
-    @property
-    def awaits(self) -> bool:
-        """Whether there is something to reach."""
-        return bool(self.misses) or self.until_time is not None or self.timeout is not None
-
-    def goal(self, machine: Machine) -> Goal:
-        until_ns = None if self.until_time is None else machine.clock.now_ns() + round(self.until_time * 1e9)
-        return Goal(self.at, self.until, None, until_ns, self.lost or None, self.timeout)
 
 
 def _goal(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option("--until", type=Pattern(), help="Stop when a console line matches."),
-            click.option("--at", type=click.IntRange(0), metavar="POSITION",
+            click.option("--at", type=click.IntRange(0, LAST_NS * BYTES_PER_NS), metavar="POSITION",
                          help="Stop at this many bytes of code executed."),
             click.option("--until-time", type=Seconds(), metavar="SECONDS",
                          help="Stop when so much guest time has passed."),
@@ -108,11 +62,15 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             pack_option,
             click.option("--parent", type=FILE, help=PARENT),
             click.option("--for-version", metavar="RELEASE", help="Save what this older release can wake."),
+            click.option("--keep-boot", is_flag=True,
+                         help="Put kernel and initrd beside the snapshots: a machine woken from them can start again."),
             click.option("--pace", type=click.Choice(["real", "max"]),
                          help="Guest time: as the clock on the wall, or as fast as it can. "
                               "[default: real at a terminal or with a name, else max]"),
             json_option,
             rundir_option,
+            click.option("--detach", is_flag=True,
+                         help="Of a machine with a name: leave this terminal once it is up (`attach`, `ctl`)."),
             click.option("--paused", is_flag=True, help="Of a machine with a name: wait for `ctl NAME resume`."),
             click.option("--autosave", type=click.IntRange(1), metavar="SECONDS",
                          help="Of a machine with a name: save into the catalog this often, over the one before."),
@@ -130,19 +88,79 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
 _name_option = click.option(
     "--name", metavar="NAME", help="Make it the machine NAME, which others can ask (ctl, list, attach)."
 )
+_NEED_A_NAME = ("detach", "paused", "autosave", "suspend_on_term", "rundir")
+_NEED_A_FILE = ("force", "packed", "parent", "for_version")
+_SPELT = {"packed": "--pack", "name": "--name", "save": "--save"}
+
+
+def _spelt(option: str) -> str:
+    return _SPELT.get(option, f"--{option.replace('_', '-')}")
+
+
+def _asked(detach: bool, **goal: Any) -> Asked:
+    """What was asked for, where all of it has a meaning. With `detach` this process goes to the background, and its
+    parent does not come back. Raises click.UsageError."""
+    for options, wanted in ((_NEED_A_NAME, ("name",)), (_NEED_A_FILE, ("save",)), (("keep_boot",), ("name", "save"))):
+        for option in options:
+            if (detach if option == "detach" else goal[option]) and not any(goal[other] for other in wanted):
+                raise click.UsageError(f"{_spelt(option)} does nothing without {' or '.join(map(_spelt, wanted))}.")
+    if detach and goal["as_json"]:
+        raise click.UsageError("--json has nowhere to write to with --detach.")
+    return Asked(**goal, away=background.go() if detach else None)
+
+
+def _given(*names: str) -> list[str]:
+    """Those of the options that the user has spelt out."""
+    context = click.get_current_context()
+    return [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+
+
+def _boot_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a woken machine starts from again when it is reset."""
+    for option in (
+        click.option("--append", help="With --kernel: its command line.  [default: as it was booted with]"),
+        click.option("--initrd", type=FILE, help="With --kernel: its initial RAM disk."),
+        click.option("--kernel", type=FILE,
+                     help="What a reset starts. Not needed where the file it was booted from lies beside the snapshot, "
+                          "or here."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _only_with_a_kernel(kernel: Path | None, *given: object) -> None:
+    if kernel is None and any(given):
+        raise click.UsageError("--initrd, --append and --flat of a woken machine do nothing without --kernel.")
+
+
+def _give_image(
+    machine: Machine, kernel: Path | None, initrd: Path | None, append: str | None, flat: bool | None = None
+) -> None:
+    """What a woken machine is to start from again. What was not given is as it was booted."""
+    if kernel is None:
+        return
+    before = machine.origin
+    if append is None:
+        append = "console=ttyS0" if before is None else before.append
+    if flat is None:
+        flat = before is not None and before.flat
+    machine.image = Image.from_files(kernel, initrd, append, flat)
+    if before is not None and Origin.of(machine.image) != before:
+        show.note("warning: a reset starts what was given, which is not what the machine was booted from")
 
 
 def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
     clock = click.option("--clock", type=click.Choice(["freeze", "catch-up"]), default="freeze", show_default=True,
                          help="Guest time: on from where it stood, or up to this computer's wall clock.")  # fmt: skip
-    return allow_option(clock(command))
+    return allow_option(clock(_boot_options(command)))
 
 
 @click.command()
+@click.argument("machine_name", metavar="[NAME]", required=False)
 @click.option("--kernel", type=FILE, help="The guest's kernel: bzImage, ELF vmlinux, or flat code.")
 @click.option("--initrd", type=FILE, help="Initial RAM disk.")
 @click.option("--append", default="console=ttyS0", show_default=True, help="Kernel command line.")
-@click.option("--memory", type=Memory(), help="Guest RAM.  [default: 256M]")
+@click.option("-m", "--memory", type=Memory(), help="Guest RAM.  [default: 256M]")
 @click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
 @click.option("--epoch", type=Epoch(), help="Guest wall clock at start: Unix seconds, or `now`.  [default: 2020-01-01]")
 @click.option("-r", "waking", type=FILE, metavar="FILE",
@@ -159,33 +177,43 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 @_name_option
 @_goal
 def run(
-    kernel: Path | None, initrd: Path | None, append: str, memory: int | None, flat: bool, epoch: int | None,
-    tsc_khz: int | None, waking: Path | None, devices: tuple[DeviceConfig, ...], bind: tuple[tuple[str, str], ...],
-    backend: str, **goal: Any
+    machine_name: str | None, name: str | None, kernel: Path | None, initrd: Path | None,
+    append: str | None, memory: int | None, flat: bool, epoch: int | None, tsc_khz: int | None, waking: Path | None,
+    devices: tuple[DeviceConfig, ...], bind: tuple[tuple[str, str], ...], backend: str, **goal: Any
 ) -> None:  # fmt: skip
-    """Boot a guest with its serial console on this terminal.
+    """Boot a guest with its serial console on this terminal. NAME, as bhyve has it, is --name.
 
     Exit status: the guest's own where it ends with one; 0 where what was asked for is reached, or nothing was; 3 where
     it is missed; 1 where the guest is lost, its CPU shuts down, or something is wrong; 2 for wrong usage.
     """
+    if machine_name is not None and name not in (None, machine_name):
+        raise click.UsageError(f"two names are given, {machine_name} and --name {name}.")
+    goal["name"] = machine_name if name is None else name
+    given = _given("append")
     if waking is None and kernel is None:
         raise click.UsageError("Missing option '--kernel'.")
-    image = None if kernel is None else Image.from_files(kernel, initrd, append, flat)
+    if waking is None and flat and (initrd is not None or "append" in given):
+        raise click.UsageError("--flat code is given no --initrd and no --append.")
+    if waking is not None:
+        append = append if "append" in given else None
+        _only_with_a_kernel(kernel, initrd, append is not None, flat)
+    asked = _asked(**goal)
     backend = chosen(backend)
     if waking is not None:
         with Machine.restore(waking, backend, bind=_bind(bind)) as machine:
             _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz,
                    devices=named(devices) or None)  # fmt: skip
-            machine.image = image
-            sys.exit(_drive(machine, Asked(**goal)))
-    assert image is not None
+            _give_image(machine, kernel, initrd, append, flat or None)
+            sys.exit(drive(machine, asked))
+    assert kernel is not None
+    image = Image.from_files(kernel, initrd, "" if flat or append is None else append, flat)
     rate = tsc_khz or backends.factory(backend).tsc_khz()
     start_ns = DEFAULT_EPOCH_NS if epoch is None else epoch * 10**9
     config = _config(
         memory_bytes=DEFAULT_MEMORY if memory is None else memory, epoch_ns=start_ns, tsc_khz=rate, devices=devices
     )
     with Machine.boot(config, image, backend, bind=_bind(bind)) as machine:
-        sys.exit(_drive(machine, Asked(**goal)))
+        sys.exit(drive(machine, asked))
 
 
 def _bind(given: tuple[tuple[str, str], ...]) -> dict[str, str]:
@@ -213,7 +241,7 @@ def _agree(config: MachineConfig, **asked: Any) -> None:
 @_goal
 def restore(file: Path, verify: bool, **options: Any) -> None:
     """Wake a saved machine: the file says all there is to know."""
-    _wake(file, verify, **options)
+    _wake(lambda: file, verify, **options)
 
 
 @click.command()
@@ -224,19 +252,25 @@ def wake(name: str, **options: Any) -> None:
     """Wake the machine NAME from its newest snapshot in the catalog."""
     from vmm.control import catalog
 
-    file = catalog.newest(name)
-    show.note(f"{name}: {file}")
-    _wake(file, False, name=name, **options)
+    def newest() -> Path:
+        file = catalog.newest(name)
+        show.note(f"{name}: {file}")
+        return file
+
+    _wake(newest, False, name=name, **options)
 
 
 def _wake(
-    file: Path, verify: bool, allow: tuple[str, ...], clock: str, bind: tuple[tuple[str, str], ...], backend: str,
-    **goal: Any,
+    find: Callable[[], Path], verify: bool, allow: tuple[str, ...], clock: str, bind: tuple[tuple[str, str], ...],
+    backend: str, kernel: Path | None, initrd: Path | None, append: str | None, **goal: Any,
 ) -> None:  # fmt: skip
-    with Machine.restore(file, chosen(backend), verify=verify, allow=allow, bind=_bind(bind)) as machine:
+    _only_with_a_kernel(kernel, initrd, append is not None)
+    asked = _asked(**goal)
+    with Machine.restore(find(), chosen(backend), verify=verify, allow=allow, bind=_bind(bind)) as machine:
+        _give_image(machine, kernel, initrd, append)
         if clock == "catch-up":
             machine.catch_up()
-        sys.exit(_drive(machine, Asked(**goal)))
+        sys.exit(drive(machine, asked))
 
 
 def _config(**values: Any) -> MachineConfig:
@@ -248,116 +282,3 @@ def _config(**values: Any) -> MachineConfig:
     except SnapshotError as error:
         raise RequestError(f"not a machine we can build: {error}") from None
     return config
-
-
-def _drive(machine: Machine, asked: Asked) -> int:
-    """Run to the goal, save, report. Returns the exit status."""
-    versions = None if asked.for_version is None else releases.versions(asked.for_version)
-    if asked.save is not None:
-        machine.can_save(asked.save, asked.parent, versions, force=asked.force)  # said now, not after an hour's run
-    vm = Supervisor(machine)
-    for part, place in machine.far_ends.items():
-        show.note(f"{part} is at {place}")
-    with ExitStack() as stack:
-        if asked.name is not None:
-            _name(vm, asked, stack)
-        interactive = False
-        if not asked.as_json:
-            interactive = stack.enter_context(Terminal(vm, asked.save, force=asked.force)).interactive
-        attended = interactive or asked.name is not None
-        machine.loop.pace_real = asked.pace == "real" or (asked.pace is None and attended)
-        started = time.perf_counter()
-        try:
-            stop = vm.run(asked.goal(machine), paused=asked.paused, ends_lost=asked.awaits or not attended)
-        finally:
-            vm.close()
-    wall = time.perf_counter() - started
-    if asked.save is not None and isinstance(stop, Stopped) and stop.reason not in _NOT_SAVED:
-        machine.save(asked.save, packed=asked.packed, parent=asked.parent, versions=versions, force=asked.force)
-    if asked.as_json:
-        show.as_json(report(machine, stop, wall))
-    else:
-        show.note_after_console(f"{_words(stop, asked)}, at position {machine.position}")
-    return status(stop, asked)
-
-
-def _name(vm: Supervisor, asked: Asked, stack: ExitStack) -> None:
-    """Let others ask for the machine, and save it by itself."""
-    from vmm.control import catalog
-    from vmm.control.automatic import Automatic
-    from vmm.control.place import Place, rundir
-    from vmm.control.server import Server
-
-    assert asked.name is not None
-    vm.last_sequence = partial(catalog.last_sequence, asked.name)
-    stack.enter_context(Automatic(vm, asked.name, autosave_s=asked.autosave, suspend=asked.suspend_on_term))
-    # After the signals: no socket is left by a signal that came too early.
-    stack.enter_context(Server(vm, Place(rundir(asked.rundir), asked.name)))
-    catalog.clear(asked.name)  # the name is ours by now
-    vm.machine.loop.awaits_input = True  # somebody may attach
-
-    def warn(event: str, details: dict[str, Any]) -> None:
-        if event == "warning":
-            with suppress(OSError):  # nobody reads it
-                show.note(details["text"])
-
-    vm.listeners.append(warn)
-
-
-def _words(stop: Stop, asked: Asked) -> str:
-    """What happened: what was reached, or missed and why."""
-    match stop:
-        case Fault():
-            return str(stop)
-        case Stopped(StopReason.PATTERN):
-            return f"the console shows {asked.until}"
-        case Stopped(StopReason.POSITION):
-            return "the run has come as far as --at"
-        case Stopped(reason, code, why):
-            said = _WORDS[reason].format(code=code, why=why, time=asked.until_time, timeout=asked.timeout)
-    if asked.misses and reason not in _REACHED:
-        return f"{said}; {' and '.join(asked.misses)} not reached"
-    return said
-
-
-_WORDS = {
-    StopReason.TIME: "{time:g} s of guest time have passed",
-    StopReason.TIMEOUT: "{timeout:g} s have passed on the clock on the wall",
-    StopReason.PANIC: "the guest is lost: {why}",
-    StopReason.RESET: "the guest asked to be started again",
-    StopReason.EXIT: "the guest ended with status {code}",
-    StopReason.TRIPLE_FAULT: "the guest's CPU shut down: a triple fault",
-    StopReason.HALTED: "the guest halted {why}",
-    StopReason.COMMAND: "ended",
-    StopReason.QUIT: "quit",
-    StopReason.STOPPED: "stopped by ctl",
-    StopReason.SUSPENDED: "suspended",
-    StopReason.SIGTERM: "ended by SIGTERM",
-    StopReason.SIGHUP: "ended by SIGHUP",
-}
-
-
-def report(machine: Machine, stop: Stop, wall_s: float) -> dict[str, Any]:
-    """The object that `--json` prints."""
-    return {
-        "position": machine.position,
-        "guest_ns": machine.clock.now_ns(),
-        "wall_s": round(wall_s, 6),
-        "exits": machine.exits(),
-        "stopped": str(stop),
-        "digest": machine.digests(),
-    }
-
-
-def status(stop: Stop, asked: Asked) -> int:
-    match stop:
-        case Fault() | Stopped(StopReason.TRIPLE_FAULT | StopReason.PANIC):
-            return 1
-        case Stopped(StopReason.EXIT, code):
-            return code & 0xFF
-        case Stopped(reason) if reason in _SIGNALS:
-            return 128 + _SIGNALS[reason]
-        case Stopped(reason) if reason in _REACHED or not asked.misses:
-            return 0
-        case _:
-            return 3

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,25 +78,23 @@ class Supervisor:
 
     # --- the machine's thread
 
-    def run(self, goal: Goal | None = None, *, paused: bool = False, ends_lost: bool = True) -> Stop:
-        """Run the machine as `Machine.run` does, and do what is commanded meanwhile. Returns why it ended. A guest that
-        is lost is told of as the event `panic`, and without `ends_lost` left running. Raises what `Machine.run` raises,
-        and BackendError when the host has no thread to save with."""
+    def run(
+        self, goal: Goal | None = None, *, paused: bool = False, go_on: Callable[[Stop], Goal | None] = lambda _: None
+    ) -> Stop:
+        """Run the machine as `Machine.run` does, and do what is commanded meanwhile. Returns why it ended. `go_on` is
+        asked, on the machine's thread, at each stop that nobody commanded: for what to run on, None for the end. A
+        guest that is lost is told of as the event `panic`. Raises what `Machine.run` and `go_on` raise, and
+        BackendError when the host has no thread to save with."""
         self._have_a_saver()
         self._life.move(State.PAUSED if paused else State.RUNNING)
-        goal = goal or Goal()
-        self.machine.loop.aim(goal)
+        next: Goal | None = goal or Goal()
         try:
-            while True:
-                stop = self._stretch()
+            while next is not None:
+                self.machine.loop.aim(next)
+                stop = self._to_a_stop()
                 if isinstance(stop, Stopped) and stop.reason is StopReason.PANIC:
                     self.tell("panic", line=stop.why)
-                    if not ends_lost:
-                        self.machine.loop.aim(replace(goal, lost=None))
-                        continue
-                if stop != _COMMAND or self._end is not None:
-                    break
-            stop = self._end or stop
+                next = None if self._end is not None else go_on(stop)
         except Exception as error:
             self._over(State.FAILED, str(error))
             raise
@@ -106,9 +104,13 @@ class Supervisor:
         self._over(State.FAILED if isinstance(stop, Fault) else State.STOPPED, str(stop))
         return stop
 
-    def _stretch(self) -> Stop:
+    def _to_a_stop(self) -> Stop:
+        """Run, or stand still, until the machine stops or its end is commanded."""
         loop = self.machine.loop
-        return loop.go_on() if self.state is State.RUNNING else loop.stand_still()
+        while (stop := loop.go_on() if self.state is State.RUNNING else loop.stand_still()) == _COMMAND:
+            if self._end is not None:
+                return self._end
+        return self._end or stop
 
     def _over(self, state: State, why: str) -> None:
         self._life.move(state)
@@ -257,6 +259,7 @@ class Supervisor:
         began = time.monotonic()
         try:
             self.machine.await_checked()
+            self.machine.know_origin()  # not while the guest stands still
             self._sequence = 1 + (self.last_sequence() if self._sequence is None else self._sequence)
             self._begin(asked)
             self._write(asked)

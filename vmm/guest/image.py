@@ -36,16 +36,19 @@ _XLF_KERNEL_64 = 1
 
 @dataclass(frozen=True)
 class Image:
-    """What a guest is made from. `kernel` is a bzImage, an ELF vmlinux or, with `flat`, raw code."""
+    """What a guest is made from. `kernel` is a bzImage, an ELF vmlinux or, with `flat`, raw code; `names` are those of
+    the two files, for people."""
 
     kernel: bytes
     initrd: bytes = b""
     cmdline: str = ""
     flat: bool = False
+    names: tuple[str, str] = ("", "")
 
     @classmethod
     def from_files(cls, kernel: Path, initrd: Path | None = None, cmdline: str = "", flat: bool = False) -> Image:
-        return cls(_read(kernel), _read(initrd) if initrd else b"", cmdline, flat)
+        names = kernel.name, initrd.name if initrd else ""
+        return cls(_read(kernel), _read(initrd) if initrd else b"", cmdline, flat, names)
 
 
 def _read(path: Path) -> bytes:

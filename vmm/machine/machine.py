@@ -31,6 +31,8 @@ from vmm.cpu.protocol import Cpu, CpuState
 from vmm.errors import RequestError
 from vmm.guest.image import Image
 from vmm.guest.image import load as load_image
+from vmm.guest.origin import KEY as ORIGIN
+from vmm.guest.origin import Origin
 from vmm.host.bindings import Bindings
 from vmm.machine.moment import Moment, Moments
 from vmm.machine.run import Goal, RunLoop
@@ -68,6 +70,8 @@ class Machine:
         self.clock = GuestClock(config.tsc_khz)
         self.board = Board(config, self.clock)
         self.image: Image | None = None  # what `restart` starts from
+        self.origin: Origin | None = None  # what it was last started from, as snapshots tell it
+        self._folder = Path()  # of the snapshot it was woken from
         self._make_cpu = make_cpu or backends.factory(backend)
         self._open = True
         self._scrub: Scrub | None = None
@@ -103,7 +107,6 @@ class Machine:
         parts_of(config)  # nothing is made of a config that cannot be
         machine = cls(config, backend, Ram.fresh(config.memory_bytes), bind=bind, make_cpu=make_cpu)
         try:
-            machine.image = image
             machine._start(image)
         except BaseException:
             machine.close()
@@ -141,6 +144,7 @@ class Machine:
             except BaseException:
                 machine.close()
                 raise
+            machine.origin, machine._folder = Origin.from_meta(chain.meta), path.parent
         except BaseException:
             chain.close()
             raise
@@ -186,6 +190,7 @@ class Machine:
             admit(Saved.decode(chain), backend, allow)
 
     def _start(self, image: Image) -> None:
+        self.image = image
         self.board.power_on()
         self.cpu.load(load_image(image, self.ram))
 
@@ -294,18 +299,31 @@ class Machine:
         return written
 
     def restart(self) -> None:
-        """Start the guest again, as after power-on. Raises RequestError for a machine that was restored, unless it was
-        given an `image`."""
-        if self.image is None:
-            raise RequestError("a restored machine has no kernel to start again from")
+        """Start the guest again, as after power-on. Raises RequestError for a machine that was restored and has no
+        `image`, where the kernel and initrd its snapshot names lie neither beside it nor in the working folder."""
+        image = self.image or self.find_image()
         for region in self.ram.regions:
             for start, end in region.touched():
                 region.view[start:end] = bytes(end - start)
             self.cpu.discard_code(region.base, region.base + region.size)
         self.clock.load(ClockState())
         self.board.reset()
-        self._start(self.image)
+        self._start(image)
+        self.origin = None  # the image may be another than the one before
         self.loop.time_moved()
+
+    def find_image(self) -> Image:
+        """What a woken machine was booted from: its files, from beside its snapshot or the working folder. Raises
+        RequestError, naming the one that is not there."""
+        if self.origin is None:
+            raise RequestError("its snapshot does not say what it was booted from: give it a kernel to start again")
+        return self.origin.find(dict.fromkeys((self._folder.absolute(), Path().absolute())))
+
+    def know_origin(self) -> Origin | None:
+        """Digests of what it was started from, worked out when they are first asked for. From any thread."""
+        if self.origin is None and self.image is not None:
+            self.origin = Origin.of(self.image)
+        return self.origin
 
     def catch_up(self, wall_ns: int | None = None) -> None:
         """Let the time pass that the machine missed: its wall clock then shows `wall_ns` (Unix ns), by default this
@@ -377,6 +395,8 @@ class Machine:
             # Behind a triple fault the engine's CPU may stand between two states.
             if isinstance(state, CpuState) and (why := validity.refusal(state)) is not None:
                 raise RequestError(f"cannot save to {path}: no CPU can be in this state: {why}")
+        if (origin := self.know_origin()) is not None and (meta is None or isinstance(meta, dict)):
+            meta = {**(meta or {}), ORIGIN: origin.to_json()}
         return Contents(path, states, self.ram, packed, parent, versions, meta)
 
     def await_checked(self) -> None:

@@ -61,7 +61,7 @@ def test_the_console_goes_to_standard_output_and_typing_to_the_guest():
 def test_json_is_one_object_of_the_promised_shape():
     answers = [json.loads(anyhyve(*OWN_GUEST, "--at", 2_000_000, "--json").stdout) for _ in range(2)]
     first, second = answers
-    assert set(first) == {"position", "guest_ns", "wall_s", "exits", "stopped", "digest"}
+    assert set(first) == {"position", "guest_ns", "wall_s", "exits", "stopped", "saved", "digest"}
     assert 2_000_000 <= first["position"] < 2_000_015
     assert set(first["digest"]) == {"ram", "cpu", "devices"}
     assert {"pic0", "pit", "rtc", "com1", "i8042", "clock", "board"} <= set(first["digest"]["devices"])
@@ -166,7 +166,7 @@ def test_lockstep_of_the_emulated_cpu_with_itself(saved):
     assert "needs the emulated CPU" in refusal("lockstep", saved, "--backend", "kvm", "--against", "kvm")
 
 
-@pytest.mark.parametrize("size", ["0", "5000", "1000G"])
+@pytest.mark.parametrize("size", ["0", "5K", "1000G"])
 def test_a_memory_that_cannot_be(size):
     refusal("run", "--kernel", OWN, "--flat", "--memory", size)
 

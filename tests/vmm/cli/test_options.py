@@ -14,6 +14,7 @@ OTHERS = {  # what is spelt alike and says something else
     ("catalog", "--name"),  # does not give it, as `run` does
     ("replay", "--against"),  # another machine, not another CPU
     ("ctl snapshot.preflight", "--parent"),  # nothing is saved
+    *((command, name) for command in ("restore", "wake") for name in ("--kernel", "--initrd", "--append")),
 }
 
 

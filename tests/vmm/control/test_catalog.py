@@ -169,7 +169,7 @@ def test_a_sequence_that_is_none(machine, tmp_path, monkeypatch, meta):
 def test_what_is_no_snapshot_says_nothing(tmp_path, monkeypatch, machine):
     machine.save(tmp_path / "good", meta={"sequence": 3})
     whole = (tmp_path / "good").read_bytes()
-    assert peek(tmp_path / "good") == {"sequence": 3}
+    assert peek(tmp_path / "good") == {"sequence": 3, "boot": machine.know_origin().to_json()}
     for size in (0, 31, 32, 100, 128, 4000):
         (tmp_path / "cut").write_bytes(whole[:size])
         assert peek(tmp_path / "cut") is None

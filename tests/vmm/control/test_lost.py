@@ -27,6 +27,7 @@ def test_what_it_comes_to_is_not_lost(reason, ends_lost):
     told = []
     with closing(Supervisor(machine)) as vm:
         vm.listeners.append(lambda event, details: told.append(details["line"]) if event == "panic" else None)
-        stop = vm.run(Goal(lost=LOST), ends_lost=ends_lost)
+        lets_it_go_on = lambda stop: None if ends_lost or stop.reason is not StopReason.PANIC else Goal()  # noqa: E731
+        stop = vm.run(Goal(lost=LOST), go_on=lets_it_go_on)
     assert told == [PANIC]
     assert stop == Stopped(StopReason.PANIC if ends_lost else reason)
