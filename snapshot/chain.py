@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from snapshot.container import BLOCK, MAX_CHAIN, Parent
 from snapshot.errors import SnapshotError, check_path
@@ -25,17 +25,20 @@ class Chain:
 
     def __init__(self, path: Path, *, max_ram: int = 1 << 40) -> None:
         """Raises SnapshotError; OSError when the host will not open or read `path` itself."""
-        self._path = Path(path)
-        self.readers = [Reader(path, max_ram=max_ram)]  # from the leaf to the root
+        self.path = Path(path)
+        self.readers: list[Reader] = []  # from the leaf to the root
         try:
+            self.readers.append(Reader(path, max_ram=max_ram))
             folder = Path(path).parent
             while (parent := self.readers[-1].parent) is not None:
                 if len(self.readers) == MAX_CHAIN:
                     raise SnapshotError(f"a chain of more than {MAX_CHAIN} snapshots")
                 self.readers.append(_open_parent(folder / parent.file, max_ram))
                 self._check(parent.digest, parent.file)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, SnapshotError):
+                error.of(self.path)
             raise
 
     @classmethod
@@ -74,7 +77,7 @@ class Chain:
     def as_parent(self) -> Parent:
         """What a difference to it names as its parent: the file itself, also where a link led to it. Raises
         SnapshotError when its name cannot be written down."""
-        return Parent.from_json(Parent(self.identity, _real(self._path).name).to_json())
+        return Parent.from_json(Parent(self.identity, _real(self.path).name).to_json())
 
     def has(self, path: Path) -> bool:
         """Whether the file at `path` is one of its own, by whatever name."""
@@ -166,8 +169,12 @@ class Chain:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | Any | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
+    ) -> None:
         self.close()
+        if isinstance(error, SnapshotError):
+            error.of(self.path)
 
 
 def _real(path: Path) -> Path:

@@ -3,10 +3,20 @@
 import errno
 import os
 from pathlib import Path
+from typing import Self
 
 
 class SnapshotError(Exception):
-    """The file is at fault: damaged, hostile, foreign, or not for this machine. The message is one line."""
+    """The file is at fault: damaged, hostile, foreign, or not for this machine. The message is one line; `file` is
+    which, where that is known."""
+
+    file: Path | None = None
+
+    def of(self, file: Path) -> Self:
+        """The same, of this file if it is not of another."""
+        if self.file is None:
+            self.file = Path(file)
+        return self
 
 
 class Refused(OSError):

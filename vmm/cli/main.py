@@ -76,7 +76,10 @@ class _Main(click.Group):
         try:
             with _usage_in_a_line():
                 return super().invoke(ctx)
-        except (SnapshotError, GuestError, BackendError, RequestError) as error:
+        except SnapshotError as error:
+            show.note(error if error.file is None else f"{error.file}: {error}")
+            sys.exit(1)
+        except (GuestError, BackendError, RequestError) as error:
             show.note(error)
             sys.exit(1)
         except BrokenPipeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from vmm.cli.options import (
 )
 from vmm.clock import BYTES_PER_NS, LAST_NS
 from vmm.cpu import backends
+from vmm.cpu.model import TSC_KHZ
 from vmm.errors import RequestError
 from vmm.guest.image import Image
 from vmm.guest.lost import LOST
@@ -42,6 +44,7 @@ from vmm.host import background
 from vmm.machine.machine import Machine
 
 DEFAULT_MEMORY = 256 << 20
+_EPOCH = datetime.fromtimestamp(DEFAULT_EPOCH_NS / 1e9, UTC)
 
 
 def _goal(command: Callable[..., None]) -> Callable[..., None]:
@@ -160,9 +163,10 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--kernel", type=FILE, help="The guest's kernel: bzImage, ELF vmlinux, or flat code.")
 @click.option("--initrd", type=FILE, help="Initial RAM disk.")
 @click.option("--append", default="console=ttyS0", show_default=True, help="Kernel command line.")
-@click.option("-m", "--memory", type=Memory(), help="Guest RAM.  [default: 256M]")
+@click.option("-m", "--memory", type=Memory(), help=f"Guest RAM.  [default: {DEFAULT_MEMORY >> 20}M]")
 @click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
-@click.option("--epoch", type=Epoch(), help="Guest wall clock at start: Unix seconds, or `now`.  [default: 2020-01-01]")
+@click.option("--epoch", type=Epoch(),
+              help=f"Guest wall clock at start: Unix seconds, or `now`.  [default: {_EPOCH:%Y-%m-%d}]")  # fmt: skip
 @click.option("-r", "waking", type=FILE, metavar="FILE",
               help="As bhyve's: wake FILE; the other options are as they were at first.")  # fmt: skip
 @click.option(
@@ -173,7 +177,8 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar="KIND,OPTION=VALUE",
     help="One more device, such as uart,port=0x2a8,irq=5; `anyhyve devices` lists the kinds.",
 )
-@click.option("--tsc-khz", type=int, help="Rate of the guest's TSC.  [default: 4000000 on emu, the host's own on kvm]")
+@click.option("--tsc-khz", type=int,
+              help=f"Rate of the guest's TSC.  [default: {TSC_KHZ} on emu, the host's own on kvm]")  # fmt: skip
 @_name_option
 @_goal
 def run(

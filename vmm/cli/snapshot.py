@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,20 @@ from snapshot import promises as lock
 from snapshot import rewrite
 from snapshot import unpack as unpacking
 from snapshot.chain import Chain
+from snapshot.children import standing_on
 from snapshot.container import BLOCK, Part
 from snapshot.errors import SnapshotError
 from snapshot.field_types import Json
-from snapshot.reader import decode_part
+from snapshot.reader import RamImage, decode_part
 from vmm.cli import show as view
 from vmm.cli.options import FILE, PARENT, allow_option, backend_option, chosen, force_option, json_option, pack_option
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
+from vmm.errors import BackendError
 from vmm.guest.symbols import Symbols
 from vmm.machine.machine import Machine
 from vmm.saving.parts import with_state
+from vmm.saving.saved import Saved
 
 
 @click.group()
@@ -177,13 +180,32 @@ def pack(folder: Path, file: Path, force: bool) -> None:
 @click.option("--out", type=FILE, help="Write here; by default FILE is replaced.")
 @force_option
 def edit(file: Path, assignments: tuple[str, ...], out: Path | None, force: bool) -> None:
-    """Change fields, such as --set com1.lcr=0x83, checked against the schema in the file."""
+    """Change fields, such as --set com1.lcr=0x83, checked against the schema in the file. What would not load any more
+    is refused; a file that others stand on is replaced with --force, and they cannot be woken then."""
     with Chain(file) as chain:
-        parts = dict(chain.parts)
-    for assignment in assignments:
-        part = editing.set_field(parts, assignment)
-        parts[part.name] = part
-    rewrite.with_parts(file, out or file, parts, force=force)
+        parts, rams = dict(chain.parts), chain.rams
+        before = _why_not(parts, rams)
+        for assignment in assignments:
+            part = editing.set_field(parts, assignment)
+            parts[part.name] = part
+    if (why_not := _why_not(parts, rams)) is not None:
+        if before is None:
+            raise SnapshotError(f"it would not load any more: {why_not}").of(file)
+        view.note(f"warning: {file} does not load here: {why_not}")
+    out = out or file
+    orphans = standing_on(out) if force and out.exists() else []
+    rewrite.with_parts(file, out, parts, force=force)
+    for orphan in orphans:
+        view.note(f"warning: {out.with_name(orphan)} stood on {out}, and cannot be woken any more")
+
+
+def _why_not(parts: Mapping[str, Part], rams: Sequence[RamImage]) -> str | None:
+    """Why a file with these would not load here."""
+    try:
+        Saved.of(parts, rams)
+    except (SnapshotError, BackendError) as error:
+        return str(error)
+    return None
 
 
 @snapshot.command()

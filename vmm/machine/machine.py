@@ -145,8 +145,10 @@ class Machine:
                 machine.close()
                 raise
             machine.origin, machine._folder = Origin.from_meta(chain.meta), path.parent
-        except BaseException:
+        except BaseException as error:
             chain.close()
+            if isinstance(error, SnapshotError):
+                error.of(path)
             raise
         if verify:
             chain.close()

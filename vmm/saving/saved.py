@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
 from snapshot.reader import Part as FilePart
-from snapshot.reader import decode_part
+from snapshot.reader import RamImage, decode_part
 from vmm.board.config import MAX_MEMORY, MachineConfig
 from vmm.clock import LARGEST_BLOCK, ClockState
 from vmm.cpu import backends, validity
@@ -29,9 +29,14 @@ class Saved:
 
     @classmethod
     def decode(cls, chain: Chain) -> Saved:
+        """As `of`, what a file has."""
+        return cls.of(chain.parts, chain.rams)
+
+    @classmethod
+    def of(cls, parts: Mapping[str, FilePart], rams: Sequence[RamImage]) -> Saved:
         """Raises SnapshotError, naming the part or field that cannot be used here; BackendError for a kind of device
         that is not here."""
-        found: dict[str, FilePart] = dict(chain.parts)
+        found = dict(parts)
 
         def take(name: str, want: type) -> Any:
             if name not in found:
@@ -52,7 +57,7 @@ class Saved:
                 raise SnapshotError(f"clock.prepaid: {state.prepaid} bytes are more than a block can be, or than ran")
         if found:
             raise SnapshotError(f"the snapshot has a part this machine does not know: {next(iter(found))}")
-        if [(image.base, image.size) for image in chain.rams] != regions:
+        if [(image.base, image.size) for image in rams] != regions:
             raise SnapshotError("the RAM in the snapshot is not laid out as its config says")
         return cls(config, states)
 

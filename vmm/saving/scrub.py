@@ -32,6 +32,8 @@ class Scrub:
     def check(self) -> None:
         """Raises SnapshotError when damage was found so far, BackendError when it could not be looked for."""
         if self._error is not None:
+            if isinstance(self._error, SnapshotError):
+                self._error.of(self._chain.path)
             raise self._error
 
     def wait(self) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
+from tests.conftest import ROOT
+from vmm.cli import run
 from vmm.cli.main import main
 
 OTHERS = {  # what is spelt alike and says something else
@@ -57,3 +61,30 @@ def test_a_machines_name_is_spelt_one_way():
         for param in command.params:
             if isinstance(param, click.Argument) and param.name == "name":
                 assert param.metavar == "NAME" and "the machine NAME" in (command.help or ""), where
+
+
+def test_what_an_option_needs_is_in_its_text():
+    texts = {(command, param.name): param.help or "" for command, _, param in options()}
+    for name in set(run._NEED_A_NAME) - {"rundir"}:
+        for command in ("run", "restore", "wake"):
+            assert texts[command, name].startswith("Of a machine with a name: "), name
+    for name in ("initrd", "append"):
+        assert texts["restore", name].startswith("With --kernel: ")
+
+
+# Of pytest, pip, git, make, QEMU, bhyve, and of `python -m` of ours: what the pages name besides.
+FOREIGN = {
+    *("--hypothesis-profile", "--no-skips", "--import-mode", "--durations", "--editable", "--quiet", "--64", "--count"),
+    *("--oformat", "--seed", "--first", "--jobs", "--only", "--cov", "--force-poweroff", "--force-reset", "--create"),
+}
+
+
+def test_the_pages_name_only_options_there_are():
+    known = {spelling for _, command in commands() for param in command.params for spelling in (*param.opts,
+             *param.secondary_opts)} | {"--help", "--version"}  # fmt: skip
+    plugin = re.findall(r'"(--[a-z-]+)"', Path(ROOT, "vmm", "testing", "pytest_plugin.py").read_text())
+    for page in [*Path(ROOT).glob("*.md"), *Path(ROOT, "docs").rglob("*.md")]:
+        if page.name == "CHANGELOG.md":
+            continue  # it tells of what was
+        named = set(re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*[a-z0-9]", page.read_text()))
+        assert named - known - set(plugin) - FOREIGN == set(), page

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from snapshot import rewrite
+from snapshot.chain import Chain
+from snapshot.edit import set_field
 from tests.vmm.cli.test_main import NO_KVM, OWN_GUEST, anyhyve, refusal
 from vmm.errors import GuestError
 from vmm.guest.symbols import Symbols
@@ -94,6 +97,62 @@ def test_edit(saved, tmp_path):
     assert "there is no such field" in refusal("snapshot", "edit", saved / "a", "--set", "rtc.colour=1")
 
 
+@pytest.mark.parametrize(
+    ("field", "why"),
+    [
+        ("cpu.0.cr0=0x80000000", "no CPU can be in this state: cpu.cr0: PG without PE"),
+        ("config.memory_bytes=8388608", "the RAM in the snapshot is not laid out as its config says"),
+        ("config.memory_bytes=5000", "memory"),
+        ("config.board=desk", "desk"),
+        ("clock.prepaid=65535", "clock.prepaid"),
+    ],
+)
+def test_edit_refuses_what_would_not_load(saved, tmp_path, field, why):
+    """And in the one file that does not load already it may be the cure."""
+    said = refusal("snapshot", "edit", saved / "a", "--set", field, "--out", tmp_path / "x")
+    assert said.startswith(f"anyhyve: {saved / 'a'}: it would not load any more: ") and why in said
+    assert not (tmp_path / "x").exists()
+    with Chain(saved / "a") as chain:
+        part = set_field(chain.parts, field)
+        before = chain.parts[part.name].state
+        rewrite.with_parts(saved / "a", tmp_path / "no", {**chain.parts, part.name: part})
+    path, _, _ = field.partition("=")
+    name = path.removeprefix(f"{part.name}.")
+    text("snapshot", "edit", tmp_path / "no", "--set", f"{path}={before[name]}", "--out", tmp_path / "well")
+    assert (tmp_path / "well").read_bytes() == (saved / "a").read_bytes()
+
+
+def test_edit_says_what_it_orphans(saved, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    edit = ("snapshot", "edit", tmp_path / "a", "--set", "com1.scr=1")
+    assert "b: differences to the file there (--force replaces it)" in refusal(*edit)
+    done = anyhyve(*edit, "--force")
+    said = f"anyhyve: warning: {tmp_path / 'b'} stood on {tmp_path / 'a'}, and cannot be woken any more\n"
+    assert done.returncode == 0 and done.stderr.decode() == said
+    assert "parent a: it is not the snapshot" in refusal("restore", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("restore",), ("run", "-r"), ("snapshot", "show"), ("snapshot", "check"), ("snapshot", "verify"),
+        ("snapshot", "edit", "--set", "com1.scr=1"), ("lockstep", "--against", "emu"), ("fuzz", "com1", "--from"),
+    ],
+)  # fmt: skip
+def test_errors_of_a_file_name_it(saved, tmp_path, command):
+    whole = bytearray((saved / "a").read_bytes())
+    for damage in ("header", "part", "cut"):
+        file = tmp_path / f"damaged {damage}"
+        bad = bytearray(whole)
+        if damage == "header":
+            bad[20] ^= 1
+        elif damage == "part":
+            bad[whole.index(b"memory_bytes")] ^= 1
+        file.write_bytes(bad if damage != "cut" else bad[: len(bad) // 2])
+        assert refusal(*command, file).startswith(f"anyhyve: {file}: ")
+
+
 def test_merge_and_rebase(saved, tmp_path):
     text("snapshot", "merge", saved / "b", tmp_path / "whole")
     assert text("snapshot", "diff", tmp_path / "whole", saved / "b") == ""
@@ -112,7 +171,9 @@ def test_check_says_what_would_not_load_and_changes_nothing(saved, tmp_path):
 def test_check_asks_the_hosts_kvm_about_a_state(kvm, saved, tmp_path):
     text("snapshot", "edit", saved / "a", "--out", tmp_path / "slow", "--set", "config.tsc_khz=100000")
     assert "config.tsc_khz: kvm: this host cannot" in refusal("snapshot", "check", tmp_path / "slow", "--backend", kvm)
-    text("snapshot", "edit", saved / "a", "--out", tmp_path / "no", "--set", "cpu.0.cr0=0x80000000")
+    with Chain(saved / "a") as chain:
+        parts = {**chain.parts, "cpu.0": set_field(chain.parts, "cpu.0.cr0=0x80000000")}
+    rewrite.with_parts(saved / "a", tmp_path / "no", parts)
     for backend in ("emu", kvm):
         refused = refusal("snapshot", "check", tmp_path / "no", "--backend", backend)
         assert "no CPU can be in this state: cpu.cr0: PG without PE" in refused
