@@ -22,6 +22,7 @@ from vmm.machine.machine import Fault, Machine, Stop, StopReason
 from vmm.machine.run import Goal
 from vmm.saving import releases
 
+SILENCE_S = 600.0  # of guest time; a guest that is idle passes it in seconds
 LOG = "log"  # in the folder of the machine's snapshots
 # What ends a run without --save being done.
 _NOT_SAVED = (StopReason.QUIT, StopReason.STOPPED, StopReason.SUSPENDED, *outcome.SIGNALS)
@@ -36,6 +37,7 @@ class Asked:
     until_time: float | None
     timeout: float | None
     lost: str
+    silence: float | None
     save: Path | None
     force: bool
     packed: bool
@@ -66,7 +68,8 @@ class Asked:
         if self.at is not None and self.at < machine.position:
             raise RequestError(f"--at {self.at}: the machine is at position {machine.position} already")
         until_ns = None if self.until_time is None else machine.clock.now_ns() + round(self.until_time * 1e9)
-        return Goal(self.at, self.until, None, until_ns, self.lost or None, self.timeout)
+        silence_ns = None if self.silence is None else round(self.silence * 1e9)
+        return Goal(self.at, self.until, None, until_ns, self.lost or None, self.timeout, silence_ns)
 
 
 def drive(machine: Machine, asked: Asked) -> int:
@@ -100,6 +103,8 @@ class _Drive:
             if not asked.as_json and asked.away is None:
                 terminal = stack.enter_context(Terminal(vm, asked.save, force=asked.force))
                 self.attended |= terminal.interactive
+            if asked.until is not None and asked.silence is None and not self.attended:
+                self.goal = replace(self.goal, silence_ns=round(SILENCE_S * 1e9))
             machine.loop.pace_real = asked.pace == "real" or (asked.pace is None and self.attended)
             started = time.perf_counter()
             try:
@@ -152,7 +157,12 @@ class _Drive:
         """What happened, where, and what was saved."""
         asked = self.asked
         said = outcome.words(
-            stop, misses=asked.misses, until=asked.until, until_time=asked.until_time, timeout=asked.timeout
+            stop,
+            misses=asked.misses,
+            until=asked.until,
+            until_time=asked.until_time,
+            timeout=asked.timeout,
+            silence=asked.silence or SILENCE_S,
         )
         said = f"{said}, at position {self.machine.position}"
         if self.saved is not None:

@@ -14,6 +14,7 @@ _WORDS = {
     StopReason.PATTERN: "the console shows {until}",
     StopReason.POSITION: "the run has come as far as --at",
     StopReason.TIME: "{until_time:g} s of guest time have passed",
+    StopReason.SILENCE: "the console has shown nothing for {silence:g} s of guest time",
     StopReason.TIMEOUT: "{timeout:g} s have passed on the clock on the wall",
     StopReason.PANIC: "the guest is lost: {why}",
     StopReason.RESET: "the guest asked to be started again",
@@ -31,7 +32,7 @@ _WORDS = {
 
 def words(stop: Stop, *, misses: list[str], **asked: Any) -> str:
     """What happened: what was reached, or missed and why. `misses`: the options whose end it may not come to; `asked`:
-    until, until_time, timeout."""
+    until, until_time, timeout, silence."""
     if isinstance(stop, Fault):
         return str(stop)
     said = _WORDS[stop.reason].format(code=stop.status, why=stop.why, **asked)

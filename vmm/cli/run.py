@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from snapshot.errors import SnapshotError
 from vmm.board.config import DEFAULT_EPOCH_NS, DeviceConfig, MachineConfig, named
 from vmm.cli import show
-from vmm.cli.drive import Asked, drive
+from vmm.cli.drive import SILENCE_S, Asked, drive
 from vmm.cli.options import (
     FILE,
     NO_FOLDER,
@@ -60,6 +60,9 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--lost", type=Pattern(), default=LOST, show_default="what Linux, the BSDs, Xen, SeaBIOS say",
                          help="A console line of a guest that goes no further: a panic. What the run is for it will "
                               "not reach, and ends. '' for none."),
+            click.option("--silence", type=Seconds(), metavar="SECONDS",
+                         help="Stop when the console has shown nothing for so much guest time.  "
+                              f"[default: with --until {SILENCE_S:g}, but none at a terminal or with a name]"),
             click.option("--save", type=NO_FOLDER, help="Save when the run stops."),
             force_option,
             pack_option,

@@ -47,6 +47,7 @@ class Goal:
     until_ns: int | None = None
     lost: str | None = None
     seconds: float | None = None
+    silence_ns: int | None = None  # of guest time in which the console shows nothing
 
 
 @dataclass
@@ -71,6 +72,7 @@ class RunLoop:
         self._goal = Goal()
         self._until_s: float | None = None  # on the clock on the wall
         self._last_words: LastWords | None = None
+        self._shown, self._shown_ns = 0, 0  # how much the console had shown, and since when no more
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._next: Command | None = None  # taken from the queue, not done yet
         self._woken = self._closed = False
@@ -84,6 +86,7 @@ class RunLoop:
         self._goal = goal
         self._until_s = None if goal.seconds is None else time.monotonic() + goal.seconds
         self._last_words = None
+        self._shown_ns = self._clock.now_ns()
         self.cpu.stop_at(goal.position)
         self._board.console.watch(goal.until, goal.since, goal.lost)
 
@@ -198,11 +201,20 @@ class RunLoop:
             return Stopped(StopReason.PANIC, why=board.console.lost)
         if self._goal.until_ns is not None and self._clock.now_ns() >= self._goal.until_ns:
             return Stopped(StopReason.TIME)
+        if self._goal.silence_ns is not None and self._silent_ns() >= self._goal.silence_ns:
+            return Stopped(StopReason.SILENCE)
         if self._until_s is not None and time.monotonic() >= self._until_s:
             return Stopped(StopReason.TIMEOUT)
         for hook in self.hooks:
             hook()
         return None
+
+    def _silent_ns(self) -> int:
+        """For how long the console has shown nothing."""
+        shown, now = self._board.console.total, self._clock.now_ns()
+        if shown != self._shown:
+            self._shown, self._shown_ns = shown, now
+        return now - self._shown_ns
 
     def _has_said_all(self) -> bool:
         """Whether a guest that is lost has shown nothing more for a while, or enough: a panic's trace follows its first

@@ -17,6 +17,7 @@ class StopReason(StrEnum):
     TRIPLE_FAULT = "triple fault"
     HALTED = "halted"  # or waits for nothing
     PANIC = "panic"  # the console shows that it is lost
+    SILENCE = "silence"  # for as long as was given the console shows nothing
     TIMEOUT = "timeout"  # the time given on the clock on the wall is over
     COMMAND = "command"  # a posted command said so, and no more
     QUIT = "quit"  # at the terminal

@@ -62,6 +62,9 @@ WORDS = {
     ("1: jmp 1b", "--until-time", 0.001): ("0.001 s of guest time have passed", 0),
     ("1: jmp 1b", "--until-time", 0.001, "--until", "x"): (
         "0.001 s of guest time have passed; --until not reached", 3),
+    ("1: jmp 1b", "--silence", 0.01): ("the console has shown nothing for 0.01 s of guest time", 0),
+    ("1: jmp 1b", "--silence", 0.01, "--until", "x"): (
+        "the console has shown nothing for 0.01 s of guest time; --until not reached", 3),
     ("1: jmp 1b", "--timeout", 0.2): ("0.2 s have passed on the clock on the wall", 0),
     ("1: jmp 1b", "--timeout", 0.2, "--at", 10**15): (
         "0.2 s have passed on the clock on the wall; --at not reached", 3),
@@ -75,7 +78,29 @@ def test_the_last_line_says_what_happened(run, given):
     assert (last_line(done), done.returncode) == (f"anyhyve: {words}", status)
 
 
-@pytest.mark.parametrize("option", ["--timeout", "--until-time"])
+def test_a_guest_that_is_idle_is_not_awaited_for_ever(run):
+    """Its timer goes on for ever, and nobody will type."""
+    idle = "pic 0x30; mov $0x34, %al; out %al, $0x43; xor %al, %al; out %al, $0x40; out %al, $0x40; sti; 1: hlt; mov $0x300000, %r14d; jmp 1b"
+    done = run(idle, "--until", "never")
+    assert last_line(done) == "anyhyve: the console has shown nothing for 600 s of guest time; --until not reached"
+    assert done.returncode == 3
+
+
+def test_silence_is_counted_anew_with_each_byte(run):
+    says = """
+2:      mov     $0x3f8, %edx
+        mov     $'x', %al
+        out     %al, (%dx)
+        mov     $1000000, %ecx                  # 4 MB of code, or 1 ms
+1:      dec     %ecx
+        jnz     1b
+        jmp     2b
+"""
+    done = run(says, "--silence", 0.005, "--until-time", 0.05)
+    assert last_line(done) == "anyhyve: 0.05 s of guest time have passed"
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--until-time", "--silence"])
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan"])
 def test_times_that_are_none(run, option, value):
     done = run("1: jmp 1b", option, value)

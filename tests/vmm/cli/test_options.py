@@ -75,7 +75,18 @@ def test_what_an_option_needs_is_in_its_text():
 # Of pytest, pip, git, make, QEMU, bhyve, and of `python -m` of ours: what the pages name besides.
 FOREIGN = {
     *("--hypothesis-profile", "--no-skips", "--import-mode", "--durations", "--editable", "--quiet", "--64", "--count"),
-    *("--oformat", "--seed", "--first", "--jobs", "--only", "--cov", "--force-poweroff", "--force-reset", "--create"),
+    *(
+        "--oformat",
+        "--seed",
+        "--first",
+        "--jobs",
+        "--only",
+        "--cov",
+        "--force-poweroff",
+        "--force-reset",
+        "--create",
+        "--get-stats",
+    ),
 }
 
 
