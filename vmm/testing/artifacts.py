@@ -26,7 +26,7 @@ def leave(machine: Machine, folder: Path, name: str) -> Iterator[str]:
             yield f"{name}: it is closed, and leaves no more"
             return
         snapshot = folder / f"{name}.snapshot"
-        machine.save(snapshot)
+        machine.save(snapshot, packed=True)  # to be sent from where the tests run
         yield f"{name}: anyhyve restore {snapshot}"
         trace = folder / f"{name}.trace"
         trace.write_text("".join(f"{line}\n" for line in _trace(machine, snapshot)))

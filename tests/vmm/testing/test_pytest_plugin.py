@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from snapshot.chain import Chain
 from snapshot.verify import verify
 from tests.conftest import OWN
 
@@ -145,6 +146,8 @@ def test_what_a_failed_test_leaves(project):
     (place,) = (project.folder / "left").iterdir()
     assert {path.name for path in place.iterdir()} == {"vm0.snapshot", "vm0.console", "vm0.trace", "said.txt"}
     verify(place / "vm0.snapshot")
+    with Chain(place / "vm0.snapshot") as chain:
+        assert all(image.places is not None for image in chain.rams), "not packed"
     assert b"anyhyve own guest" in (place / "vm0.console").read_bytes()
     assert (place / "said.txt").read_text() == "send 'xy'\n"
     trace = (place / "vm0.trace").read_text().splitlines()
