@@ -10,8 +10,20 @@ from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import REGISTERS, CpuState
 from vmm.errors import BackendError, RequestError
 from vmm.machine.machine import Machine, Stopped, StopReason
+from vmm.testing.expect import Expect
 
 _STEPS = 64
+
+
+def left(machines: list[Machine], place: Path, talk: Expect | None) -> list[str]:
+    """What each of a test's machines leaves, and what was said at the console; in lines."""
+    lines = [line for i, machine in enumerate(machines) for line in leave(machine, place, f"vm{i}")]
+    if talk is not None:
+        try:
+            (place / "said.txt").write_text("".join(f"{line}\n" for line in talk.log))
+        except OSError as error:
+            lines.append(f"said.txt: {error}")
+    return lines
 
 
 def leave(machine: Machine, folder: Path, name: str) -> Iterator[str]:

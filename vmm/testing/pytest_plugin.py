@@ -3,111 +3,27 @@ nothing that takes long, or is an extra, is imported before a test asks for it."
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
-import platform
 import re
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vmm.guest.lost import LOST
+from vmm.testing.options import BACKENDS
+from vmm.testing.options import pytest_addoption as pytest_addoption
+from vmm.testing.options import pytest_configure as pytest_configure
+from vmm.testing.options import pytest_report_header as pytest_report_header
 
 if TYPE_CHECKING:
     from vmm.guest.image import Image
     from vmm.machine.machine import Machine
-    from vmm.machine.moment import Moment
     from vmm.testing.expect import Expect
+    from vmm.testing.guests import Booted
 
-BACKENDS = ("emu", "kvm")
 MACHINES = pytest.StashKey[list["Machine"]]()  # of a test, for when it fails
 TALKS = pytest.StashKey["Expect"]()
-
-_INI = {
-    "vm_kernel": "guest: a bzImage, a vmlinux, or with vm_flat any code",
-    "vm_initrd": "guest: the initial RAM disk",
-    "vm_append": "guest: kernel command line",
-    "vm_memory": "guest: MiB of RAM",
-    "vm_ready": "regular expression for the console's line at which the guest is up",
-    "vm_patience": "guest seconds to wait for what the console is to show",
-    "vm_wall_patience": "the same in seconds of this computer's clock: no wait is longer",
-    "vm_lost": "regular expression for a console line of a guest that goes no further: a panic",
-}
-_DEFAULTS = {
-    "vm_append": "console=ttyS0 mitigations=off",
-    "vm_memory": "256",
-    "vm_ready": "shell ready",
-    "vm_patience": "60",
-    "vm_wall_patience": "300",
-    "vm_lost": LOST,
-}
-_CHECKS: dict[str, tuple[Callable[[str], object], str]] = {
-    "vm_memory": (lambda given: 1 <= int(given) < 1 << 24, "a number of MiB"),
-    "vm_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
-    "vm_wall_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
-    "vm_ready": (re.compile, "a regular expression"),
-    "vm_lost": (re.compile, "a regular expression"),
-}
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("anyhyve")
-    group.addoption(
-        "--vm-backend", default="emu", choices=(*BACKENDS, "auto", "all"),
-        help="the CPU of the machines: emu (default), kvm, auto (kvm where it is), all (each test on each)",
-    )  # fmt: skip
-    group.addoption("--require-kvm", action="store_true", help="a test skipped for want of KVM is a failure")
-    group.addoption(
-        "--vm-roundtrip", type=float, metavar="N",
-        help="save every machine each N guest ms, and go on from what was saved",
-    )  # fmt: skip
-    group.addoption(
-        "--vm-artifacts", type=Path, metavar="DIR", help="snapshot, console and trace of the machines of a failed test"
-    )
-    group.addoption("--vm-slow", action="store_true", help="run tests marked slow_guest, too")
-    for name, text in _INI.items():
-        parser.addini(name, text, default=_DEFAULTS.get(name, ""))
-    parser.addini("vm_flat", "guest: vm_kernel is code for 0x100000, run in 64-bit mode", type="bool", default=False)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for line in (
-        "requires_kvm: needs a KVM; where there is none the test is skipped, and the reason named",
-        "backend(*names): the machines' CPU, whatever --vm-backend says: emu, kvm",
-        "slow_guest: only with --vm-slow",
-        "no_roundtrip(reason): its machines make no round trips",
-    ):
-        config.addinivalue_line("markers", line)
-    every_ms = config.getoption("--vm-roundtrip")
-    if every_ms is not None and not 1e-3 <= every_ms < math.inf:
-        raise pytest.UsageError("--vm-roundtrip takes a number of guest ms, of at least 0.001")
-    for name, (right, what) in _CHECKS.items():
-        try:
-            good = right(config.getini(name))
-        except (ValueError, re.error):
-            good = False
-        if not good:
-            raise pytest.UsageError(f"{name} = {config.getini(name)}: not {what}")
-
-
-def pytest_report_header(config: pytest.Config) -> str:
-    version = importlib.metadata.version
-    parts = [f"backend {config.getoption('--vm-backend')}", f"unicorn {version('unicorn')}", f"CPU {_processor()}"]
-    if (every_ms := config.getoption("--vm-roundtrip")) is not None:
-        parts.append(f"a round trip every {every_ms:g} guest ms")
-    return f"anyhyve {version('anyhyve')}: " + ", ".join(parts)
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(errors="replace"), re.M)
-        if found:
-            return found[1]
-    return platform.machine()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -229,82 +145,25 @@ def vm(vm_factory: Callable[..., Machine]) -> Machine:
     return vm_factory()
 
 
-def _boot(backend: str, image: Image, config: pytest.Config) -> Machine:
-    """The guest, up."""
-    from vmm.machine.machine import Machine, MachineConfig
-
-    machine = Machine.boot(MachineConfig(memory_bytes=int(config.getini("vm_memory")) << 20), image, backend)
-    try:
-        _until_ready(machine, config)
-    except BaseException:
-        machine.close()
-        raise
-    return machine
-
-
 @pytest.fixture(scope="session")
 def vm_snapshot(
     vm_backend: str, vm_image: Image, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The guest when it is up, saved. It is booted once for all tests."""
+    from vmm.testing.guests import boot
+
     file = tmp_path_factory.mktemp("vm") / "booted.snapshot"
-    with _boot(vm_backend, vm_image, pytestconfig) as machine:
+    with boot(vm_backend, vm_image, pytestconfig) as machine:
         machine.save(file)
     return file
 
 
-@dataclass
-class _Booted:
-    """The guest when it is up, to come back to; booted again after a test that closed the machine."""
-
-    boot: Callable[[], Machine]
-    machine: Machine | None = None
-    moment: Moment | None = None
-    failed: str | None = None  # why it could not be booted: it is not tried again for every test
-
-    def again(self) -> Machine:
-        machine = self.machine
-        if self.failed is not None:
-            pytest.fail(f"no guest, as before: {self.failed}", pytrace=False)
-        if machine is None or machine.closed or self.moment is None:
-            try:
-                machine = self.machine = self.boot()
-            except BaseException as error:
-                self.failed = str(error).split("\n")[0]
-                raise
-            self.moment = machine.moment()
-        machine.rewind(self.moment)
-        for console in machine.board.consoles.values():
-            console.typed.clear()
-        return machine
-
-    def close(self) -> None:
-        if self.machine is not None:
-            self.machine.close()
-
-
 @pytest.fixture(scope="session")
-def _vm_marked(vm_backend: str, vm_image: Image, pytestconfig: pytest.Config) -> Iterator[_Booted]:
-    with closing(_Booted(lambda: _boot(vm_backend, vm_image, pytestconfig))) as booted:
+def _vm_marked(vm_backend: str, vm_image: Image, pytestconfig: pytest.Config) -> Iterator[Booted]:
+    from vmm.testing.guests import Booted, boot
+
+    with closing(Booted(lambda: boot(vm_backend, vm_image, pytestconfig))) as booted:
         yield booted
-
-
-def _talk(machine: Machine, config: pytest.Config) -> Expect:
-    from vmm.testing.expect import Expect
-
-    patience, wall = (float(config.getini(name)) for name in ("vm_patience", "vm_wall_patience"))
-    return Expect(machine, seconds=patience, wall_seconds=wall, lost=config.getini("vm_lost") or None)
-
-
-def _until_ready(machine: Machine, config: pytest.Config) -> None:
-    from vmm.errors import GuestError
-
-    try:
-        _talk(machine, config).expect(config.getini("vm_ready"))
-    except GuestError as error:
-        folder = config.getoption("--vm-artifacts")
-        left = [] if folder is None else _left([machine], folder / "boot", None)
-        pytest.fail("\n".join((f"{error}\n(vm_ready says what to wait for)", *left)), pytrace=False)
 
 
 @pytest.fixture
@@ -312,8 +171,10 @@ def vm_booted(request: pytest.FixtureRequest, vm_backend: str) -> Machine:
     """A machine whose guest is up, and which was never saved. It is booted once, and reset to that moment for each
     test; with round trips, which would be of another machine, it is booted for each."""
     if request.config.getoption("--vm-roundtrip") is not None:
+        from vmm.testing.guests import until_ready
+
         machine: Machine = request.getfixturevalue("vm")
-        _until_ready(machine, request.config)
+        until_ready(machine, request.config)
         return machine
     machine = request.getfixturevalue("_vm_marked").again()
     request.node.stash.setdefault(MACHINES, []).append(machine)
@@ -336,9 +197,11 @@ def vm_any(request: pytest.FixtureRequest, vm_backend: str) -> Machine:
 @pytest.fixture
 def console(request: pytest.FixtureRequest, vm_backend: str) -> Expect:
     """The console of the test's machine (`vm_any`, `vm_restored`, `vm`, else `vm_booted`): expect, send, run."""
+    from vmm.testing.guests import talk
+
     names = [name for name in ("vm_any", "vm_restored", "vm") if name in request.fixturenames]
     machine = request.getfixturevalue(names[0] if names else "vm_booted")
-    found = request.node.stash[TALKS] = _talk(machine, request.config)
+    found = request.node.stash[TALKS] = talk(machine, request.config)
     return found
 
 
@@ -351,18 +214,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
     folder: Path | None = item.config.getoption("--vm-artifacts")
     machines = item.stash.get(MACHINES, [])
     if report.when in ("setup", "call") and report.failed and folder is not None and machines:
+        from vmm.testing.artifacts import left
+
         place = folder / re.sub(r"[^\w.-]+", "_", item.nodeid)[-100:]
-        report.sections.append(("anyhyve", "\n".join(_left(machines, place, item.stash.get(TALKS, None)))))
+        report.sections.append(("anyhyve", "\n".join(left(machines, place, item.stash.get(TALKS, None)))))
     return report
-
-
-def _left(machines: list[Machine], place: Path, talk: Expect | None) -> list[str]:
-    from vmm.testing.artifacts import leave
-
-    lines = [line for i, machine in enumerate(machines) for line in leave(machine, place, f"vm{i}")]
-    if talk is not None:
-        try:
-            (place / "said.txt").write_text("".join(f"{line}\n" for line in talk.log))
-        except OSError as error:
-            lines.append(f"said.txt: {error}")
-    return lines

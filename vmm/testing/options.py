@@ -1,0 +1,99 @@
+"""The pytest plugin's options and settings (docs/testing.md), and the line of pytest's header that says how it runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from vmm.guest.lost import LOST
+
+BACKENDS = ("emu", "kvm")
+
+_INI = {
+    "vm_kernel": "guest: a bzImage, a vmlinux, or with vm_flat any code",
+    "vm_initrd": "guest: the initial RAM disk",
+    "vm_append": "guest: kernel command line",
+    "vm_memory": "guest: MiB of RAM",
+    "vm_ready": "regular expression for the console's line at which the guest is up",
+    "vm_patience": "guest seconds to wait for what the console is to show",
+    "vm_wall_patience": "the same in seconds of this computer's clock: no wait is longer",
+    "vm_lost": "regular expression for a console line of a guest that goes no further: a panic",
+}
+_DEFAULTS = {
+    "vm_append": "console=ttyS0 mitigations=off",
+    "vm_memory": "256",
+    "vm_ready": "shell ready",
+    "vm_patience": "60",
+    "vm_wall_patience": "300",
+    "vm_lost": LOST,
+}
+_CHECKS: dict[str, tuple[Callable[[str], object], str]] = {
+    "vm_memory": (lambda given: 1 <= int(given) < 1 << 24, "a number of MiB"),
+    "vm_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
+    "vm_wall_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
+    "vm_ready": (re.compile, "a regular expression"),
+    "vm_lost": (re.compile, "a regular expression"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("anyhyve")
+    group.addoption(
+        "--vm-backend", default="emu", choices=(*BACKENDS, "auto", "all"),
+        help="the CPU of the machines: emu (default), kvm, auto (kvm where it is), all (each test on each)",
+    )  # fmt: skip
+    group.addoption("--require-kvm", action="store_true", help="a test skipped for want of KVM is a failure")
+    group.addoption(
+        "--vm-roundtrip", type=float, metavar="N",
+        help="save every machine each N guest ms, and go on from what was saved",
+    )  # fmt: skip
+    group.addoption(
+        "--vm-artifacts", type=Path, metavar="DIR", help="snapshot, console and trace of the machines of a failed test"
+    )
+    group.addoption("--vm-slow", action="store_true", help="run tests marked slow_guest, too")
+    for name, text in _INI.items():
+        parser.addini(name, text, default=_DEFAULTS.get(name, ""))
+    parser.addini("vm_flat", "guest: vm_kernel is code for 0x100000, run in 64-bit mode", type="bool", default=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "requires_kvm: needs a KVM; where there is none the test is skipped, and the reason named",
+        "backend(*names): the machines' CPU, whatever --vm-backend says: emu, kvm",
+        "slow_guest: only with --vm-slow",
+        "no_roundtrip(reason): its machines make no round trips",
+    ):
+        config.addinivalue_line("markers", line)
+    every_ms = config.getoption("--vm-roundtrip")
+    if every_ms is not None and not 1e-3 <= every_ms < math.inf:
+        raise pytest.UsageError("--vm-roundtrip takes a number of guest ms, of at least 0.001")
+    for name, (right, what) in _CHECKS.items():
+        try:
+            good = right(config.getini(name))
+        except (ValueError, re.error):
+            good = False
+        if not good:
+            raise pytest.UsageError(f"{name} = {config.getini(name)}: not {what}")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    version = importlib.metadata.version
+    parts = [f"backend {config.getoption('--vm-backend')}", f"unicorn {version('unicorn')}", f"CPU {_processor()}"]
+    if (every_ms := config.getoption("--vm-roundtrip")) is not None:
+        parts.append(f"a round trip every {every_ms:g} guest ms")
+    return f"anyhyve {version('anyhyve')}: " + ", ".join(parts)
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(errors="replace"), re.M)
+        if found:
+            return found[1]
+    return platform.machine()
