@@ -20,7 +20,8 @@ ANYHYVE = [sys.executable, "-m", "anyhyve"]
 
 
 def run(folder, command, timeout=120):
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder.with_name(f"{folder.name}-cache"))}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def write(folder, *names):

@@ -1,20 +1,24 @@
-"""The pytest plugin's options and settings (docs/testing.md), and the line of pytest's header that says how it runs."""
+"""The pytest plugin's options and settings (docs/testing.md), and the lines of pytest's header that say how it runs."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
-import platform
 import re
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from vmm.errors import BackendError
 from vmm.guest.lost import LOST
+from vmm.host.shown import shown
+from vmm.testing import boots
 
 BACKENDS = ("emu", "kvm")
+STARTED_NS = time.time_ns()  # pytest imports this before anything else of ours
 
 _INI = {
     "vm_kernel": "guest: a bzImage, a vmlinux, or with vm_flat any code",
@@ -25,6 +29,7 @@ _INI = {
     "vm_patience": "guest seconds to wait for what the console is to show",
     "vm_wall_patience": "the same in seconds of this computer's clock: no wait is longer",
     "vm_lost": "regular expression for a console line of a guest that goes no further: a panic",
+    "vm_cache_mib": "MiB of boots that are kept: more, and those not used for longest are removed",
 }
 _DEFAULTS = {
     "vm_append": "console=ttyS0 mitigations=off",
@@ -33,9 +38,11 @@ _DEFAULTS = {
     "vm_patience": "60",
     "vm_wall_patience": "300",
     "vm_lost": LOST,
+    "vm_cache_mib": "2048",
 }
 _CHECKS: dict[str, tuple[Callable[[str], object], str]] = {
     "vm_memory": (lambda given: 1 <= int(given) < 1 << 24, "a number of MiB"),
+    "vm_cache_mib": (lambda given: 1 <= int(given) < 1 << 40, "a number of MiB"),
     "vm_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
     "vm_wall_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
     "vm_ready": (re.compile, "a regular expression"),
@@ -58,6 +65,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--vm-artifacts", type=Path, metavar="DIR", help="snapshot, console and trace of the machines of a failed test"
     )
     group.addoption("--vm-slow", action="store_true", help="run tests marked slow_guest, too")
+    group.addoption("--vm-cache", metavar="DIR", help="keep boots there (default: $XDG_CACHE_HOME/anyhyve/boots)")
+    group.addoption("--vm-no-cache", action="store_true", help="keep no boots, and use none that were kept")
+    group.addoption("--vm-cache-clear", action="store_true", help="remove the boots that were kept, first of all")
     for name, text in _INI.items():
         parser.addini(name, text, default=_DEFAULTS.get(name, ""))
     parser.addini("vm_flat", "guest: vm_kernel is code for 0x100000, run in 64-bit mode", type="bool", default=False)
@@ -82,18 +92,47 @@ def pytest_configure(config: pytest.Config) -> None:
         if not good:
             raise pytest.UsageError(f"{name} = {config.getini(name)}: not {what}")
 
+    config.stash[CACHE] = cache = Cache.chosen(config)
+    if config.getoption("--vm-cache-clear") and cache.folder is not None and not hasattr(config, "workerinput"):
+        cache.cleared = boots.evict(cache.folder, -1)
 
-def pytest_report_header(config: pytest.Config) -> str:
+
+@dataclass
+class Cache:
+    """Where boots are kept; None, and why they are not."""
+
+    folder: Path | None
+    why: str = ""
+    cleared: int | None = None  # how many were removed
+
+    @classmethod
+    def chosen(cls, config: pytest.Config) -> Cache:
+        if config.getoption("--vm-no-cache"):
+            return cls(None, "--vm-no-cache")
+        if config.getoption("--vm-roundtrip") is not None:
+            return cls(None, "--vm-roundtrip is of boots, too")
+        given = config.getoption("--vm-cache")
+        try:
+            folder = boots.place() if given is None else config.invocation_params.dir / given
+            boots.check(folder)
+        except BackendError as error:
+            return cls(None, str(error))
+        return cls(folder)
+
+    def __str__(self) -> str:
+        if self.folder is None:
+            return f"no boots are kept: {shown(self.why)}"
+        count, size = boots.usage(self.folder)
+        cleared = "" if self.cleared is None else f" ({self.cleared} removed)"
+        return f"boots kept in {shown(self.folder)}: {count}, {size / 2**20:.0f} MiB{cleared}"
+
+
+CACHE = pytest.StashKey[Cache]()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     version = importlib.metadata.version
-    parts = [f"backend {config.getoption('--vm-backend')}", f"unicorn {version('unicorn')}", f"CPU {_processor()}"]
+    parts = [f"backend {config.getoption('--vm-backend')}", f"unicorn {version('unicorn')}", f"CPU {boots.processor()}"]
     if (every_ms := config.getoption("--vm-roundtrip")) is not None:
         parts.append(f"a round trip every {every_ms:g} guest ms")
-    return f"anyhyve {version('anyhyve')}: " + ", ".join(parts)
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(errors="replace"), re.M)
-        if found:
-            return found[1]
-    return platform.machine()
+    return [f"anyhyve {version('anyhyve')}: " + ", ".join(parts), f"anyhyve: {config.stash[CACHE]}"]

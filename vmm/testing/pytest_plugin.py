@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vmm.testing.options import BACKENDS
+from vmm.host.shown import shown
+from vmm.testing.boots import Boots, Told
+from vmm.testing.options import BACKENDS, CACHE
 from vmm.testing.options import pytest_addoption as pytest_addoption
 from vmm.testing.options import pytest_configure as pytest_configure
 from vmm.testing.options import pytest_report_header as pytest_report_header
@@ -20,10 +22,11 @@ if TYPE_CHECKING:
     from vmm.guest.image import Image
     from vmm.machine.machine import Machine
     from vmm.testing.expect import Expect
-    from vmm.testing.guests import Booted
+    from vmm.testing.guests import Guest, Marked
 
 MACHINES = pytest.StashKey[list["Machine"]]()  # of a test, for when it fails
 TALKS = pytest.StashKey["Expect"]()
+TOLD = pytest.StashKey[Told]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -146,39 +149,86 @@ def vm(vm_factory: Callable[..., Machine]) -> Machine:
 
 
 @pytest.fixture(scope="session")
-def vm_snapshot(
-    vm_backend: str, vm_image: Image, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The guest when it is up, saved. It is booted once for all tests."""
-    from vmm.testing.guests import boot
-
-    file = tmp_path_factory.mktemp("vm") / "booted.snapshot"
-    with boot(vm_backend, vm_image, pytestconfig) as machine:
-        machine.save(file)
-    return file
+def _vm_boots(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Boots]:
+    with Boots(
+        pytestconfig.stash[CACHE].folder,
+        tmp_path_factory.mktemp("vm"),
+        pytestconfig.stash.setdefault(TOLD, Told()),
+        most_bytes=int(pytestconfig.getini("vm_cache_mib")) << 20,
+        patience_s=float(pytestconfig.getini("vm_wall_patience")),
+        run=getattr(pytestconfig, "workerinput", {}).get("testrunuid", ""),
+    ) as boots:
+        yield boots
 
 
 @pytest.fixture(scope="session")
-def _vm_marked(vm_backend: str, vm_image: Image, pytestconfig: pytest.Config) -> Iterator[Booted]:
-    from vmm.testing.guests import Booted, boot
+def _vm_guest(vm_backend: str, vm_image: Image, pytestconfig: pytest.Config, _vm_boots: Boots) -> Guest:
+    from vmm.testing.guests import Guest
 
-    with closing(Booted(lambda: boot(vm_backend, vm_image, pytestconfig))) as booted:
-        yield booted
+    return Guest(vm_backend, vm_image, pytestconfig, _vm_boots)
+
+
+@contextmanager
+def _no_traceback() -> Iterator[None]:
+    """Context manager: a guest that does not come up fails the test."""
+    from vmm.errors import GuestError
+
+    try:
+        yield
+    except GuestError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+
+
+@pytest.fixture(scope="session")
+def vm_snapshot(_vm_guest: Guest) -> Path:
+    """The guest when it is up, saved: a read-only file, which other processes may use, too."""
+    with _no_traceback():
+        return _vm_guest.file()
+
+
+@pytest.fixture(scope="session")
+def _vm_really_booted(_vm_guest: Guest, pytestconfig: pytest.Config) -> Iterator[Marked]:
+    from vmm.testing.guests import Marked
+
+    def boot() -> Machine:
+        machine = _vm_guest.boot()
+        pytestconfig.stash[TOLD].counts["booted"] += 1
+        return machine
+
+    with closing(Marked(boot)) as marked:
+        yield marked
+
+
+@pytest.fixture(scope="session")
+def _vm_up(request: pytest.FixtureRequest, _vm_guest: Guest) -> Iterator[Marked]:
+    from vmm.testing.guests import Marked
+
+    if _vm_guest.cached:
+        with closing(Marked(_vm_guest.wake)) as marked:
+            yield marked
+    else:
+        yield request.getfixturevalue("_vm_really_booted")
+
+
+def _up(request: pytest.FixtureRequest, marked: str) -> Machine:
+    """What the fixture of that name has marked, at its mark."""
+    with _no_traceback():
+        if request.config.getoption("--vm-roundtrip") is not None:
+            from vmm.testing.guests import until_ready
+
+            machine: Machine = request.getfixturevalue("vm")
+            until_ready(machine, request.config)
+            return machine
+        machine = request.getfixturevalue(marked).again()
+    request.node.stash.setdefault(MACHINES, []).append(machine)
+    return machine
 
 
 @pytest.fixture
 def vm_booted(request: pytest.FixtureRequest, vm_backend: str) -> Machine:
-    """A machine whose guest is up, and which was never saved. It is booted once, and reset to that moment for each
-    test; with round trips, which would be of another machine, it is booted for each."""
-    if request.config.getoption("--vm-roundtrip") is not None:
-        from vmm.testing.guests import until_ready
-
-        machine: Machine = request.getfixturevalue("vm")
-        until_ready(machine, request.config)
-        return machine
-    machine = request.getfixturevalue("_vm_marked").again()
-    request.node.stash.setdefault(MACHINES, []).append(machine)
-    return machine
+    """A machine whose guest is up. It is booted, or woken from the cache, once, and reset to that moment for each test;
+    with round trips, which would be of another machine, it is booted for each."""
+    return _up(request, "_vm_up")
 
 
 @pytest.fixture
@@ -189,8 +239,11 @@ def vm_restored(vm_factory: Callable[..., Machine], vm_snapshot: Path) -> Machin
 
 @pytest.fixture(params=["booted", "restored"])
 def vm_any(request: pytest.FixtureRequest, vm_backend: str) -> Machine:
-    """A machine whose guest is up: the test runs on one never saved and on one woken."""
-    machine: Machine = request.getfixturevalue(f"vm_{request.param}")
+    """A machine whose guest is up: the test runs on one that was booted in this session and never saved, and on one
+    woken."""
+    if request.param == "booted":
+        return _up(request, "_vm_really_booted")
+    machine: Machine = request.getfixturevalue("vm_restored")
     return machine
 
 
@@ -219,3 +272,23 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
         place = folder / re.sub(r"[^\w.-]+", "_", item.nodeid)[-100:]
         report.sections.append(("anyhyve", "\n".join(left(machines, place, item.stash.get(TALKS, None)))))
     return report
+
+
+# --- what became of the guests
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput") and (told := session.config.stash.get(TOLD, None)) is not None:
+        session.config.workeroutput["anyhyve"] = dict(told.counts), told.waited_s
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Of pytest-xdist: a worker has ended."""
+    if (output := getattr(node, "workeroutput", {}).get("anyhyve")) is not None:
+        node.config.stash.setdefault(TOLD, Told()).add(*output)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if told := config.stash.get(TOLD, None):
+        terminalreporter.write_line(f"anyhyve guests: {shown(told)}")

@@ -167,3 +167,15 @@ def test_what_nobody_reads_is_kept_in_bounds():
     for _ in range(5 << 20):
         console.transmit(65)
     assert len(console.output) <= 2 << 20 and console.total == 5 << 20
+
+
+def test_what_was_written_to_another_console_is_read_and_matches_nothing_that_comes():
+    heard: list[int] = []
+    console = Console()
+    console.listen(heard.append)
+    console.recall(b"as before\nshell re")
+    console.watch("shell")
+    for byte in b"ady\n":
+        console.transmit(byte)
+    assert console.read(0) == (0, b"as before\nshell ready\n") and console.total == 22
+    assert bytes(heard) == b"ady\n" and not console.found

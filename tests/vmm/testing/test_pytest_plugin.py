@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +27,14 @@ class Project:
     """`project(source, *arguments)`: pytest on a project with this one test file."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.cache = folder, folder.with_name(f"{folder.name}-cache")  # the user's own is not for tests
         (folder / "pytest.ini").write_text(INI)
 
     def __call__(self, source: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         (self.folder / "test_it.py").write_text(source)
         command = [sys.executable, "-m", "pytest", "-rA", *map(str, arguments)]
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=100)
+        environment = {**os.environ, "XDG_CACHE_HOME": str(self.cache)}
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -247,7 +249,14 @@ def test_what_a_test_does_to_the_booted_machine_the_next_does_not_see(project):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("vm_memory", "much"), ("vm_memory", "0"), ("vm_patience", "nan"), ("vm_patience", "-1"), ("vm_ready", "(")],
+    [
+        ("vm_cache_mib", "0"),
+        ("vm_memory", "much"),
+        ("vm_memory", "0"),
+        ("vm_patience", "nan"),
+        ("vm_patience", "-1"),
+        ("vm_ready", "("),
+    ],
 )
 def test_an_option_that_says_nothing(project, name, value):
     (project.folder / "pytest.ini").write_text(f"[pytest]\n{name} = {value}\n")
@@ -343,3 +352,191 @@ def test_a_guest_that_is_lost(project):
     (project.folder / "pytest.ini").write_text(INI.replace("own guest", "never\nvm_lost = anyhyve (own)"))
     said = outcome(project("def test_it(vm_booted):\n    pass\n"), error=1)
     assert "the guest never said 'never': it is lost: anyhyve own" in said
+
+
+# --- boots that are kept
+
+COUNTS = """
+import os
+from vmm.machine.machine import Machine
+
+def boot(config, image, *arguments, boot=Machine.boot, **options):
+    fd = os.open("booted", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(fd, b"x")
+    os.close(fd)
+    return boot(config, image, *arguments, **options)
+
+Machine.boot = boot
+"""
+
+
+class Counted(Project):
+    """A project that counts the boots of its machines."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        (folder / "conftest.py").write_text(COUNTS)
+
+    @property
+    def booted(self) -> int:
+        marks = self.folder / "booted"
+        return len(marks.read_bytes()) if marks.exists() else 0
+
+    @property
+    def kept(self) -> set[str]:
+        """Names in the folder."""
+        folder = self.cache / "anyhyve" / "boots"
+        return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Counted:
+    return Counted(tmp_path)
+
+
+UP = """
+def test_booted(vm_booted, console):
+    assert console.output == "anyhyve own guest"
+    console.send("xx")
+    console.expect("[[]x[]]")
+
+def test_restored(vm_restored, console):
+    assert console.output == ""
+    console.send("xx")
+    console.expect("[[]x[]]")
+
+def test_again(vm_booted, vm_restored):
+    assert vm_booted.digests() == vm_restored.digests()
+    vm_booted.restart()
+    assert vm_booted.position == 0
+"""
+
+
+def test_the_next_session_boots_nothing(counted):
+    first = outcome(counted(UP), passed=3)
+    assert counted.booted == 1 and len(counted.kept) == 2
+    assert f"boots kept in {counted.cache}/anyhyve/boots: 0, 0 MiB" in first
+    assert "anyhyve guests: 1 booted and kept, 1 from the cache\n" in first
+    second = outcome(counted(UP), passed=3)
+    assert counted.booted == 1 and "anyhyve guests: 2 from the cache\n" in second
+    assert f"boots kept in {counted.cache}/anyhyve/boots: 1, " in second
+
+
+def test_workers_boot_once(counted):
+    """Each worker runs each test."""
+    said = outcome(counted(UP, "-n", 8, "--dist=each"), passed=24)
+    assert counted.booted == 1 and len(counted.kept) == 2
+    assert "anyhyve guests: 1 booted and kept, 15 from the cache" in said
+
+
+def test_workers_fail_once(counted):
+    (counted.folder / "pytest.ini").write_text(INI.replace("own guest", "never\nvm_patience = 0.001"))
+    said = outcome(counted(UP, "-n", 4, "--dist=each"), errors=12)
+    assert counted.booted == 1 and "no guest, as in another process: the guest never said 'never'" in said
+
+
+def test_a_machine_that_was_never_saved_is_really_booted(counted):
+    source = """
+def test_it(vm_any, request):
+    assert (vm_any._scrub is None and vm_any.image is not None) == ("[booted]" in request.node.name)
+
+def test_as_booted(vm_any, console, request):
+    assert console.output == ("anyhyve own guest" if "[booted]" in request.node.name else "")
+"""
+    for booted in (2, 3, 4):
+        said = outcome(counted(source), passed=4)
+        assert counted.booted == booted
+    assert "anyhyve guests: 1 booted, 1 from the cache\n" in said
+
+
+def test_another_guest_is_booted(counted):
+    outcome(counted(UP), passed=3)
+    (counted.folder / "pytest.ini").write_text(INI.replace("vm_memory = 16", "vm_memory = 17"))
+    outcome(counted(UP), passed=3)
+    assert counted.booted == 2 and len(counted.kept) == 4
+    (counted.folder / "pytest.ini").write_text(INI.replace("own guest", "anyhyve own guest"))
+    outcome(counted(UP), passed=3)
+    assert counted.booted == 3
+    (counted.folder / "pytest.ini").write_text(INI + "vm_patience = 50\n")
+    outcome(counted(UP), passed=3)
+    assert counted.booted == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "why"), [("--vm-no-cache", "--vm-no-cache"), ("--vm-roundtrip=0.5", "--vm-roundtrip is of boots, too")]
+)
+def test_without_a_cache(counted, option, why):
+    said = outcome(counted("def test_it(vm_booted, vm_restored):\n    pass\n", option), passed=1)
+    assert f"no boots are kept: {why}" in said and counted.booted == 2 and not counted.kept
+
+
+def test_a_cache_somewhere_else_and_cleared(counted):
+    for _ in range(2):
+        outcome(counted(UP, "--vm-cache=here"), passed=3)
+    assert counted.booted == 1 and not counted.kept and len(list((counted.folder / "here").iterdir())) == 2
+    said = outcome(counted(UP, "--vm-cache=here", "--vm-cache-clear", "-n", 2, "--dist=each"), passed=6)
+    assert counted.booted == 2 and "here: 0, 0 MiB (1 removed)" in said
+
+
+def test_workers_clear_nothing(counted):
+    """Planted: a boot that is kept when the workers start."""
+    (counted.folder / "conftest.py").write_text(f"""{COUNTS}
+import pathlib, pytest
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        pathlib.Path("here/kept.snapshot").touch()
+""")
+    (counted.folder / "here").mkdir(0o700)
+    outcome(counted(UP, "--vm-cache=here", "--vm-cache-clear", "-n", 1), passed=3)
+    assert (counted.folder / "here" / "kept.snapshot").exists()
+
+
+def test_a_cache_that_is_not_ours_alone(counted):
+    folder = counted.folder / "here"
+    folder.mkdir(0o755)
+    said = outcome(counted(UP, "--vm-cache=here"), passed=3)
+    assert f"no boots are kept: {folder}: not a folder of this user alone (owner {os.getuid()}, mode 755)" in said
+    assert counted.booted == 2 and not list(folder.iterdir())
+
+
+def test_no_room_for_a_boot(counted):
+    (counted.folder / "conftest.py").write_text(f"""{COUNTS}
+from vmm.errors import BackendError
+
+def save(self, path, *, save=Machine.save, **options):
+    if "boots" in path.parts:
+        raise BackendError("no space")
+    save(self, path, **options)
+
+Machine.save = save
+""")
+    said = outcome(counted("def test_it(vm_booted):\n    pass\n"), passed=1)
+    assert "anyhyve guests: 1 booted, but not kept (no space)\n" in said
+
+
+@pytest.mark.parametrize("fixture", ["vm_booted", "vm_restored"])
+@pytest.mark.parametrize("what", ["its end", "its RAM"])
+def test_a_boot_that_was_damaged(counted, fixture, what):
+    source = f"def test_it({fixture}):\n    pass\n"
+    outcome(counted(source), passed=1)
+    (file,) = (counted.cache / "anyhyve" / "boots").glob("*.snapshot")
+    if what == "its end":
+        os.truncate(file, 5000)
+    else:
+        data = bytearray(file.read_bytes())
+        data[data.index(OWN.read_bytes()[:64])] ^= 1
+        file.chmod(0o600)
+        file.write_bytes(data)
+    said = outcome(counted(source), passed=1)
+    assert counted.booted == 2 and "1 kept, but of no use (" in said
+    outcome(counted(source), passed=1)
+    assert counted.booted == 2
+
+
+def test_a_session_whose_sources_change_keeps_nothing(counted):
+    """Planted: a time of start long ago."""
+    (counted.folder / "conftest.py").write_text(COUNTS + "\nfrom vmm.testing import options\noptions.STARTED_NS = 0\n")
+    said = outcome(counted(UP), passed=3)
+    assert "was changed after the session had begun" in said and not counted.kept
