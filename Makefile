@@ -50,6 +50,7 @@ bench: guest
 	$(BIN)/python -m bench.boot --guest $(GUEST)
 	$(BIN)/python -m bench.save_restore --guest $(GUEST)
 	$(BIN)/python -m bench.checkpoint --guest $(GUEST)
+	$(BIN)/python -m bench.plugin --guest $(GUEST)
 	$(BIN)/python -m bench.reset
 	$(BIN)/python -m bench.port_read
 	$(BIN)/python -m bench.kvm_exit
