@@ -80,7 +80,18 @@ def test_the_last_line_says_what_happened(run, given):
 
 def test_a_guest_that_is_idle_is_not_awaited_for_ever(run):
     """Its timer goes on for ever, and nobody will type."""
-    idle = "pic 0x30; mov $0x34, %al; out %al, $0x43; xor %al, %al; out %al, $0x40; out %al, $0x40; sti; 1: hlt; mov $0x300000, %r14d; jmp 1b"
+    idle = """
+        pic     0x30
+        mov     $0x34, %al
+        out     %al, $0x43
+        xor     %al, %al
+        out     %al, $0x40
+        out     %al, $0x40
+        sti
+1:      hlt
+        mov     $0x300000, %r14d                # the traps' log begins anew
+        jmp     1b
+"""
     done = run(idle, "--until", "never")
     assert last_line(done) == "anyhyve: the console has shown nothing for 600 s of guest time; --until not reached"
     assert done.returncode == 3
