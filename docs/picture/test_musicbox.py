@@ -1,0 +1,7 @@
+from musicbox import MusicBox
+
+from anyhyve import check_device
+
+
+def test_musicbox():
+    check_device(MusicBox)
