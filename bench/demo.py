@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-OWN = Path(__file__).parent.parent / "fixtures" / "guests" / "own" / "own.bin"
+OWN = Path("fixtures", "guests", "own", "own.bin")
 CMDLINE = "console=ttyS0 mitigations=off"
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     guest = parser.parse_args().guest
     out = Console(soft_wrap=True)
     if (guest / "initrd.img").exists():
-        boot = ["--kernel", guest / "vmlinuz", "--initrd", guest / "initrd.img", "--append", CMDLINE]
+        boot: list[str | Path] = ["--kernel", guest / "vmlinuz", "--initrd", guest / "initrd.img", "--append", CMDLINE]
         goal, name = "shell ready", "Debian"
     else:
         out.print("[yellow]No Debian guest could be fetched: using the small guest of this repository.")
@@ -61,6 +62,16 @@ def main() -> None:
         if not all(same.values()):
             sys.exit("demo: the woken machine differs from the undisturbed one")
         out.print("[green]verdict       a cut leaves no trace")
+    for line in following(boot):
+        out.print(line, markup=False, highlight=False)
+
+
+def following(boot: list[str | Path]) -> list[str]:
+    """How to go on from here: where the command is, and what to do with it next."""
+    return [
+        "the command   is .venv/bin/anyhyve, or anyhyve after: . .venv/bin/activate",
+        f"try           .venv/bin/anyhyve run {shlex.join(map(str, boot))}    # Ctrl-] then q ends it",
+    ]
 
 
 def _word(equal: bool) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -24,6 +26,19 @@ def test_its_commands_in_their_order(debian, tmp_path):
     with shell.Shell(clone, tmp_path / "aside") as sh:
         wrong = shell.follow(TEXT, sh)
     assert not wrong, "\n\n".join(wrong)
+
+
+def test_the_demo_says_how_to_go_on(tmp_path):
+    """Its last line is the next command: it boots what the demo booted, until somebody quits."""
+    demo = [sys.executable, "-m", "bench.demo", "--guest", tmp_path / "none"]
+    done = subprocess.run(demo, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    where, following = done.stdout.splitlines()[-2:]
+    assert ". .venv/bin/activate" in where
+    command = following.removeprefix("try").strip().replace(".venv/bin/anyhyve", f"{sys.executable} -m anyhyve")
+    typist = [sys.executable, str(shell.TYPIST), "round 0001", "^]q", command]
+    tried = subprocess.run(typist, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert tried.returncode == 0 and "anyhyve: quit, at position" in tried.stdout, tried.stdout
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from tests.vmm.cpu.hosts import host
 
 _MARK = re.compile(r'<!-- (?:needs (\w+)|exits (\d+)|at "(.*?)" types (\S+)): (.*) -->')
 _COMMENT = re.compile(r"\s+# .*$", re.M)
+TYPIST = Path(__file__).with_name("typist.py")
 _LINE_TIMEOUT_S = 180.0
 
 
@@ -227,7 +228,7 @@ class Shell:
             return self._background(line, name[1])
         command = line.command
         if terminal is not None:
-            typist = [sys.executable, str(Path(__file__).with_name("typist.py")), str(terminal.at), str(terminal.types)]
+            typist = [sys.executable, str(TYPIST), str(terminal.at), str(terminal.types)]
             command = shlex.join([*typist, line.plain])
         status, said = self._do(command)
         said = said if terminal is None else said.replace("\r\n", "\n")

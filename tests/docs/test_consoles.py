@@ -13,7 +13,7 @@ from tests.docs import shell
 from tests.vmm.conftest import eventually
 
 pytestmark = pytest.mark.no_roundtrip("it runs in other processes")
-IN_A_CLONE = ("CONTRIBUTING.md", "docs/release.md")
+IN_A_CLONE = ("CONTRIBUTING.md", "docs/completion.md", "docs/release.md")
 WITH_A_GUEST = ("docs/control.md", "docs/testing.md")
 ELSEWHERE = {
     "README.md": "tests/test_readme.py",
