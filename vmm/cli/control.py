@@ -42,25 +42,31 @@ class _Ctl(click.Group):
 
 @click.group(cls=_Ctl, invoke_without_command=True, subcommand_metavar="METHOD [ARGS]...")
 @click.argument("name", metavar="NAME", required=False)
-@click.option("--vm", metavar="NAME", help="The machine NAME, as bhyvectl spells it; so are the four that follow.")
+@click.option("--vm", metavar="NAME", help="The machine NAME, as bhyvectl spells it; so is what follows.")
 @click.option("--checkpoint", type=FILE, metavar="FILE", help="Save and go on.")
 @click.option("--suspend", type=FILE, metavar="FILE", help="Save, then end.")
 @click.option("--destroy", is_flag=True, help="End without saving.")
+@click.option("--force-poweroff", is_flag=True, help="The same.")
+@click.option("--force-reset", is_flag=True, help="Start the guest again.")
+@click.option("--get-stats", is_flag=True, help="Show counts.")
 @click.option("--get-all", is_flag=True, help="Show status, counts and devices.")
 @rundir_option
 @json_option
 @click.pass_context
 def ctl(
-    ctx: click.Context, vm: str | None, checkpoint: Path | None, suspend: Path | None, destroy: bool, get_all: bool,
-    rundir: Path | None, as_json: bool, name: str | None = None,
+    ctx: click.Context, vm: str | None, checkpoint: Path | None, suspend: Path | None, destroy: bool,
+    force_poweroff: bool, force_reset: bool, get_stats: bool, get_all: bool, rundir: Path | None, as_json: bool,
+    name: str | None = None,
 ) -> None:  # fmt: skip
     """Ask the machine NAME, which runs: the answer is the result."""
     ctx.obj = place.rundir(rundir), vm or name, as_json
     asked = [
         *([("checkpoint", {"path": str(checkpoint.absolute())})] if checkpoint else []),
         *([("suspend", {"path": str(suspend.absolute())})] if suspend else []),
-        *([("stop", {})] if destroy else []),
+        *([("reset", {})] if force_reset else []),
+        *([("stats", {})] if get_stats else []),
         *([(each, {}) for each in ("status", "stats", "devices")] if get_all else []),
+        *([("stop", {})] if destroy or force_poweroff else []),
     ]
     if ctx.obj[1] is None or (ctx.invoked_subcommand is None) == (not asked):
         raise click.UsageError("which machine, and what of it? `ctl NAME METHOD`, or `ctl --vm=NAME --checkpoint=FILE`")

@@ -35,7 +35,7 @@ def test_row(named, anyhyve, tmp_path, bhyve, command, status, words):
     said = (done.stdout + done.stderr).decode()
     assert done.returncode == int(status), said
     assert (words or "").replace("FILE", str(file)) in said
-    ends = any(word in command for word in ("--suspend", "--destroy", "stop"))
+    ends = any(word in command for word in ("--suspend", "--destroy", "--force-poweroff", "stop"))
     if ends:
         assert eventually(lambda: machine.poll() is not None) and machine.returncode == 0
     elif not wakes:
