@@ -158,7 +158,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {  # why not here, or None
     "kvm": _kvm,
     "network": _network,
     "qemu": _tool("qemu-system-x86_64"),
-    "binutils": _tool("as", "objcopy"),
+    "binutils": _tool("as", "ld"),
+    "cpio": _tool("cpio"),
     "pipx": _tool("pipx"),
     "hand": _hand,
 }

@@ -14,7 +14,7 @@ from tests.vmm.conftest import eventually
 
 pytestmark = pytest.mark.no_roundtrip("it runs in other processes")
 IN_A_CLONE = ("CONTRIBUTING.md", "docs/completion.md", "docs/release.md")
-WITH_A_GUEST = ("docs/control.md", "docs/testing.md")
+WITH_A_GUEST = ("docs/control.md", "docs/machine.md", "docs/testing.md")
 ELSEWHERE = {
     "README.md": "tests/test_readme.py",
     "docs/device-authors-guide.md": "tests/docs/test_authors_guide.py",
