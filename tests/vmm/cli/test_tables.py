@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ import vmm.control.catalog
 import vmm.control.place
 from tests.conftest import ROOT
 from vmm.cli import catalog, control, doctor, lockstep, show
+from vmm.cli.main import main
 from vmm.control.catalog import Entry
 from vmm.cpu.protocol import CpuState
 from vmm.debug.lockstep import Divergence
@@ -133,3 +135,23 @@ def test_one_place_draws_tables():
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.module == "rich.table":
                     assert file == ROOT / "vmm" / "cli" / "show.py", f"{file} draws a table by itself"
+
+
+def commands(command, path=()):
+    """Every command there is, those of groups too, by what is typed for it."""
+    yield path, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from commands(found, (*path, name))
+
+
+@pytest.mark.parametrize(
+    ("path", "command"), list(commands(main)), ids=lambda each: " ".join(each) if isinstance(each, tuple) else ""
+)
+def test_help_fits_a_terminal_of_80_columns(path, command):
+    with click.Context(command, info_name=" ".join(("anyhyve", *path)), terminal_width=80) as context:
+        said = command.get_help(context)
+    assert max(map(len, said.splitlines())) <= 80
