@@ -199,7 +199,7 @@ class Boots:
                     used = _use(file)
                     assert used is not None
             try:
-                if meta(file).get("boot") != key:
+                if meta(file).get("key") != key:
                     raise SnapshotError(f"{file}: not the guest its name says")
                 found = load(file)
             except BaseException as error:
@@ -277,7 +277,7 @@ class Boots:
             raise
         with machine:
             _, shown = machine.board.console.read(machine.board.console.total - _SHOWN)
-            meta: dict[str, Json] = {"boot": key, "console": base64.b64encode(shown).decode()}
+            meta: dict[str, Json] = {"key": key, "console": base64.b64encode(shown).decode()}
             try:
                 machine.save(file, meta=meta)
                 self._told.counts["booted" if file.parent == self._spare else "booted and kept"] += 1

@@ -231,7 +231,7 @@ def test_what_is_not_the_guest_is_removed_and_booted_again(caches, spoil):
     assert second.get() == file and not file.is_symlink()
     assert second.booted == 1 and "1 booted and kept" in str(second.told)
     assert caches().get() == file
-    assert boots.meta(file)["boot"] == KEY and boots.meta(first.get(OTHER))["boot"] == OTHER
+    assert boots.meta(file)["key"] == KEY and boots.meta(first.get(OTHER))["key"] == OTHER
 
 
 def test_what_another_put_in_the_place_of_what_was_damaged_stays(caches, tmp_path):
