@@ -12,6 +12,7 @@ import vmm.testing as _testing
 
 if TYPE_CHECKING:
     from vmm.testing import Case as Case
+    from vmm.testing import Completed as Completed
     from vmm.testing import Expect as Expect
     from vmm.testing import Rig as Rig
     from vmm.testing import RoundTrips as RoundTrips

@@ -67,9 +67,9 @@ def test_the_first_bug_of_a_device_of_ones_own(tmp_path):
 def test_a_guest(debian, tmp_path):
     (tmp_path / "guests").mkdir()
     os.symlink(debian, tmp_path / "guests" / "debian")
-    write(tmp_path, "pytest.ini", "test_guest.py")
-    done = run(tmp_path, [*PYTEST, "test_guest.py"])
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
+    write(tmp_path, "pytest.ini", "test_guest.py", "test_shell.py")
+    done = run(tmp_path, [*PYTEST, "test_guest.py", "test_shell.py"])
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.slow

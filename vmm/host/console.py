@@ -6,6 +6,9 @@ import re
 import threading
 from collections.abc import Callable
 
+# Bytes that no text has: two are never UTF-8's, and what the others begin is not Unicode's, or a mere mark of its own.
+# A command's output comes in them (vmm/testing/shell.py), with a kernel's lines anywhere between.
+NO_TEXT = b"\xc0\xc1" + bytes(range(0xF1, 0x100))
 _KEEP = 1 << 20
 _END = ord("\n")
 _AT_ONCE, _ENOUGH = 4096, 1 << 16  # bytes typed: given to a port at a time, and waiting for it
@@ -92,7 +95,9 @@ class Console:
 
     def _last_line(self) -> str:
         end = len(self.output) - 1
-        return text(self.output[max(self.output.rfind(b"\n", 0, end) + 1, end - BACK) : end])
+        first = max(end - BACK, 0)
+        line = self.output[max(self.output.rfind(b"\n", first, end) + 1, first) : end]
+        return text(line.translate(None, NO_TEXT))
 
     def _matches(self, pattern: re.Pattern[str]) -> bool:
         """Whether the line the guest is writing matches, its end included once that is written. A pattern can only come

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from vmm.testing.rig import wiring as wiring
     from vmm.testing.roundtrip import RoundTrips as RoundTrips
     from vmm.testing.roundtrip import round_trips as round_trips
+    from vmm.testing.shell import Completed as Completed
     from vmm.testing.strategies import states as states
     from vmm.testing.strategies import values as values
     from vmm.testing.subject import Subject as Subject
 
 _WHERE = {
     "Case": "case",
+    "Completed": "shell",
     "Expect": "expect",
     "Rig": "rig",
     "RoundTrips": "roundtrip",

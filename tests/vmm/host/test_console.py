@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.errors import GuestError
+from vmm.guest.lost import LOST
 from vmm.host.console import BACK, Console, expression, text
 from vmm.machine.machine import Machine, Stopped, StopReason
 from vmm.testing import expect as expect_module
@@ -56,6 +57,16 @@ def test_the_middle_of_a_long_line_is_not_its_beginning(pattern):
     assert console.found == (pattern == "^.A")
 
 
+@given(st.binary(max_size=1500).map(lambda data: bytes(each | 0xF1 for each in data)), st.integers(0, 40))
+def test_a_guest_is_lost_wherever_a_commands_output_stands(ours, cut):
+    """Which comes in bytes of its own (vmm/testing/shell.py), before the kernel's line and in it."""
+    console, line = Console(), b"[    1.5] Kernel panic - not syncing: why"
+    console.watch(None, lost=LOST)
+    for byte in b"# " * BACK + b"\n" + ours + line[:cut] + ours + line[cut:] + b"\r\n":
+        console.transmit(byte)
+    assert console.lost == line.decode()
+
+
 class Scripted:
     """A machine whose guest writes one piece a run."""
 
@@ -101,20 +112,6 @@ def test_what_has_begun_already(before, piece, pattern):
     write(machine, before)
     assert expect.expect(pattern)
     assert machine.now == 0, "found, not waited for"
-
-
-@pytest.mark.parametrize("cut", range(30))
-def test_a_command_in_whatever_pieces_it_is_answered(cut):
-    said = "any-begin\r\nhello\r\n\r\nany-end=0\r\n"
-    machine = Scripted(said[:cut], said[cut:])
-    assert expecting(machine).run("echo 'hello' &") == "hello\n"
-    assert machine.now == 0
-    assert b"""eval 'echo '"'"'hello'"'"' &'; printf""" in machine.sent
-
-
-def test_a_command_that_fails():
-    with pytest.raises(GuestError, match="'false' ended with status 1"):
-        expecting(Scripted("any-begin\r\n\r\nany-end=1\r\n")).run("false")
 
 
 def test_what_was_written_last_is_what_is_kept():
