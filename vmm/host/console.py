@@ -76,6 +76,12 @@ class Console:
             self.output.extend(shown)
             self.total += len(shown)
 
+    def keep(self, output: bytes) -> None:
+        """Have this kept, and nothing else of what was written up to now. `total` counts on, and an offset of before is
+        good for what comes."""
+        with self._lock:
+            self.output[:] = output
+
     def transmit(self, byte: int) -> None:
         """The UART's sink."""
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,15 +82,18 @@ class Marked:
     make: Callable[[], Machine]
     machine: Machine | None = None
     moment: Moment | None = None
+    written: dict[str, bytes] = field(default_factory=dict)  # by then, at each console
 
     def again(self) -> Machine:
         machine = self.machine
         if machine is None or machine.closed or self.moment is None:
             machine = self.machine = self.make()
             self.moment = machine.moment()
+            self.written = {name: console.read(0)[1] for name, console in machine.board.consoles.items()}
         machine.rewind(self.moment)
-        for console in machine.board.consoles.values():
+        for name, console in machine.board.consoles.items():
             console.typed.clear()
+            console.keep(self.written[name])
         return machine
 
     def close(self) -> None:

@@ -176,3 +176,20 @@ def test_what_was_written_to_another_console_is_read_and_matches_nothing_that_co
         console.transmit(byte)
     assert console.read(0) == (0, b"as before\nshell ready\n") and console.total == 22
     assert bytes(heard) == b"ady\n" and not console.found
+
+
+@given(st.binary(max_size=20), st.binary(max_size=20), st.binary(max_size=20))
+def test_what_is_kept_of_a_moment(before, between, after):
+    """What came between is nobody's any more; whoever waits for more has that, and no byte twice."""
+    console = Console()
+    for byte in before:
+        console.transmit(byte)
+    _, kept = console.read(0)
+    for byte in between:
+        console.transmit(byte)
+    console.keep(kept)
+    at = console.total
+    assert at == len(before + between) and console.read(at) == (at, b"")
+    for byte in after:
+        console.transmit(byte)
+    assert console.read(0)[1] == before + after and console.read(at) == (at, after)

@@ -247,6 +247,28 @@ def test_what_a_test_does_to_the_booted_machine_the_next_does_not_see(project):
     outcome(project(SPOILS), passed=4)
 
 
+SPEAKS = """
+import pytest
+
+@pytest.mark.parametrize("key", "abc")
+def test_it(vm_booted, console, key):
+    assert "anyhyve own guest" in console.output and not any(f"[{other}]" in console.output for other in "abc")
+    console.send(key)
+    console.expect(rf"\\[{key}\\]")
+    assert f"[{key}]" in console.output
+    assert key != "c"
+"""
+
+
+def test_what_a_guest_has_said_to_one_test_the_next_does_not_see(project):
+    """Nor is it among what is left of it."""
+    outcome(project(SPEAKS, "--vm-artifacts=left"), passed=2, failed=1)
+    (file,) = (project.folder / "left").rglob("vm0.console")
+    written = file.read_bytes()
+    assert b"anyhyve own guest" in written and b"[c]" in written
+    assert b"[a]" not in written and b"[b]" not in written
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
