@@ -1,7 +1,8 @@
 """The command line: which commands there are, and whose fault a failure is.
 
 Exit status: 0 done, 1 a fault named in one line on standard error, 2 wrong usage, 3 the guest stopped before what was
-asked for (--until, --at). A guest that ends itself through the debug-exit port passes its own status on.
+asked for (--until, --at). A guest that ends itself through the debug-exit port passes its own status on. Where
+standard output takes nothing, or nobody reads it any more, that is 1; a standard stream that is closed is as /dev/null.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from click.shell_completion import CompletionItem
 from snapshot.errors import SnapshotError
 from vmm.cli import show
 from vmm.errors import BackendError, GuestError, RequestError
+from vmm.host import streams
 from vmm.host.shown import shown
 
 _COMMANDS = {  # command: module, attribute; imported when asked for: nobody waits for what he does not use
@@ -50,6 +52,25 @@ def _usage_in_a_line() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Context manager: a fault that has a name ends the process with a line."""
+    try:
+        yield
+    except SnapshotError as error:
+        show.note(error if error.file is None else f"{error.file}: {error}")
+        sys.exit(1)
+    except (GuestError, BackendError, RequestError) as error:
+        show.note(error)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        show.note(f"{where}{error.strerror or error}")
+        sys.exit(1)
+
+
 class _Main(click.Group):
     """One clear line for whoever is at fault; a traceback only for our own bugs."""
 
@@ -74,26 +95,13 @@ class _Main(click.Group):
         return super().resolve_command(ctx, [_WERE.get(args[0], args[0]), *args[1:]])
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
-        show.can_write_all()
-        with _usage_in_a_line():
+        show.begin()
+        with _usage_in_a_line(), _one_line(), streams.writing():  # --help, --version
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with _usage_in_a_line():
-                return super().invoke(ctx)
-        except SnapshotError as error:
-            show.note(error if error.file is None else f"{error.file}: {error}")
-            sys.exit(1)
-        except (GuestError, BackendError, RequestError) as error:
-            show.note(error)
-            sys.exit(1)
-        except BrokenPipeError:
-            sys.exit(1)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            show.note(f"{where}{error.strerror or error}")
-            sys.exit(1)
+        with _usage_in_a_line(), _one_line():
+            return super().invoke(ctx)
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -7,43 +7,47 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import click
 
+from vmm.host import streams
 from vmm.host.shown import shown
 
 
-def can_write_all() -> None:
-    """Let a terminal of few characters cost no more than the others: they are shown as \\u2192."""
+def begin() -> None:
+    """Have standard streams. Characters that a terminal has not are shown as \\u2192."""
+    streams.have_all()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def line(text: object) -> None:
-    click.echo(shown(text))
+    with streams.writing():
+        click.echo(shown(text))
 
 
 def note(text: object) -> None:
     """A line on standard error."""
-    click.echo(f"anyhyve: {shown(text)}", err=True)
+    streams.tell(f"anyhyve: {shown(text)}\n")
 
 
 def note_after_console(text: object) -> None:
     """A line on standard error; the guest may have ended in the middle of one."""
-    click.echo(err=True)
+    streams.tell("\n")
     note(text)
 
 
 def as_json(value: Any, indent: int | None = None) -> None:
-    click.echo(json.dumps(value, indent=indent))
+    with streams.writing():
+        click.echo(json.dumps(value, indent=indent))
 
 
 def console(data: bytes) -> None:
     """A guest's output, as it is."""
-    sys.stdout.buffer.write(data)
+    streams.write(data)
 
 
 def table(
@@ -61,7 +65,8 @@ def table(
     console = Console(stderr=err)
     if not console.file.isatty():
         console.width = sys.maxsize
-    console.print(drawn)
+    with nullcontext() if err else streams.writing():
+        console.print(drawn)
 
 
 @contextmanager

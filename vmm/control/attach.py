@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 from pathlib import Path
 
 from vmm.control.client import Client, Failed, result, sense
 from vmm.control.terminal import MONITOR, raw_mode
 from vmm.errors import BackendError
+from vmm.host import streams
 from vmm.host.shown import shown
 
 _REPLAY = 1 << 14  # bytes of what was shown before
@@ -18,18 +18,20 @@ _WAIT_S = 30.0
 
 def attach(folder: Path, name: str) -> int:
     """Join this terminal to a machine's console, until Ctrl-] d or the machine's end. Returns the exit status. Raises
-    BackendError, RequestError when there is no such machine."""
+    BackendError when standard output takes nothing, RequestError when there is no such machine."""
     with Client(folder, name) as client:
         try:
             with raw_mode() as interactive:
                 if interactive:
-                    print(f"anyhyve: {name}: Ctrl-] then d leaves it running\r", file=sys.stderr)
+                    streams.tell(f"anyhyve: {name}: Ctrl-] then d leaves it running\r\n")
                 return _Session(client, interactive).run()
+        except streams.Unwritable:
+            raise
         except BackendError as error:
-            print(f"\nanyhyve: {shown(error)}", file=sys.stderr)
+            streams.tell(f"\nanyhyve: {shown(error)}\n")
             return 0
         except Failed as error:
-            print(f"\nanyhyve: {name}: {shown(error)}", file=sys.stderr)
+            streams.tell(f"\nanyhyve: {name}: {shown(error)}\n")
             return 1
 
 
@@ -65,8 +67,7 @@ class _Session:
         with sense(self._client.name):
             if message.get("id") == self._reading:
                 found = result(message)
-                sys.stdout.buffer.write(found["data"].encode("latin-1"))  # the guest's console, as it is
-                sys.stdout.buffer.flush()
+                streams.write(found["data"].encode("latin-1"))  # the guest's console, as it is
                 self._reading = self._read(found["next"])
             else:
                 del self._keys[: result(message)["taken"]]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vmm.control.supervisor import Supervisor, WrongState
-from vmm.host import threads
+from vmm.errors import BackendError
+from vmm.host import streams, threads
 from vmm.host.shown import shown
 from vmm.machine.machine import Machine, Stopped, StopReason
 
@@ -57,7 +58,7 @@ class Terminal:
         reads = sys.stdin is not None and not sys.stdin.closed
         with self._raw:
             if self.interactive:
-                print(f"anyhyve: Ctrl-] then s saves to {shown(self._save_path)}, q quits", file=sys.stderr)
+                streams.tell(f"anyhyve: Ctrl-] then s saves to {shown(self._save_path)}, q quits\n")
                 self._raw.enter_context(raw_mode())
             self._machine.loop.awaits_input = self._machine.loop.awaits_input or reads
             threads.start("terminal", lambda: self._tend(reads))
@@ -69,7 +70,7 @@ class Terminal:
         self._leave.set()
         self._machine.board.console.unlisten(self._show)
         self._raw.close()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(BackendError):
             self._flush(self._machine)
 
     def _show(self, byte: int) -> None:
@@ -78,9 +79,8 @@ class Terminal:
             self._flush(self._machine)
 
     def _flush(self, _machine: Machine) -> None:
-        sys.stdout.buffer.write(self._line)
-        sys.stdout.buffer.flush()
-        self._line.clear()
+        line, self._line = self._line, bytearray()
+        streams.write(line)
 
     def _tend(self, reads: bool) -> None:
         """Read what is typed, to its end; show what the guest has written of a line."""
@@ -139,4 +139,4 @@ class Terminal:
             self._note(f"not saved: {error}")
 
     def _note(self, text: str) -> None:
-        print(f"\r\nanyhyve: {shown(text)}\r", file=sys.stderr)
+        streams.tell(f"\r\nanyhyve: {shown(text)}\r\n")

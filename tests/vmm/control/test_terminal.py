@@ -19,7 +19,8 @@ from vmm.errors import BackendError
 @pytest.fixture
 def shown(monkeypatch):
     out = io.BytesIO()
-    monkeypatch.setattr(terminal, "sys", SimpleNamespace(stdout=SimpleNamespace(buffer=out), stdin=None))
+    monkeypatch.setattr(terminal, "sys", SimpleNamespace(stdin=None))
+    monkeypatch.setattr("vmm.host.streams.write", out.write)
     return out
 
 
