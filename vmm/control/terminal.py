@@ -1,4 +1,5 @@
-"""The user's terminal as the guest's serial console. Ctrl-] opens the monitor: s saves, q quits."""
+"""The user's terminal as the guest's serial console. Ctrl-] opens the monitor, which takes the next key: s saves, q
+quits, another Ctrl-] is the guest's, and any other key has the keys said."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from snapshot.errors import SnapshotError
 from vmm.control.supervisor import Supervisor, WrongState
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 from vmm.host import streams, threads
 from vmm.host.shown import shown
 from vmm.machine.machine import Machine, Stopped, StopReason
 
 MONITOR = 0x1D  # Ctrl-]
+OTHER_KEYS = "Ctrl-] sends it, ? says this"  # which every monitor has
 _AT_ONCE = 4096  # bytes of output
 _TICK_S = 0.1
 
@@ -50,7 +53,9 @@ class Terminal:
         self.interactive = sys.stdin is not None and sys.stdin.isatty()
         self._raw = contextlib.ExitStack()
         self._leave = threading.Event()
+        self._keys = f"Ctrl-] then s saves to {self._save_path}, q quits, {OTHER_KEYS}"
         self._monitor = False
+        self._asks = False  # whether to replace the file: the next key is the answer
         self._line = bytearray()  # shown when it ends, is long, or a tick later: a write for each byte would cost most
 
     def __enter__(self) -> Terminal:
@@ -58,7 +63,7 @@ class Terminal:
         reads = sys.stdin is not None and not sys.stdin.closed
         with self._raw:
             if self.interactive:
-                streams.tell(f"anyhyve: Ctrl-] then s saves to {shown(self._save_path)}, q quits\n")
+                streams.tell(f"anyhyve: {shown(self._keys)}\n")
                 self._raw.enter_context(raw_mode())
             self._machine.loop.awaits_input = self._machine.loop.awaits_input or reads
             threads.start("terminal", lambda: self._tend(reads))
@@ -109,21 +114,44 @@ class Terminal:
     def _filter(self, data: bytes) -> bytes:
         if not self.interactive:
             return data
-        rest = bytearray()
+        rest, unknown = bytearray(), False
         for byte in data:
-            if self._monitor:
+            if self._asks:
+                self._asks = False
+                if byte in b"yY":
+                    self._save()
+                else:
+                    self._note("not saved")
+            elif self._monitor:
                 self._monitor = False
                 if byte == MONITOR:
                     rest.append(byte)
                 elif byte in b"qQ":
                     self._machine.post(lambda _: Stopped(StopReason.QUIT))
                 elif byte in b"sS":
-                    self._save()
+                    self._may_save()
+                else:
+                    unknown = True
             elif byte == MONITOR:
                 self._monitor = True
             else:
                 rest.append(byte)
+        if unknown:  # once for what was typed at once
+            self._note(self._keys)
         return bytes(rest)
+
+    def _may_save(self) -> None:
+        """Save, or ask first where a file would be replaced. The guest runs on meanwhile."""
+        try:
+            self._machine.can_save(self._save_path.absolute(), force=self._force)
+        except (SnapshotError, BackendError, RequestError) as error:
+            self._note(f"not saved: {error}")
+            return
+        self._asks = not self._force and os.path.lexists(self._save_path)
+        if self._asks:
+            self._note(f"replace {self._save_path}? y saves, any other key does not")
+        else:
+            self._save()
 
     def _save(self) -> None:
         def done(saved: Future[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 
 from tests.vmm.conftest import MAIN, OnTerminal, eventually
 from vmm.control import attach, protocol
+from vmm.control.methods import MAX_TYPED
 
 MONITOR = b"\x1d"
 LEAVE = b"dDqQ"
@@ -42,6 +44,52 @@ def test_on_a_terminal(boxes, key):
     terminal.type(MONITOR + key)
     assert terminal.wait() == 0
     assert box.call("status")["state"] == "paused"
+
+
+def test_the_monitor_says_its_keys(boxes):
+    box = boxes(paused=True)
+    terminal = OnTerminal(os.environ, *words(box))
+    for key in (b"", MONITOR + b"?", MONITOR + b"x"):
+        terminal.type(key)
+        terminal.until(b"Ctrl-] then d leaves it running, Ctrl-] sends it, ? says this\r\n")
+        terminal.seen = b""
+    terminal.type(MONITOR + b"d")
+    assert terminal.wait() == 0
+    assert not box.machine.board.console.typed
+
+
+@pytest.mark.parametrize("typed", [b"last words", bytes([65]) * 1000])
+def test_what_was_typed_before_it_is_left_is_sent(boxes, typed):
+    """In the same read."""
+    box = boxes(paused=True)
+    terminal = OnTerminal(os.environ, *words(box))
+    terminal.until(b"leaves it running")
+    terminal.type(typed + MONITOR + b"d" + b"not this")
+    assert terminal.wait() == 0
+    assert bytes(box.machine.board.console.typed) == typed
+
+
+def test_it_can_be_left_though_the_guest_takes_no_more(boxes):
+    box = boxes(paused=True)
+    box.machine.board.console.typed.extend(bytes(MAX_TYPED))
+    terminal = OnTerminal(os.environ, *words(box))
+    terminal.until(b"leaves it running")
+    terminal.type(b"x" + MONITOR + b"d")
+    assert terminal.wait() == 0
+    assert len(box.machine.board.console.typed) == MAX_TYPED
+
+
+def test_it_can_be_left_though_the_machine_does_not_answer(named, environment):
+    box = named("box")
+    terminal = OnTerminal(environment, "attach", "box")
+    terminal.until(b"leaves it running")
+    terminal.until(b"round")
+    box.send_signal(signal.SIGSTOP)
+    try:
+        terminal.type(b"x" + MONITOR + b"d")
+        assert terminal.wait() == 0
+    finally:
+        box.send_signal(signal.SIGCONT)
 
 
 def test_without_a_terminal_there_is_no_monitor(boxes):

@@ -87,3 +87,79 @@ def test_on_a_terminal(tmp_path, save, leave):
     terminal.type(b"\x1d" + leave)
     assert terminal.wait() == 0
     verify(tmp_path / "cut")
+
+
+@pytest.fixture
+def on_terminal(tmp_path):
+    """A function that starts the own guest on a terminal, to save to a file. At the end it is quit."""
+    made: list[OnTerminal] = []
+
+    def start(file, *options):
+        made.append(
+            OnTerminal(os.environ, "run", "--kernel", OWN, "--flat", "--memory", "16M", "--save", file, *options)
+        )
+        made[-1].until(b"round")
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.type(b"\x1dq")
+        assert each.wait() == 0
+
+
+@pytest.mark.parametrize("key", [b"?", b"x", b"\x03", b"\xff"])
+def test_the_monitor_says_its_keys(on_terminal, tmp_path, key):
+    terminal = on_terminal(tmp_path / "cut")
+    said = f"anyhyve: Ctrl-] then s saves to {tmp_path / 'cut'}, q quits, Ctrl-] sends it, ? says this\r\n".encode()
+    terminal.until(said)
+    terminal.seen = b""
+    terminal.type(b"\x1d" + key + b"a")
+    terminal.until(b"\r\n" + said)
+    terminal.until(b"[a]")
+    assert b"[" + key + b"]" not in terminal.seen
+
+
+def test_a_file_is_replaced_when_that_is_wanted(on_terminal, tmp_path):
+    """Only the next key answers, and the guest does not have it; it runs on meanwhile."""
+    file = tmp_path / "cut"
+    terminal = on_terminal(file)
+    terminal.type(b"\x1ds")
+    terminal.until(b"saved to ")
+    first = file.stat().st_ino
+    for answer in (b"n", b"\r", b"\x1d"):
+        terminal.seen = b""
+        terminal.type(b"\x1ds")
+        terminal.until(f"anyhyve: replace {file}? y saves, any other key does not".encode())
+        terminal.seen = b""
+        terminal.until(b"round")
+        terminal.type(answer + b"a")
+        terminal.until(b"anyhyve: not saved\r\n")
+        terminal.until(b"[a]")
+        assert file.stat().st_ino == first and b"[" + answer + b"]" not in terminal.seen
+    terminal.seen = b""
+    terminal.type(b"\x1dsyb")  # in one read
+    terminal.until(b"saved to ")
+    terminal.until(b"[b]")
+    assert file.stat().st_ino != first
+    verify(file)
+
+
+def test_what_cannot_be_replaced_is_not_asked_for(on_terminal, tmp_path):
+    file = tmp_path / "notes"
+    terminal = on_terminal(file)
+    file.write_bytes(b"mine")
+    terminal.type(b"\x1ds")
+    terminal.until(b"not saved: cannot save to ")
+    terminal.type(b"y")
+    terminal.until(b"[y]")
+    assert file.read_bytes() == b"mine"
+
+
+def test_with_force_nothing_is_asked(on_terminal, tmp_path):
+    file = tmp_path / "cut"
+    file.write_bytes(b"old")
+    terminal = on_terminal(file, "--force")
+    terminal.type(b"\x1dsy")
+    terminal.until(b"saved to ")
+    terminal.until(b"[y]")
+    verify(file)
