@@ -6,6 +6,7 @@ Exit status: 0 done, 1 the answer was an error (its text is printed), 130 cancel
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from vmm.cli import show
-from vmm.cli.options import FILE, json_option, rundir_option
+from vmm.cli.options import FILE, Seconds, json_option, rundir_option
 from vmm.control import place, protocol
 from vmm.control.client import Client, Failed, sense
 from vmm.control.client import result as answer
@@ -22,6 +23,9 @@ from vmm.control.methods import METHODS
 from vmm.errors import BackendError, RequestError
 
 _LIST_TIMEOUT_S = 2.0
+_WAIT_S = 60
+_ESCAPE = re.compile(r"\\(?:([nrt\\])|x([0-9A-Fa-f]{2})|.?)", re.DOTALL)
+_ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 class _Ctl(click.Group):
@@ -90,16 +94,33 @@ def _command(method: Method) -> click.Command:
             kind = str if kinds[0] is list else kind
             params.append(click.Option([option, name], type=kind, multiple=kinds[0] is list, help=doc))
 
+    if method.name == "console.write":
+        doc = r"DATA has escapes: \n, \r, \t, \\, and \xHH for the byte of that hexadecimal number."
+        params.append(click.Option(["--escape"], is_flag=True, help=doc))
+
     @click.command(method.name, params=params, help=method.doc)
     @json_option
     @click.pass_context
-    def command(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
+    def command(ctx: click.Context, /, as_json: bool, escape: bool = False, **values: Any) -> None:
+        if escape:
+            values["data"] = _unescaped(values["data"])
         ctx.obj = *ctx.obj[:2], ctx.obj[2] or as_json
         # What is not asked for is not said: the machine may be of an older release, and not know of it.
         said = {name: _plain(value) for name, value in values.items() if value not in (None, ()) and value is not False}
         _ask(ctx, method.name, said)
 
     return command
+
+
+def _unescaped(text: str) -> str:
+    """Raises click.UsageError."""
+
+    def character(found: re.Match[str]) -> str:
+        if found[1] is None and found[2] is None:
+            raise click.UsageError(rf"{found[0]!s} is no escape: there are \n, \r, \t, \\ and \xHH")
+        return _ESCAPED[found[1]] if found[2] is None else chr(int(found[2], 16))
+
+    return _ESCAPE.sub(character, text)
 
 
 def _plain(value: Any) -> Any:
@@ -219,9 +240,12 @@ def _row(status: dict[str, Any]) -> tuple[object, ...]:
 
 @click.command()
 @click.argument("name", metavar="NAME")
+@click.option("--wait", "wait_s", type=Seconds(), is_flag=False, flag_value=_WAIT_S, metavar="[SECONDS]",
+              help=f"Wait for a machine that is not there yet.  [without SECONDS: {_WAIT_S}]")  # fmt: skip
 @rundir_option
-def attach(name: str, rundir: Path | None) -> None:
-    """Join the console of the machine NAME. Ctrl-] then d leaves it, and the machine runs on."""
+def attach(name: str, wait_s: float | None, rundir: Path | None) -> None:
+    """Join the console of the machine NAME. Ctrl-] then d leaves it, and the machine runs on; Ctrl-] then ? says the
+    keys."""
     from vmm.control.attach import attach as join
 
-    sys.exit(join(place.rundir(rundir), name))
+    sys.exit(join(place.rundir(rundir), name, wait_s or 0.0))

@@ -8,21 +8,24 @@ import time
 from pathlib import Path
 
 from vmm.control.client import Client, Failed, result, sense
+from vmm.control.lifecycle import check_name
 from vmm.control.terminal import MONITOR, OTHER_KEYS, raw_mode
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 from vmm.host import streams
 from vmm.host.shown import shown
 
 _REPLAY = 1 << 14  # bytes of what was shown before
 _WAIT_S = 30.0
+_LOOK_S = 0.05
 _LEAVE_S = 1.0  # for a machine that does not answer
 _KEYS = f"Ctrl-] then d leaves it running, {OTHER_KEYS}"
 
 
-def attach(folder: Path, name: str) -> int:
-    """Join this terminal to a machine's console, until Ctrl-] d or the machine's end. Returns the exit status. Raises
+def attach(folder: Path, name: str, wait_s: float = 0.0) -> int:
+    """Join this terminal to a machine's console, until Ctrl-] d or the machine's end. A machine that is not there yet
+    is waited for, so many seconds at most. Returns the exit status. Raises
     BackendError when standard output takes nothing, RequestError when there is no such machine."""
-    with Client(folder, name) as client:
+    with _client(folder, name, wait_s) as client:
         try:
             with raw_mode() as interactive:
                 if interactive:
@@ -36,6 +39,20 @@ def attach(folder: Path, name: str) -> int:
         except Failed as error:
             streams.tell(f"\nanyhyve: {name}: {shown(error)}\n")
             return 1
+
+
+def _client(folder: Path, name: str, wait_s: float) -> Client:
+    """Raises BackendError, RequestError."""
+    check_name(name)
+    ends_at = time.monotonic() + wait_s
+    while True:
+        try:
+            return Client(folder, name)
+        except RequestError as error:
+            if time.monotonic() >= ends_at:
+                waited = f" (waited {wait_s:g} s)" if wait_s else ""
+                raise RequestError(f"{error}{waited}") from None
+        time.sleep(_LOOK_S)
 
 
 class _Session:

@@ -201,6 +201,41 @@ def test_the_monitors_save_goes_on_beside_the_guest(environment, tmp_path):
     verify(tmp_path / "cut")
 
 
+def test_attach_waits_for_a_machine(named, anyhyve, environment):
+    words = [sys.executable, "-c", MAIN, "attach", "box", "--wait"]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as attached:
+        assert isinstance(attached.stdout, io.BufferedReader)
+        named("box")
+        seen = b""
+        while b"anyhyve own guest" not in seen:
+            seen += attached.stdout.read1(4096)
+        anyhyve("ctl", "box", "stop", check=True)
+        assert attached.wait(10) == 0
+
+
+def test_attach_waits_no_longer(anyhyve):
+    said = refusal(anyhyve("attach", "box", "--wait", 0.1))
+    assert "no machine named box runs here" in said and said.endswith(" (waited 0.1 s)")
+    assert "waited" not in refusal(anyhyve("attach", "box"))
+    assert "cannot name a machine" in refusal(anyhyve("attach", "../box", "--wait")), "at once"
+    for wrong in ("0", "-1", "soon", "nan"):
+        assert anyhyve("attach", "box", "--wait", wrong).returncode == 2
+
+
+def test_what_is_typed_may_have_escapes(boxes, anyhyve):
+    box = boxes(paused=True)
+    write = ("ctl", "--rundir", box.folder, "box", "console.write")
+    assert answer(anyhyve(*write, "--json", "--escape", r"a\n\r\t\\n\x00\xfF\x1b[")) == {"taken": 10}
+    assert answer(anyhyve(*write, "--json", r"a\n")) == {"taken": 3}
+    typed = b"a\n\r\t\\n\0\xff\x1b[" + rb"a\n"
+    assert bytes(box.machine.board.console.typed) == typed
+    for wrong, told in ((r"a\q", r"\q"), ("a\\", "\\"), (r"\xg0", r"\x"), (r"\x1", r"\x"), ("\\\n", r"\\n")):
+        done = anyhyve(*write, "--escape", wrong)
+        last = done.stderr.decode().splitlines()[-1]
+        assert done.returncode == 2 and last == rf"Error: {told} is no escape: there are \n, \r, \t, \\ and \xHH"
+    assert bytes(box.machine.board.console.typed) == typed
+
+
 # --- saves nobody asks for at the time
 
 

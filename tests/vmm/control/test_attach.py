@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -108,6 +109,18 @@ def test_without_a_terminal_there_is_no_monitor(boxes):
         box.close()
         assert b"box: the machine has ended" in attached.stderr.read()
         assert attached.wait() == 0
+
+
+def test_a_machine_that_is_not_there_yet_is_waited_for(boxes, monkeypatch):
+    before = boxes()
+    before.close()
+    looked = []
+    monkeypatch.setattr(
+        attach, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: looked.append(boxes()))
+    )
+    with attach._client(before.folder, "box", 60) as client:
+        assert client.call("status")["name"] == "box"
+    assert len(looked) == 1
 
 
 def test_a_machine_that_takes_no_more_is_said(boxes):
