@@ -39,9 +39,13 @@ class _Ctl(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # bhyvectl names the machine by an option; then there is no NAME before the command.
+        kept = self.params
         if any(arg == "--vm" or arg.startswith("--vm=") for arg in args):
-            self.params = [param for param in self.params if param.name != "name"]
-        return super().parse_args(ctx, args)
+            self.params = [param for param in kept if param.name != "name"]
+        try:
+            return super().parse_args(ctx, args)
+        finally:
+            self.params = kept
 
 
 @click.group(cls=_Ctl, invoke_without_command=True, subcommand_metavar="METHOD [ARGS]...")

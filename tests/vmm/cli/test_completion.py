@@ -51,6 +51,12 @@ def test_what_is_proposed(words, incomplete, wanted):
     assert proposed(words, incomplete) == wanted
 
 
+def test_one_command_leaves_the_next_as_it_was():
+    """With --vm there is no NAME; in the next command line of this process there is."""
+    proposed("ctl --vm=box", "sus")
+    assert proposed("ctl box suspend", "--pac") == ["--pack"]
+
+
 def test_the_names_of_commands_are_had_without_importing_them():
     script = "import sys; from vmm.cli.main import main\ntry: main(prog_name='anyhyve')\nfinally: print(*sys.modules)"
     environment = {**os.environ, "_ANYHYVE_COMPLETE": "bash_complete", "COMP_WORDS": "anyhyve ", "COMP_CWORD": "1"}

@@ -138,7 +138,7 @@ def test_an_error_that_answers_no_question_is_said(boxes):
     box = boxes(paused=True)
     terminal = OnTerminal(os.environ, *words(box))
     terminal.until(b"leaves it running")
-    (client,) = box._server._clients
+    (client,) = eventually(lambda: list(box._server._clients))  # it has connected; it may not have been met
     told = protocol.pack_error(protocol.RpcError(protocol.REFUSED, "no more of you"), None)
     asyncio.run_coroutine_threadsafe(client._say(told), box._server._loop)
     terminal.until(b"box: no more of you")
