@@ -76,7 +76,7 @@ def test_what_an_option_needs_is_in_its_text():
 FOREIGN = {
     *("--hypothesis-profile", "--no-skips", "--import-mode", "--durations", "--editable", "--quiet", "--64", "--count"),
     *("--oformat", "--seed", "--first", "--jobs", "--only", "--cov", "--no-deps", "--junitxml"),
-    *("--force-poweroff", "--force-reset", "--create", "--get-stats"),
+    *("--force-poweroff", "--force-reset", "--create", "--get-stats", "--inject-nmi"),
 }
 
 
