@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from vmm.host.console import NO_TEXT
 
 FOLDERS = ("/tmp", "/dev/shm", "/run", "/var/tmp", "$HOME")
-SOURCE, INPUT, OUTPUT = (f"anyhyve.{name}" for name in ("sh", "in", "out"))  # files in one of them
+SOURCE, INPUT, OUTPUT = (f"anyhyve.$$.{name}" for name in ("sh", "in", "out"))  # in one of them, of each shell
 TOOLS = ("od", "rm", "tr", "wc")  # of POSIX; besides those that every shell has itself
 _STOP = 0xC1
 _BYTES = b"\xc0" + bytes(range(0xF1, 0x100))  # by digit
