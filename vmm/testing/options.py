@@ -130,9 +130,19 @@ class Cache:
 CACHE = pytest.StashKey[Cache]()
 
 
+def _backend(config: pytest.Config) -> str:
+    name: str = config.getoption("--vm-backend")
+    if name != "auto":
+        return name
+    from vmm.debug import selftest
+
+    chosen, why = selftest.choose()
+    return f"auto: {chosen} ({shown(why)})"
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     version = importlib.metadata.version
-    parts = [f"backend {config.getoption('--vm-backend')}", f"unicorn {version('unicorn')}", f"CPU {boots.processor()}"]
+    parts = [f"backend {_backend(config)}", f"unicorn {version('unicorn')}", f"CPU {boots.processor()}"]
     if (every_ms := config.getoption("--vm-roundtrip")) is not None:
         parts.append(f"a round trip every {every_ms:g} guest ms")
     return [f"anyhyve {version('anyhyve')}: " + ", ".join(parts), f"anyhyve: {config.stash[CACHE]}"]

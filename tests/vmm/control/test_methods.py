@@ -392,6 +392,12 @@ def test_the_lifecycle_is_drawn():
     assert f"```mermaid\n{lifecycle.diagram()}\n```" in DOC.read_text()
 
 
+def test_the_events_are_documented():
+    """All, and no others."""
+    _, _, after = DOC.read_text().partition("| event | when | details |")
+    assert tuple(re.findall(r"^\| `(.*?)` \|", after.partition("\n\n")[0], re.MULTILINE)) == methods.EVENTS
+
+
 def test_the_errors_are_documented():
     """All, and no others."""
     rows = re.findall(r"^\| (-?\d+) \| (.*?) \|", DOC.read_text(), re.MULTILINE)

@@ -339,7 +339,8 @@ def test_where_there_is_no_kvm(project):
     said = outcome(project(KVM), passed=1, skipped=2)
     assert "no KVM: " in said and "/nowhere/kvm" in said
     outcome(project(KVM, "--vm-backend=all"), passed=1, skipped=3)
-    outcome(project(KVM, "--vm-backend=auto"), passed=1, skipped=2)
+    said = outcome(project(KVM, "--vm-backend=auto"), passed=1, skipped=2)
+    assert "backend auto: emu (kvm: there is no /nowhere/kvm" in said
     said = outcome(project(KVM, "--require-kvm"), passed=1, errors=2)
     assert "/nowhere/kvm" in said and "(--require-kvm)" in said
 
