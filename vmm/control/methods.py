@@ -105,8 +105,8 @@ async def stop(session: Session) -> Any:
 
 @METHODS.method("reset", _AWAKE)
 async def reset(session: Session) -> Any:
-    """Start the guest again, as after power-on. A machine that was woken finds kernel and initrd by the digests that its
-    snapshot names: beside the snapshot, or in its working folder; else it is the error REQUEST, and runs on."""
+    """Start the guest again, as after power-on. A machine that was woken finds kernel and initrd by the digests that
+    its snapshot names: beside the snapshot, or in its working folder; else it is the error REQUEST, and runs on."""
     await _safe(session, session.vm.reset())
     return {}
 
