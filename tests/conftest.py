@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.left_out import pytest_configure as pytest_configure
+from tests import left_out
 from tests.vmm.cpu.hosts import exception, host
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +29,14 @@ settings.register_profile(
 # Faults are planted (tests/mutants): that there is one is all that is asked.
 settings.register_profile("mutants", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("dev")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    left_out.pytest_configure(config)
+    if not hasattr(config, "workerinput"):  # which has its environment from here
+        caches = tempfile.mkdtemp(prefix="anyhyve-tests-")
+        os.environ["XDG_CACHE_HOME"] = caches  # the user's own has nothing of ours in it, nor we of theirs
+        config.add_cleanup(lambda: shutil.rmtree(caches, ignore_errors=True))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -180,8 +180,8 @@ class Shell:
     def __init__(self, folder: Path, aside: Path) -> None:
         """`aside`: a folder for what a reader has elsewhere."""
         self.tools = tools = aside / "bin"
-        run, state = aside / "run", aside / "state"
-        for made in (aside, tools, run, state):
+        run, state, cache = aside / "run", aside / "state", aside / "cache"
+        for made in (aside, tools, run, state, cache):
             made.mkdir(mode=0o700)
         modules = {"anyhyve": "-m anyhyve", "python": "", "python3": "", "pytest": "-m pytest", "pip": "-m pip"}
         for name, words in modules.items():
@@ -192,6 +192,7 @@ class Shell:
             "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
             "XDG_RUNTIME_DIR": str(run),
             "XDG_STATE_HOME": str(state),
+            "XDG_CACHE_HOME": str(cache),
             "COLUMNS": "80",
             "TERM": "xterm",
         }

@@ -345,7 +345,7 @@ def test_every_command_has_an_answer_in_every_state(boxes, tmp_path, request, st
         assert failed.value.code == protocol.WRONG_STATE
         assert box.vm.state is state
     if state is State.FAILED:
-        assert isinstance(box.end, AssertionError)
+        assert isinstance(eventually(lambda: box.end), AssertionError)
     if state is State.SAVING:
         request.getfixturevalue("gate")()  # what was begun is finished: not after a minute
 
