@@ -21,7 +21,7 @@ from kvmbackend.step import Stepper
 from kvmbackend.time_keeper import TimeKeeper, now
 from kvmbackend.vm import Vm
 from vmm.clock import BYTES_PER_NS, GuestClock, Word
-from vmm.cpu import backends, paging
+from vmm.cpu import backends, paging, rep
 from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
 from vmm.dirty_pages import PAGE
 from vmm.errors import BackendError, RequestError
@@ -31,7 +31,6 @@ _TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value
 _IMMEDIATE_EXIT, _WINDOW, _READY, _IF = abi.RUN_IMMEDIATE_EXIT, abi.RUN_WINDOW, abi.RUN_READY, abi.RUN_IF
 _REASON32, _EXIT32, _EXIT64, _CR8 = abi.RUN_REASON // 4, abi.RUN_EXIT // 4, abi.RUN_EXIT // 8, abi.RUN_CR8 // 8
 _RIP, _RCX = REGISTERS.index("rip"), REGISTERS.index("rcx")
-_PREFIXES = bytes((0xF2, 0xF3, 0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67))
 _IO, _MMIO, _HLT, _RUN = abi.EXIT_IO, abi.EXIT_MMIO, abi.EXIT_HLT, abi.RUN
 
 
@@ -135,15 +134,15 @@ class KvmCpu(Cpu):
         self._take_posted()
 
     def _is_at_the_end_of_rep(self, start: int) -> bool:
-        """Whether a string instruction at `start` has done all and not moved on: some hosts (QEMU's SVM) take a step to
-        find RCX zero, which no processor does (SDM vol. 2, REP)."""
+        """Whether a string instruction at `start` has done all and not moved on: some hosts take a step to
+        find RCX zero, which no processor does (vmm.cpu.rep)."""
         registers = self.registers()
-        if registers[_RIP] != start or registers[_RCX] & 0xFFFF:
+        if registers[_RIP] != start:
             return False
         state = self.save()
-        code = paging.read_virtual(state, self._ram.read, state.cs.base + start & (1 << 64) - 1, 4)
-        prefixes = code[: len(code) - len(code.lstrip(_PREFIXES))]
-        return b"\xf2" in prefixes or b"\xf3" in prefixes
+        code = paging.read_virtual(state, self._ram.read, state.cs.base + start & (1 << 64) - 1, 15)
+        mask = rep.count_bits(state, code)
+        return mask != 0 and not registers[_RCX] & mask
 
     def save(self) -> CpuState:
         return state.save(self._vcpu, self._halted, self._time.tsc())
