@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,11 @@ def test_what_this_hosts_kvm_can_do(kvm):
         assert "SYSCALL" in found.failed and "SYSCALL" in (found.runs or "")
         assert "single step is not to be relied on" in (found.stepping or "")
     else:
-        assert found == Findings()
+        assert found.failed == ()
+    if host() == "qemu-svm":  # a page fault after a single step counts as the second of two
+        assert re.search("single step is not to be relied on: mov .* and .* fields more", found.stepping or "")
+    if host() is None:
+        assert found.stepping is None
 
 
 # --- what was found is kept
