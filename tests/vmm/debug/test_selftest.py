@@ -28,6 +28,7 @@ def test_the_image_is_what_the_source_says():
 
 def test_the_emulated_cpu_passes():
     assert selftest.examine("emu") == Findings()
+    assert selftest._stepping("emu") is None, "in lockstep with itself"
 
 
 @pytest.mark.parametrize("number", [0, 9, len(CHECKS) - 1])
