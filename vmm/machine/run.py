@@ -16,6 +16,7 @@ from vmm.board.board import Board
 from vmm.clock import BYTES_PER_NS, LAST_NS, GuestClock
 from vmm.cpu.protocol import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown
 from vmm.errors import GuestError
+from vmm.machine.interrupt import Interrupt
 from vmm.machine.stop import Fault, Stop, Stopped, StopReason
 
 _SLICE_NS = 20_000_000  # how long the CPU may run before the loop looks around
@@ -97,17 +98,19 @@ class RunLoop:
         self.attention()  # a kick may have gone to the one before
 
     def go_on(self) -> Stop:
-        """Run towards what was aimed at. Raises GuestError when guest time has come to its end."""
-        stop = self._go_on()
+        """Run towards what was aimed at. Raises GuestError when guest time has come to its end, KeyboardInterrupt for
+        SIGINT, between two instructions."""
+        with Interrupt(lambda: self.post(lambda: None)) as interrupt:
+            stop = self._go_on(interrupt)
         line = self._board.console.lost
         if line is not None and isinstance(stop, Stopped) and stop.reason in _ENDS_OF_ITS_OWN:
             return Stopped(StopReason.PANIC, why=line)
         return stop
 
-    def _go_on(self) -> Stop:
+    def _go_on(self, interrupt: Interrupt) -> Stop:
         board, clock, until_ns = self._board, self._clock, self._goal.until_ns
         self.time_moved()
-        while (stop := self._safe_point()) is None:
+        while (stop := self._safe_point(interrupt)) is None:
             deadline = board.alarms.next_ns
             if until_ns is not None and (deadline is None or until_ns < deadline):
                 deadline = until_ns
@@ -177,12 +180,14 @@ class RunLoop:
     def _seen(self) -> None:
         self._woken = False
 
-    def _safe_point(self) -> Stop | None:
+    def _safe_point(self, interrupt: Interrupt) -> Stop | None:
         """The only place where a running machine may be changed from outside. Inside a block nothing may be: the block
         is finished first."""
         self._check(_LOOK_S)
         if self._clock.prepaid:
             return None
+        if interrupt.came:
+            raise KeyboardInterrupt
         if (stop := self._obey()) is not None:
             return stop
         board = self._board
