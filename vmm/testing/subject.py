@@ -66,7 +66,7 @@ class Subject:
         if not attribute:
             if name in kinds.names():
                 return cls._of_kind(kinds.kind(name))
-            known = ", ".join([*(slot.id for slot in CHIPS), *kinds.names()])
+            known = ", ".join(dict.fromkeys([*(slot.id for slot in CHIPS), *kinds.names()]))
             raise RequestError(f"no device {name!r}: there are {known}; or MODULE:CLASS")
         try:
             found = getattr(importlib.import_module(module), attribute)
