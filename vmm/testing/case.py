@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import blake3
@@ -178,18 +179,23 @@ def shrink(case: Case, fails: Callable[[Case], bool]) -> Case:
     smaller: Case | None = case
     while smaller is not None:
         case = smaller
-        smaller = next((other for other in _simpler(case) if fails(other)), None)
+        smaller = next((other for other in chain(_simpler(case), _shorter(case)) if fails(other)), None)
     return case
+
+
+def _shorter(case: Case) -> Iterator[Case]:
+    """Cases with fewer accesses, for a number that is further from the golden one: an index that was counted up to
+    where it fails may begin there."""
+    for fewer in _fewer(case):
+        for name, value in case.fields.items():
+            if isinstance(value, int) and not isinstance(value, bool):
+                for far in range(64):
+                    yield replace(fewer, fields={**case.fields, name: value + (1 << far)})
 
 
 def _simpler(case: Case) -> Iterator[Case]:
     """Cases with less in them, the boldest first."""
-    count = len(case.actions)
-    size = count
-    while size:
-        for start in range(0, count, size):
-            yield replace(case, actions=case.actions[:start] + case.actions[start + size :])
-        size //= 2
+    yield from _fewer(case)
     for name, value in case.fields.items():
         rest = {other: kept for other, kept in case.fields.items() if other != name}
         yield replace(case, fields=rest)
@@ -199,6 +205,16 @@ def _simpler(case: Case) -> Iterator[Case]:
     for i, action in enumerate(case.actions):
         for easier in _easier(action):
             yield replace(case, actions=(*case.actions[:i], easier, *case.actions[i + 1 :]))
+
+
+def _fewer(case: Case) -> Iterator[Case]:
+    """Cases with fewer accesses: without all, without each half, each quarter ... each one."""
+    count = len(case.actions)
+    size = count
+    while size:
+        for start in range(0, count, size):
+            yield replace(case, actions=case.actions[:start] + case.actions[start + size :])
+        size //= 2
 
 
 def _towards(golden: Json, value: Json) -> Iterator[Json]:

@@ -298,6 +298,20 @@ def test_what_is_shrunk_still_fails_and_nothing_can_be_left_out(data, wanted):
     assert wake == Wake() and isinstance(write, Command) and write.value == wanted
 
 
+@given(st.integers(1, 255), st.integers(0, 150))
+def test_what_counts_up_to_a_failure_is_shrunk_to_its_last_access(scr, reads):
+    """`fails` here: each access counts scr up, and one that finds it at 100 fails."""
+    found = Case("com1", golden("com1"), 0, {"scr": scr}, (Command("in", 1, 0x3FF),) * reads)
+
+    def fails(case):
+        scr = case.fields.get("scr", case.golden["scr"])
+        return scr <= 255 and scr + len(case.actions) > 100 and len(case.actions) > 0
+
+    if fails(found):
+        small = shrink(found, fails)
+        assert len(small.actions) == 1 and small.fields == {"scr": 100}
+
+
 def test_ctrl_c_leaves_a_usable_corpus(tmp_path):
     running = subprocess.Popen(
         [sys.executable, "-c", MAIN, "fuzz", "i8042", "pit", "--seconds", "600", "--jobs", "2"],
@@ -332,7 +346,8 @@ def test_a_corpus_keeps_what_reaches_something_of_its_own(tmp_path):
 
 
 def test_one_line_for_a_users_mistake(tmp_path):
-    assert "no device 'com9': there are pic0" in refusal("fuzz", "com9")
+    said = refusal("fuzz", "com9")
+    assert "no device 'com9': there are pic0" in said and said.count(" debugcon,") == 1
     assert "No module named 'nowhere'" in refusal("fuzz", "nowhere:Device")
     assert "not a Device class" in refusal("fuzz", "json:dumps")
     (tmp_path / "junk").write_text("junk")
