@@ -55,7 +55,7 @@ def _read(path: Path) -> bytes:
     try:
         return read_file(path)
     except OSError as error:
-        raise GuestError(f"{error.filename or path}: {error.strerror}") from None
+        raise GuestError(f"{path}: {error.strerror}") from None  # its own name may be a descriptor's number
 
 
 def load(image: Image, ram: Ram) -> CpuState:

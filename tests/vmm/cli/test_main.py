@@ -134,7 +134,7 @@ def test_a_wrong_kernel_is_one_line(tmp_path, content, words):
 
 
 def test_a_folder_is_no_kernel(tmp_path):
-    assert "Is a directory" in refusal("run", "--kernel", tmp_path)
+    assert f"{tmp_path}: Is a directory" in refusal("run", "--kernel", tmp_path)
 
 
 def test_backends(saved):
