@@ -84,9 +84,10 @@ def pad(data: bytes, alignment: int, start: bytes = b"") -> bytes:
     return data + start.ljust(-len(data) % alignment, b"\0")
 
 
-def build(
-    chunks: list[Raw], finish: Finish = Finish(), magic: bytes = MAGIC, minor: int = 0, rest: bytes = b""
-) -> bytes:
+_GOOD = Finish()
+
+
+def build(chunks: list[Raw], finish: Finish = _GOOD, magic: bytes = MAGIC, minor: int = 0, rest: bytes = b"") -> bytes:
     """A file from its chunks, digests and END put right."""
     data = struct.pack("<12sHH16s", magic, 1, minor, rest)
     seal = blake3(data)

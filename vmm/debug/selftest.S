@@ -171,7 +171,7 @@ entry:  cmp     $SYSCALL, %r12                  # where R13 says, with all as it
         .balign 8
 checks: .quad   paging, absent, protected, invalidated, string, arithmetic, sse, fences, breakpoint, divided, undefined
         .quad   refused, bases, counter, to_user_and_back, user_runs, user_kept_out, user_privileged
-        .quad   system_call, system_return, interrupt
+        .quad   system_call, system_return, interrupt, counter_set
 checks_end:
 
 paging: mov     $0x12345678, %eax               # the same page by two addresses
@@ -402,6 +402,17 @@ interrupt:                                      # of the timer, out of HLT
 1:      mov     $0x20, %al
         out     %al, $0x20
         expect  $KCODE, 8(%rsp)
+        jmp     good
+
+counter_set:
+        mov     $0x10, %ecx                     # IA32_TIME_STAMP_COUNTER: far from what it was, but not by chance
+        xor     %eax, %eax
+        mov     $0x40000, %edx
+        wrmsr
+        rdtsc
+        sub     $0x40000, %edx
+        cmp     $0x100, %edx                    # 2^40 of its counts: five minutes at least
+        jae     bad
         jmp     good
 
 user:                                           # copied into the user's page

@@ -45,6 +45,7 @@ CHECKS = (  # in the order of selftest.S
     "SYSCALL",
     "SYSRET",
     "the timer's interrupt out of HLT",
+    "the TSC as WRMSR sets it",
 )
 _STEPPED = CHECKS.index("SYSCALL")  # the checks before it: in it processors differ from what they say (see Lockstep)
 _IMAGE = Path(__file__).with_name("selftest.bin")

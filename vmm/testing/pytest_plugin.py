@@ -110,7 +110,8 @@ def vm_image(pytestconfig: pytest.Config) -> Image:
     try:
         return Image.from_files(kernel, initrd, pytestconfig.getini("vm_append"), flat=pytestconfig.getini("vm_flat"))
     except (GuestError, OSError) as error:
-        pytest.fail(f"no guest: {error}", pytrace=False)
+        why_not = str(error)
+    pytest.fail(f"no guest: {why_not}", pytrace=False)
 
 
 def _guest_file(config: pytest.Config, name: str) -> Path | None:

@@ -240,3 +240,15 @@ def test_a_save_the_host_refuses_leaves_the_old_one(tmp_path, saved):
     assert "cannot save to" in line and "File too large" in line
     assert file.read_bytes() == saved.read_bytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept"], "no temporary is left"
+
+
+def test_ctrl_c_while_it_is_imported_ends_it_without_a_word(tmp_path):
+    """An import of its own that takes for ever stands for a slow computer."""
+    (tmp_path / "vmm").mkdir()
+    (tmp_path / "vmm" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    script = f"import sys, anyhyve.__main__ as m; sys.path.insert(0, {str(tmp_path)!r}); m.main()"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        assert running.stdout.readline() == b"importing\n"
+        running.send_signal(signal.SIGINT)
+        assert running.stderr.read() == b"" and running.wait(20) == -signal.SIGINT

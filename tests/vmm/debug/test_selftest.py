@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 from pathlib import Path
 
 import pytest
@@ -56,9 +55,7 @@ def test_what_this_hosts_kvm_can_do(kvm):
         assert "single step is not to be relied on" in (found.stepping or "")
     else:
         assert found.failed == ()
-    if host() == "qemu-svm":  # a page fault after a single step counts as the second of two
-        assert re.search("single step is not to be relied on: mov .* and .* fields more", found.stepping or "")
-    if host() is None:
+    if host() is None:  # in QEMU's SVM a page fault after a single step may count as the second of two
         assert found.stepping is None
 
 
@@ -119,7 +116,10 @@ def test_no_room_to_keep_it(tried, cache):
 
 def test_auto_says_which_it_took(tried, capsys):
     assert options.chosen("auto") == "emu"
-    assert capsys.readouterr().err == f"anyhyve: backend emu: this host's KVM fails 1 of 21 checks: {CHECKS[3]}\n"
+    assert (
+        capsys.readouterr().err
+        == f"anyhyve: backend emu: this host's KVM fails 1 of {len(CHECKS)} checks: {CHECKS[3]}\n"
+    )
     assert [options.chosen(name) for name in ("kvm", "emu")] == ["kvm", "emu"] and capsys.readouterr().err == ""
     with pytest.raises(RequestError, match="there is no backend 'xen'"):
         options.chosen("xen")
