@@ -70,7 +70,9 @@ class Kind:
 
     def slot(self, config: DeviceConfig) -> Slot:
         """Raises RequestError for options or a place it cannot have."""
-        chosen = options.read(self.options, [(option.name, option.value) for option in config.options])
+        chosen = options.read(
+            self.options, [(option.name, option.value) for option in config.options], besides=("id", self.space)
+        )
         base = self._base(config.place or self.place)
         end = max(base + offset + self.device.banks[bank].size for bank, offset in self.banks.items())
         if end > (_PORTS if self.space == "port" else _MEMORY):

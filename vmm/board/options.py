@@ -68,13 +68,14 @@ def options_of(cls: type[Any]) -> Mapping[str, Option]:
     return found
 
 
-def read(cls: type[Any], given: Iterable[tuple[str, Any]]) -> Any:
-    """The options a list of names and values says: values as texts, or as JSON has them. Raises RequestError, naming
-    the option, for one that is not there, twice there, missing, or not of its type."""
+def read(cls: type[Any], given: Iterable[tuple[str, Any]], besides: Iterable[str] = ()) -> Any:
+    """The options a list of names and values says: values as texts, or as JSON has them. `besides`: others that there
+    are, which somebody else has read. Raises RequestError, naming the option, for one that is not there, twice there,
+    missing, or not of its type."""
     declared, values = options_of(cls), {}
     for name, value in given:
         if name not in declared:
-            raise RequestError(f"there is no option {name!r}; there are {', '.join(declared) or 'none'}")
+            raise RequestError(f"there is no option {name!r}; there are {', '.join([*besides, *declared]) or 'none'}")
         if name in values:
             raise RequestError(f"option {name!r} is given twice")
         try:

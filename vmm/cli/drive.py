@@ -94,7 +94,7 @@ class _Drive:
     def run(self) -> int:
         machine, asked, vm = self.machine, self.asked, self.vm
         if (why_not := selftest.findings(machine.backend).runs) is not None:
-            show.note(f"warning: {why_not}")
+            show.note(f"warning: {why_not}: no operating system comes up on it, as it does with --backend emu")
         for part, place in machine.far_ends.items():
             show.note(f"{part} is at {place}")
         with ExitStack() as stack:

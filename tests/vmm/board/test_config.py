@@ -97,7 +97,7 @@ def test_what_is_no_device(text, why):
         ("uart,port=0x2a8,irq=16", "irq: 16 is not an integer in 0..15"),
         ("uart,port=0x2a8,irq=one", "irq=one: not a number"),
         ("uart,port=0x2a8,irq=2", "interrupt 2 is where the second controller is connected"),
-        ("uart,port=0x2a8,speed=9600", "there is no option 'speed'; there are irq"),
+        ("uart,port=0x2a8,speed=9600", "there is no option 'speed'; there are id, port, irq"),
         ("uart,port=0x2a8,irq=5,irq=6", "option 'irq' is given twice"),
         ("uart,port=0x2a8,id=com1", "its id is taken"),
         ("uart,port=0x2a8,id=clock", "its id is taken"),
