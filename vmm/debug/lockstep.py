@@ -243,7 +243,8 @@ class Lockstep:
         lead, leader, follower = self._lead, self.leader, self.follower
         before = lead.registers()
         lead.calls.clear()
-        stop = leader.run(position=leader.position + 1)
+        goal = leader.position + 1
+        stop = leader.run(position=goal)
         if self._follow is not None:
             self._follow.calls.extend(lead.calls)
             if stop == Stopped(StopReason.POSITION) and self._is_at_the_end_of_rep(before[_RIP]):
@@ -254,7 +255,7 @@ class Lockstep:
             self._follow.trouble = self._trouble(before[_RIP])
             other = follower.run()
         else:
-            other = follower.run(position=leader.position)
+            other = follower.run(position=goal)  # the same: at one position an interrupt may be taken or to come
         self.count += 1
         if self._plant is not None:
             self._plant(follower, self.count)

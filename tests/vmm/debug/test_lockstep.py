@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import BACKENDS, OWN
 from tests.vmm.cpu.hosts import host
+from tests.vmm.cpu.program import Program
 from vmm.debug.lockstep import Lockstep
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
@@ -112,3 +113,29 @@ def test_a_planted_fault_is_found_at_its_instruction(backend, name, snapshot, tm
         assert found.disassembly and found.rip == lockstep.leader.cpu.save().rip
     for path in found.pair:
         Machine.check(path)
+
+
+def test_an_interrupt_that_came_while_they_were_off(tmp_path):
+    """It is taken behind the instruction after STI, which has several bytes."""
+    program = Program("""
+        pic     0x30
+        mov     $0x34, %al                      # a tick in 4 of 1,193,182 to the second
+        out     %al, $0x43
+        mov     $4, %al
+        out     %al, $0x40
+        xor     %al, %al
+        out     %al, $0x40
+1:      cli
+        mov     $5000, %ecx
+2:      loop    2b
+        mov     $0x300000, %r14d                # the traps' log begins anew
+        sti
+        nopl    0(%rax, %rax)
+        jmp     1b
+    """)
+    with program.machine as machine:
+        machine.run(position=200_000)
+        machine.save(tmp_path / "s")
+    with Lockstep(tmp_path / "s", "emu", "emu") as lockstep:
+        assert lockstep.run(30_000) is None
+        assert lockstep.leader.exits()["interrupt"] > 0
