@@ -238,6 +238,8 @@ class Reader:
 
     def _load_structure(self) -> list[Chunk]:
         """Every chunk before END, all headers, padding, order and sizes checked. Reads no payload but END's."""
+        if not MAGIC.startswith(os.pread(self._fd, len(MAGIC), 0)):
+            self._fault("offset 0x0, file header", "not an anyhyve snapshot (bad magic)")
         header = self._read(0, FILE_HEADER.size, "offset 0x0, file header")
         magic, major, self.minor, reserved = FILE_HEADER.unpack(header)
         if magic != MAGIC:

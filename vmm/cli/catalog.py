@@ -30,6 +30,9 @@ def catalog_group(ctx: click.Context, name: str | None, vm: str | None, as_json:
     if as_json:
         show.as_json([entry.to_json() for entry in found])
         return
+    if not found:
+        show.line("no snapshot was saved into the catalog")
+        return
     rows = []
     for entry in found:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time_s))

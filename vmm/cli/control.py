@@ -233,6 +233,8 @@ def list_machines(rundir: Path | None, as_json: bool) -> None:
             rows.append(tuple(found[-1].values()))
     if as_json:
         show.as_json(found)
+    elif not found:
+        show.line("no machine with a name runs here")
     else:
         show.table(("name", "state", "backend", "pid", "memory MiB", "guest time"), rows)
 

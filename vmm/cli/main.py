@@ -1,8 +1,9 @@
 """The command line: which commands there are, and whose fault a failure is.
 
 Exit status: 0 done, 1 a fault named in one line on standard error, 2 wrong usage, 3 the guest stopped before what was
-asked for (--until, --at). A guest that ends itself through the debug-exit port passes its own status on. Where
-standard output takes nothing, or nobody reads it any more, that is 1; a standard stream that is closed is as /dev/null.
+asked for (--until, --at), 130 Ctrl-C. A guest that ends itself through the debug-exit port passes its own status on.
+Where standard output takes nothing, or nobody reads it any more, that is 1; a standard stream that is closed is as
+/dev/null.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -39,6 +41,7 @@ _COMMANDS = {  # command: module, attribute; imported when asked for: nobody wai
     "suspend-all": ("vmm.cli.catalog", "suspend_all"),
     "wake": ("vmm.cli.run", "wake"),
 }
+_ALIKE = 0.75  # of 1: what was mistyped, and not what is merely of the same length
 _WERE = {"resume": "wake", "snapshots": "catalog"}  # old names: they work, and are not shown
 
 
@@ -49,6 +52,9 @@ def _usage_in_a_line() -> Iterator[None]:
         yield
     except click.ClickException as error:
         vars(error).update(message=shown(error.message))
+        if isinstance(error, click.NoSuchOption) and error.possibilities:
+            near = get_close_matches(error.option_name, error.possibilities, cutoff=_ALIKE)
+            vars(error).update(possibilities=near)
         raise
 
 
@@ -63,6 +69,9 @@ def _one_line() -> Iterator[None]:
     except (GuestError, BackendError, RequestError) as error:
         show.note(error)
         sys.exit(1)
+    except KeyboardInterrupt:
+        show.note("interrupted")
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:

@@ -25,6 +25,7 @@ from vmm.cli import show as view
 from vmm.cli.options import FILE, PARENT, allow_option, backend_option, chosen, force_option, json_option, pack_option
 from vmm.cpu.disassembly import ahead
 from vmm.cpu.protocol import CpuState
+from vmm.debug import selftest
 from vmm.errors import BackendError
 from vmm.guest.symbols import Symbols
 from vmm.machine.machine import Machine
@@ -128,6 +129,8 @@ def check(file: Path, backend: str, allow: tuple[str, ...]) -> None:
     backend = chosen(backend)
     Machine.check(file, backend, allow=allow)
     view.line(f"{file}: will load on {backend}")
+    if (why_not := selftest.findings(backend).runs) is not None:
+        view.note(f"warning: {why_not}")
 
 
 @snapshot.command()

@@ -157,8 +157,10 @@ class Expect:
                 return f"waited {self.wall_seconds:g} s on the clock on the wall"
             case Stopped("panic", why=said):
                 return f"it is lost: {shown(said)}"
-            case Stopped(reason, why=more):
-                return f"it ended with {reason} {more}".rstrip()
+            case Stopped("halted", why=more):
+                return f"it halted {more}"
+            case Stopped():
+                return f"it ended with {stop}"
             case Fault(rip, what):
                 return f"the CPU could not go on at {rip:#x}: {what}"
 

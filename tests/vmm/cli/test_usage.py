@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OWN
-from tests.vmm.conftest import eventually
+from tests.vmm.conftest import OnTerminal, eventually
 
 BOOT = ("run", "--kernel", OWN, "--flat", "--memory", "16M")
 WITHOUT = {
@@ -88,3 +88,31 @@ def test_detach_of_a_machine_that_cannot_be(anyhyve, tmp_path):
     done = anyhyve("restore", tmp_path / "nothing", "--name", "box", "--detach")
     assert done.returncode == 1 and b"No such file" in done.stderr
     assert anyhyve("list", "--json").stdout.strip() == b"[]"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("--memroy", "--memory"), ("--utnil", "--until"), ("--drive", None), ("--cpus", None)]
+)
+def test_what_was_mistyped_is_guessed(anyhyve, typed, meant):
+    said = anyhyve("run", typed, "1").stderr.decode()
+    assert f"No such option: {typed}" in said or f"No such option '{typed}'" in said
+    assert ("Did you mean" in said) == (meant is not None) and (meant or "") in said
+
+
+def test_lists_of_nothing(anyhyve):
+    assert anyhyve("list", check=True).stdout == b"no machine with a name runs here\n"
+    assert anyhyve("catalog", check=True).stdout == b"no snapshot was saved into the catalog\n"
+
+
+def test_a_small_file_is_no_snapshot(anyhyve, tmp_path):
+    (tmp_path / "note").write_text("hello\n")
+    assert b"not an anyhyve snapshot" in anyhyve("snapshot", "show", tmp_path / "note").stderr
+
+
+def test_ctrl_c(environment):
+    """Of a run that shows nothing at a terminal: it is up when the guest has been told what was typed."""
+    terminal = OnTerminal(environment, *BOOT, "--json", "--until", "never", "--bind", "com2=pty")
+    terminal.until(b"com2 is at ")
+    terminal.type(b"\x03")
+    terminal.until(b"interrupted")
+    assert terminal.wait() == 130

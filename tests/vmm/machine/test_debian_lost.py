@@ -47,7 +47,7 @@ def booted(debian):
     [
         ("echo c >/proc/sysrq-trigger", "it is lost: .*sysrq|it is lost: .*Kernel panic|it is lost: .*Oops"),
         ("echo b >/proc/sysrq-trigger", "it ended with triple fault"),
-        ("halt -f", "it ended with halted with interrupts off"),
+        ("halt -f", "it halted with interrupts off"),
         ("echo 'BUG: this is a test' >/dev/kmsg", "it is lost: .*BUG: this is a test"),
     ],
     ids=["a crash", "a triple fault", "CLI and HLT", "a bug"],

@@ -136,7 +136,7 @@ def test_expect_names_the_line(then, why):
 
 
 def test_expect_of_a_guest_that_halts_says_how():
-    with pytest.raises(GuestError, match="ended with halted with interrupts off"):
+    with pytest.raises(GuestError, match="it halted with interrupts off"):
         Expect(Program("cli; hlt").machine).expect("ready")
 
 

@@ -175,7 +175,7 @@ def test_ends(vm_factory, vm_image):
 """
     said = outcome(project(source), failed=2)
     assert "the guest never said 'never': waited 0.01 guest seconds; its last lines:" in said
-    assert "the guest never said 'never': it ended with halted" in said
+    assert "the guest never said 'never': it halted" in said
 
 
 CLOSES = """
