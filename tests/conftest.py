@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, settings
 from tests import left_out
 from tests.vmm.cpu.hosts import exception, host
 
+LONGEST = "test_readme.py"  # minutes, in one test
 ROOT = Path(__file__).parent.parent
 DEBIAN = ROOT / "guests" / "debian"
 
@@ -47,6 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "kvm" in getattr(item, "fixturenames", ()):
             item.add_marker("kvm")
+    items.sort(key=lambda item: item.path.name != LONGEST)  # so that no worker is left with it at the end
 
 
 @pytest.hookimpl(hookwrapper=True)
