@@ -41,6 +41,7 @@ _COMMANDS = {  # command: module, attribute; imported when asked for: nobody wai
     "suspend-all": ("vmm.cli.catalog", "suspend_all"),
     "wake": ("vmm.cli.run", "wake"),
 }
+_HELP: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # of click 8.2 on: its message is the help
 _ALIKE = 0.75  # of 1: what was mistyped, and not what is merely of the same length
 _WERE = {"resume": "wake", "snapshots": "catalog"}  # old names: they work, and are not shown
 
@@ -51,6 +52,8 @@ def _usage_in_a_line() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
+        if isinstance(error, _HELP):
+            raise
         vars(error).update(message=shown(error.message))
         if isinstance(error, click.NoSuchOption) and error.possibilities:
             near = get_close_matches(error.option_name, error.possibilities, cutoff=_ALIKE)

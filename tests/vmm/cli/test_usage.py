@@ -116,3 +116,10 @@ def test_ctrl_c(environment):
     terminal.type(b"\x03")
     terminal.until(b"interrupted")
     assert terminal.wait() == 130
+
+
+@pytest.mark.parametrize("words", [(), ("snapshot",), ("guest",)], ids=str)
+def test_without_a_command_there_is_help(anyhyve, words):
+    done = anyhyve(*words)
+    lines = (done.stdout + done.stderr).decode().splitlines()
+    assert lines[0].startswith("Usage: ") and len(lines) > 8 and not any("\\n" in line for line in lines)
