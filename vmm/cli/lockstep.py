@@ -22,7 +22,13 @@ from vmm.errors import BackendError
 @click.option(
     "--against", default="kvm", show_default=True, metavar="emu|kvm", help="The other CPU; one of the two must be emu."
 )
-@click.option("--instructions", type=click.IntRange(1), default=1_000_000, show_default=True, help="How far to go.")
+@click.option(
+    "--instructions",
+    type=click.IntRange(1),
+    default=1_000_000,
+    show_default=True,
+    help="How far to go; some thousands take a second.",
+)
 @click.option(
     "--save-pair",
     type=FILE,

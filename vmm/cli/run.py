@@ -63,7 +63,8 @@ def _goal(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--silence", type=Seconds(), metavar="SECONDS",
                          help="Stop when the console has shown nothing for so much guest time.  "
                               f"[default: with --until {SILENCE_S:g}, but none at a terminal or with a name]"),
-            click.option("--save", type=NO_FOLDER, help="Save when the run stops."),
+            click.option("--save", type=NO_FOLDER,
+                         help="Save when the run stops, but not when it is interrupted, quit, or stopped by ctl."),
             force_option,
             pack_option,
             click.option("--parent", type=FILE, help=PARENT),
