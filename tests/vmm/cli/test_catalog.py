@@ -48,7 +48,7 @@ def test_a_damaged_snapshot_is_listed_and_not_woken(named, anyhyve, environment)
     catalog(environment).mkdir(parents=True)
     (catalog(environment) / "bad.snapshot").write_bytes(b"junk")
     (found,) = answer(anyhyve("catalog", "--json"))
-    assert "the file is cut" in found["problem"]
+    assert "not an anyhyve snapshot" in found["problem"]
     assert b"bad.snapshot" in anyhyve("catalog").stdout
     assert "there is no snapshot of box" in refusal(anyhyve("wake", "box"))
 
