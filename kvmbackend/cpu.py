@@ -30,7 +30,7 @@ from vmm.ram import Ram
 _TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value
 _IMMEDIATE_EXIT, _WINDOW, _READY, _IF = abi.RUN_IMMEDIATE_EXIT, abi.RUN_WINDOW, abi.RUN_READY, abi.RUN_IF
 _REASON32, _EXIT32, _EXIT64, _CR8 = abi.RUN_REASON // 4, abi.RUN_EXIT // 4, abi.RUN_EXIT // 8, abi.RUN_CR8 // 8
-_RIP, _RCX = REGISTERS.index("rip"), REGISTERS.index("rcx")
+_RIP = REGISTERS.index("rip")
 _IO, _MMIO, _HLT, _RUN = abi.EXIT_IO, abi.EXIT_MMIO, abi.EXIT_HLT, abi.RUN
 
 
@@ -129,20 +129,9 @@ class KvmCpu(Cpu):
         else:
             start = self.registers()[_RIP]
             self._halted = not self._stepper.instruction(sysret)
-            if arrive != start and self._is_at_the_end_of_rep(start):
+            if arrive != start and rep.is_done(self, self._ram.read, start):
                 self._stepper.instruction(False)
         self._take_posted()
-
-    def _is_at_the_end_of_rep(self, start: int) -> bool:
-        """Whether a string instruction at `start` has done all and not moved on: some hosts take a step to
-        find RCX zero, which no processor does (vmm.cpu.rep)."""
-        registers = self.registers()
-        if registers[_RIP] != start:
-            return False
-        state = self.save()
-        code = paging.read_virtual(state, self._ram.read, state.cs.base + start & (1 << 64) - 1, 15)
-        mask = rep.count_bits(state, code)
-        return mask != 0 and not registers[_RCX] & mask
 
     def save(self) -> CpuState:
         return state.save(self._vcpu, self._halted, self._time.tsc())

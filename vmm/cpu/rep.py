@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from vmm.cpu.paging import code_bits
-from vmm.cpu.protocol import CpuState
+from vmm.cpu.paging import ReadPhysical, code_bits, read_virtual
+from vmm.cpu.protocol import REGISTERS, Cpu, CpuState
 
 _PREFIXES = bytes((0xF0, 0xF2, 0xF3, 0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67))
 _STRING = {*range(0x6C, 0x70), *range(0xA4, 0xA8), *range(0xAA, 0xB0)}  # INS to OUTSD, MOVS and CMPS, STOS to SCAS
+_RIP, _RCX = REGISTERS.index("rip"), REGISTERS.index("rcx")
+
+
+def is_done(cpu: Cpu, read: ReadPhysical, start: int) -> bool:
+    """Whether a CPU stands at `start`, at a repeated instruction that has done all its passes: some engines and hosts
+    take a step to find RCX zero, which no processor does."""
+    registers = cpu.registers()
+    if registers[_RIP] != start:
+        return False
+    state = cpu.save()
+    mask = count_bits(state, read_virtual(state, read, state.cs.base + start & (1 << 64) - 1, 15))
+    return mask != 0 and not registers[_RCX] & mask
 
 
 def count_bits(state: CpuState, code: bytes) -> int:

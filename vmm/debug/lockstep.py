@@ -37,7 +37,7 @@ from vmm.ram import Ram
 STRIDE = 2000  # instructions between two places where everything is compared
 _CHUNK = 1 << 16
 _RF = 1 << 16
-_RFLAGS, _RIP, _RCX = (REGISTERS.index(name) for name in ("rflags", "rip", "rcx"))
+_RFLAGS, _RIP = REGISTERS.index("rflags"), REGISTERS.index("rip")
 _ACCESSED_DIRTY = 0x60
 _NOBODY: dict[str, str] = {}  # at the far ends
 
@@ -247,7 +247,7 @@ class Lockstep:
         stop = leader.run(position=goal)
         if self._follow is not None:
             self._follow.calls.extend(lead.calls)
-            if stop == Stopped(StopReason.POSITION) and self._is_at_the_end_of_rep(before[_RIP]):
+            if stop == Stopped(StopReason.POSITION) and rep.is_done(cast(Cpu, lead), leader.ram.read, before[_RIP]):
                 lead.calls.clear()
                 stop = leader.run(position=leader.position + 1)
                 self._follow.calls.extend(replace(call, ran=False) for call in lead.calls)
@@ -262,16 +262,6 @@ class Lockstep:
         if stop != Stopped(StopReason.POSITION):
             self.stopped = stop
         return self._apart(before) or (stop != other and not isinstance(stop, Fault))
-
-    def _is_at_the_end_of_rep(self, rip: int) -> bool:
-        """Whether the leader's string instruction at `rip` has done all and not moved on: the emulated CPU takes a step
-        to find RCX zero, which no processor does."""
-        after = self._lead.registers()
-        if after[_RIP] != rip:
-            return False
-        state = self.leader.cpu.save()
-        mask = rep.count_bits(state, paging.read_virtual(state, self.leader.ram.read, state.cs.base + rip, 15))
-        return mask != 0 and not after[_RCX] & mask
 
     def _trouble(self, rip: int) -> str:
         """What single-stepping has to know of the instruction at an address.

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.vmm.cpu.program import Program
 from vmm.cpu.protocol import CpuState
-from vmm.cpu.rep import count_bits
+from vmm.cpu.rep import count_bits, is_done
 
 CODE = {
     64: CpuState(efer=0x500),
@@ -39,3 +40,16 @@ def test_what_is_repeated(bits, prefixes, rex, opcode):
     )
     counts = {64: 32, 32: 16, 16: 32}[bits] if 0x67 in prefixes else bits
     assert count_bits(CODE[bits], code) == ((1 << counts) - 1 if repeated else 0), found
+
+
+def test_the_emulated_cpu_takes_a_step_to_find_rcx_zero():
+    """Which is not one of the instruction's: a lockstep with a processor passes over it."""
+    program = Program("mov $2, %ecx\nmov $0x200000, %edi\nat: rep stosb\nnop\njmp done")
+    seen = []
+    with program.machine as machine:
+        while machine.cpu.registers()[16] != program.labels["at"]:
+            machine.run(position=machine.position + 1)
+        while machine.cpu.registers()[16] == program.labels["at"]:
+            seen.append((machine.cpu.registers()[1], is_done(machine.cpu, machine.ram.read, program.labels["at"])))
+            machine.run(position=machine.position + 1)
+    assert seen == [(2, False), (1, False), (0, True)]
