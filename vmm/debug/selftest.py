@@ -21,6 +21,7 @@ from vmm.cpu import backends
 from vmm.debug.lockstep import Lockstep
 from vmm.errors import BackendError, GuestError, RequestError
 from vmm.guest.image import Image
+from vmm.host import folders
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 CHECKS = (  # in the order of selftest.S
@@ -48,6 +49,7 @@ CHECKS = (  # in the order of selftest.S
     "the TSC as WRMSR sets it",
 )
 _STEPPED = CHECKS.index("SYSCALL")  # the checks before it: in it processors differ from what they say (see Lockstep)
+_KEPT = "kvm.json"  # in the user's folder of caches
 _IMAGE = Path(__file__).with_name("selftest.bin")
 _FIRST, _LAST, _NOW, _OUTCOMES = 0x210000, 0x210008, 0x210010, 0x210100
 _PATIENCE_S = 5.0  # for what takes milliseconds; where KVM is emulated, a second
@@ -72,9 +74,10 @@ class Findings:
 
 def findings(backend: str) -> Findings:
     """What is known of a backend, tried where nothing is yet. Raises BackendError where it is not there at all."""
-    backends.probe(backend)
     if backend != "kvm":
+        backends.factory(backend)
         return Findings()
+    backends.probe(backend)
     return _kept(_host()) or examine(backend)
 
 
@@ -147,10 +150,6 @@ def _stepping(backend: str) -> str | None:
 # --- what is kept
 
 
-def _place() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "anyhyve", "kvm.json")
-
-
 def _host() -> str:
     """What findings hold for: a digest of kernel, KVM's modules, processor and the self-test."""
     said = [platform.release(), platform.version(), _IMAGE.read_bytes().hex(), Path(__file__).read_text()]
@@ -166,18 +165,18 @@ def _host() -> str:
 
 def _kept(host: str) -> Findings | None:
     try:
-        kept = json.loads(_place().read_text())
+        kept = json.loads((folders.cache() / _KEPT).read_text())
         if kept["host"] == host:
             failed = tuple(name for name in CHECKS if name in kept["failed"])
             return Findings(failed, None if kept["stepping"] is None else str(kept["stepping"]))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, BackendError, ValueError, LookupError, TypeError):
         pass  # there is none, or it is nothing of ours: it is tried again
     return None
 
 
 def _keep(host: str, found: Findings) -> None:
-    place = _place()
-    with suppress(OSError):  # no room, or read-only: it is tried again each time
+    with suppress(OSError, BackendError):  # no room, no home, or read-only: it is tried again each time
+        place = folders.cache() / _KEPT
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = place.with_name(f"{place.name}.{os.getpid()}")
         try:

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, TypeVar
 from snapshot.errors import SnapshotError
 from vmm.control.place import open_folder
 from vmm.errors import BackendError, GuestError, RequestError
+from vmm.host import folders
 
 if TYPE_CHECKING:
     from snapshot.field_types import Json
@@ -54,13 +55,8 @@ T = TypeVar("T")
 
 
 def place() -> Path:
-    """The folder, by the XDG base directory specification. It need not be there. Raises BackendError for a user who has
-    none."""
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:
-        raise BackendError(str(error)) from None
-    return Path(base, "anyhyve", "boots").absolute()
+    """The folder. It need not be there. Raises BackendError for a user who has none."""
+    return folders.cache() / "boots"
 
 
 def check(folder: Path) -> None:

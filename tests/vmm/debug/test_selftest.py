@@ -111,6 +111,15 @@ def test_no_room_to_keep_it(tried, cache):
     assert [selftest.findings("kvm").failed for _ in range(2)] == [(CHECKS[3],)] * 2 and len(tried) == 2
 
 
+def test_a_user_without_a_home(tried, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert [selftest.findings("kvm").failed for _ in range(2)] == [(CHECKS[3],)] * 2 and len(tried) == 2
+
+
 # --- who asks
 
 
