@@ -15,7 +15,6 @@ from vmm.cli import outcome, show
 from vmm.control import catalog
 from vmm.control.supervisor import Supervisor
 from vmm.control.terminal import Terminal
-from vmm.debug import selftest
 from vmm.errors import BackendError, GuestError, RequestError
 from vmm.guest import origin
 from vmm.machine.machine import Fault, Machine, Stop, StopReason
@@ -79,6 +78,13 @@ def drive(machine: Machine, asked: Asked) -> int:
 
 class _Drive:
     def __init__(self, machine: Machine, asked: Asked) -> None:
+        self.vm = Supervisor(machine)
+        shows = not asked.as_json and asked.away is None
+        self.terminal = Terminal(self.vm, asked.save, force=asked.force) if shows else None
+        # Somebody can go on with it.
+        self.attended = asked.name is not None or (self.terminal is not None and self.terminal.interactive)
+        if asked.until is not None and asked.silence is None and not self.attended:
+            asked = replace(asked, silence=SILENCE_S)
         self.machine, self.asked = machine, asked
         self.goal = asked.goal(machine)
         self.versions = None if asked.for_version is None else releases.versions(asked.for_version)
@@ -86,25 +92,20 @@ class _Drive:
             machine.can_save(asked.save, asked.parent, self.versions, force=asked.force)
         if asked.keep_boot:
             self._keep_boot()
-        self.attended = asked.name is not None  # somebody can go on with it
         self.saved: str | None = None
         self.unsaved = False
-        self.vm = Supervisor(machine)
 
     def run(self) -> int:
         machine, asked, vm = self.machine, self.asked, self.vm
-        if (why_not := selftest.findings(machine.backend).runs) is not None:
-            show.note(f"warning: {why_not}: no operating system comes up on it, as it does with --backend emu")
+        if machine.backend != "emu":
+            _warn_of_the_host(machine.backend)
         for part, place in machine.far_ends.items():
             show.note(f"{part} is at {place}")
         with ExitStack() as stack:
             if asked.name is not None:
                 self._name(asked.name, stack)
-            if not asked.as_json and asked.away is None:
-                terminal = stack.enter_context(Terminal(vm, asked.save, force=asked.force))
-                self.attended |= terminal.interactive
-            if asked.until is not None and asked.silence is None and not self.attended:
-                self.goal = replace(self.goal, silence_ns=round(SILENCE_S * 1e9))
+            if self.terminal is not None:
+                stack.enter_context(self.terminal)
             machine.loop.pace_real = asked.pace == "real" or (asked.pace is None and self.attended)
             started = time.perf_counter()
             try:
@@ -162,7 +163,7 @@ class _Drive:
             until=asked.until,
             until_time=asked.until_time,
             timeout=asked.timeout,
-            silence=asked.silence or SILENCE_S,
+            silence=asked.silence,
         )
         said = f"{said}, at position {self.machine.position}"
         if self.saved is not None:
@@ -194,6 +195,13 @@ class _Drive:
             log = catalog.folder(name) / LOG
             show.line(f"{name} runs; what it has to say goes to {log}")
             asked.away(log)
+
+
+def _warn_of_the_host(backend: str) -> None:
+    from vmm.debug import selftest
+
+    if (why_not := selftest.findings(backend).runs) is not None:
+        show.note(f"warning: {why_not}: no operating system comes up on it, as it does with --backend emu")
 
 
 def _warn(event: str, details: dict[str, Any]) -> None:

@@ -51,15 +51,6 @@ class Goal:
     silence_ns: int | None = None  # of guest time in which the console shows nothing
 
 
-@dataclass
-class LastWords:
-    """Of a guest that is lost: since when, how much the console had shown, and since when no more."""
-
-    since_ns: int
-    shown: int
-    at_ns: int
-
-
 class RunLoop:
     """Not thread-safe, but for `post`. `check` is called at each safe point, with how often in seconds it is to look at
     what costs something, and raises for what must end the run."""
@@ -72,7 +63,7 @@ class RunLoop:
         self._board, self._clock, self._check = board, clock, check
         self._goal = Goal()
         self._until_s: float | None = None  # on the clock on the wall
-        self._last_words: LastWords | None = None
+        self._lost_ns: int | None = None  # since when the guest is lost
         self._shown, self._shown_ns = 0, 0  # how much the console had shown, and since when no more
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._next: Command | None = None  # taken from the queue, not done yet
@@ -86,7 +77,7 @@ class RunLoop:
         """What `go_on` runs for, however often a command stops it on the way."""
         self._goal = goal
         self._until_s = None if goal.seconds is None else time.monotonic() + goal.seconds
-        self._last_words = None
+        self._lost_ns = None
         self._shown_ns = self._clock.now_ns()
         self.cpu.stop_at(goal.position)
         self._board.console.watch(goal.until, goal.since, goal.lost)
@@ -224,11 +215,10 @@ class RunLoop:
     def _has_said_all(self) -> bool:
         """Whether a guest that is lost has shown nothing more for a while, or enough: a panic's trace follows its first
         line."""
-        shown, now = self._board.console.total, self._clock.now_ns()
-        words = self._last_words = self._last_words or LastWords(now, shown, now)
-        if words.shown != shown:
-            words.shown, words.at_ns = shown, now
-        return now - words.at_ns >= _SILENCE_NS or now - words.since_ns >= _LAST_WORDS_NS
+        now = self._clock.now_ns()
+        if self._lost_ns is None:
+            self._lost_ns = now
+        return self._silent_ns() >= _SILENCE_NS or now - self._lost_ns >= _LAST_WORDS_NS
 
     def _obey(self) -> Stop | None:
         """Do what was posted up to now."""
