@@ -71,9 +71,7 @@ class Vm:
         abi.call("KVM_X86_SET_MSR_FILTER", self._vm, abi.SET_MSR_FILTER, wanted)
 
     def _set_cpuid(self, system: int) -> None:
-        supported: Any = abi.Cpuid(nent=abi.MAX_CPUID)
-        abi.call("KVM_GET_SUPPORTED_CPUID", system, abi.GET_SUPPORTED_CPUID, supported)
-        host = {e.function: (e.eax, e.ebx, e.ecx, e.edx) for e in supported.entries[: supported.nent] if not e.index}
+        host = supported_cpuid(system)
         # What KVM does not offer but the processor has runs natively, or comes back to us to be finished.
         if lacking := [name for name in cpu_model.lacking(host) if name not in _processor_flags()]:
             raise BackendError(f"kvm: this host's CPU has not got {', '.join(lacking)} of {cpu_model.MODEL_NAME}")
@@ -138,6 +136,13 @@ class Vm:
             self._shared.close()
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+
+def supported_cpuid(system: int) -> dict[int, tuple[int, int, int, int]]:
+    """EAX, EBX, ECX and EDX of each leaf (subleaf 0) that KVM, open as `system`, can offer. Raises BackendError."""
+    supported: Any = abi.Cpuid(nent=abi.MAX_CPUID)
+    abi.call("KVM_GET_SUPPORTED_CPUID", system, abi.GET_SUPPORTED_CPUID, supported)
+    return {e.function: (e.eax, e.ebx, e.ecx, e.edx) for e in supported.entries[: supported.nent] if not e.index}
 
 
 def _processor_flags() -> set[str]:

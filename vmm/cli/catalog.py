@@ -105,4 +105,6 @@ def suspend_all(rundir: Path | None, as_json: bool) -> None:
     else:
         for name, saved in outcome.items():
             show.line(f"{name}: {saved or 'runs on'}")
+        if not outcome:
+            show.line("no machine with a name runs here")
     sys.exit(1 if None in outcome.values() else 0)

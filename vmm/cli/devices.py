@@ -18,7 +18,7 @@ from vmm.registers import Register
 
 @click.command()
 @click.argument("names", metavar="[KIND]...", nargs=-1)
-@click.option("--markdown", is_flag=True, help="As a page of documentation.")
+@click.option("--markdown", is_flag=True, help="As a page of documentation, at a terminal, too.")
 @json_option
 def devices(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
     """The kinds of devices `--device` makes, those of other packages among them; of a KIND its options, registers and
@@ -34,8 +34,7 @@ def devices(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
     if as_json:
         show.as_json({kind.name: describe(kind) for kind in found})
     elif names or markdown:
-        for line in "\n".join(draw(kind) for kind in found).removesuffix("\n").split("\n"):
-            show.line(line)
+        show.markdown("\n".join(draw(kind) for kind in found).removesuffix("\n"), raw=markdown)
     else:
         for kind in found:
             show.line(f"{kind.name:16} {kind.doc}")

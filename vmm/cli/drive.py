@@ -13,6 +13,7 @@ from typing import Any
 from snapshot.errors import SnapshotError
 from vmm.cli import outcome, show
 from vmm.control import catalog
+from vmm.control.automatic import Automatic
 from vmm.control.supervisor import Supervisor
 from vmm.control.terminal import Terminal
 from vmm.errors import BackendError, GuestError, RequestError
@@ -92,6 +93,8 @@ class _Drive:
             machine.can_save(asked.save, asked.parent, self.versions, force=asked.force)
         if asked.keep_boot:
             self._keep_boot()
+        if asked.name is not None:
+            self.vm.last_sequence = partial(catalog.last_sequence, asked.name)
         self.saved: str | None = None
         self.unsaved = False
 
@@ -102,6 +105,7 @@ class _Drive:
         for part, place in machine.far_ends.items():
             show.note(f"{part} is at {place}")
         with ExitStack() as stack:
+            stack.enter_context(Automatic(vm, asked.name, autosave_s=asked.autosave, suspend=asked.suspend_on_term))
             if asked.name is not None:
                 self._name(asked.name, stack)
             if self.terminal is not None:
@@ -165,7 +169,10 @@ class _Drive:
             timeout=asked.timeout,
             silence=asked.silence,
         )
-        said = f"{said}, at position {self.machine.position}"
+        if self.machine.position:
+            said = f"{said}, at position {self.machine.position}"
+        else:  # a CPU that does not count
+            said = f"{said}, after {self.machine.clock.now_ns() / 1e9:.3f} s of guest time"
         if self.saved is not None:
             return f"{said}; saved to {self.saved}"
         return f"{said}; not saved to {asked.save}" if asked.save is not None else said
@@ -178,14 +185,11 @@ class _Drive:
             origin.keep(image, folder)
 
     def _name(self, name: str, stack: ExitStack) -> None:
-        """Let others ask for the machine, and save it by itself."""
-        from vmm.control.automatic import Automatic
+        """Let others ask for the machine."""
         from vmm.control.place import Place, rundir
         from vmm.control.server import Server
 
         vm, asked = self.vm, self.asked
-        vm.last_sequence = partial(catalog.last_sequence, name)
-        stack.enter_context(Automatic(vm, name, autosave_s=asked.autosave, suspend=asked.suspend_on_term))
         # After the signals: no socket is left by a signal that came too early.
         stack.enter_context(Server(vm, Place(rundir(asked.rundir), name)))
         catalog.clear(name)  # the name is ours by now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,8 @@ def fuzz(
         for i, (why, case) in report.finds.items():
             show.line(f"{case.device}: {why}")
             show.line(f"  anyhyve replay {i}{where}")
+        if any(re.search(r"\bN\b", why) for why, _ in report.finds.values()):
+            show.line("N stands for a number, which `replay` tells.")
     sys.exit(1 if report.finds else 0)
 
 

@@ -25,7 +25,7 @@ from vmm.errors import BackendError
 @click.option(
     "--instructions",
     type=click.IntRange(1),
-    default=1_000_000,
+    default=100_000,
     show_default=True,
     help="How far to go; some thousands take a second.",
 )

@@ -43,6 +43,7 @@ _COMMANDS = {  # command: module, attribute; imported when asked for: nobody wai
 }
 _HELP: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # of click 8.2 on: its message is the help
 _ALIKE = 0.75  # of 1: what was mistyped, and not what is merely of the same length
+_COMMAND_ALIKE = 0.65  # two letters of three
 _WERE = {"resume": "wake", "snapshots": "catalog"}  # old names: they work, and are not shown
 
 
@@ -101,10 +102,16 @@ class _Main(click.Group):
         names = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
         return names + click.Command.shell_complete(self, ctx, incomplete)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        return super().resolve_command(ctx, [_WERE.get(args[0], args[0]), *args[1:]])
+        name = _WERE.get(args[0], args[0])
+        if name not in _COMMANDS and (near := get_close_matches(name, [*_COMMANDS, "help"], 1, _COMMAND_ALIKE)):
+            ctx.fail(f"No such command '{name}'. Did you mean {near[0]}?")
+        return super().resolve_command(ctx, [name, *args[1:]])
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         show.begin()

@@ -15,6 +15,8 @@ import click
 from vmm.host import streams
 from vmm.host.shown import shown
 
+_WIDEST = 40  # characters that a column of a table is as wide for all its rows
+
 
 def begin() -> None:
     """Have standard streams. Characters that a terminal has not are shown as \\u2192."""
@@ -55,18 +57,45 @@ def table(
 ) -> None:
     """A table, on standard error if `err`. On a terminal, cells that are too wide for it are broken into lines;
     anywhere else a row is one line, however long. Nothing is left out."""
+    cells = [[shown(cell) for cell in row] for row in ([*columns], *rows)]
+    stream = sys.stderr if err else sys.stdout
+    with nullcontext() if err else streams.writing():
+        if stream.isatty():
+            _draw(cells, title, err)
+        else:
+            click.echo("\n".join([*([title] if title else []), *_columns(cells)]), err=err)
+
+
+def _draw(cells: list[list[str]], title: str | None, err: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    drawn = Table(*(Column(Text(shown(name)), overflow="fold") for name in columns), title=title and Text(title))
+    heads, *rows = cells
+    table = Table(*(Column(Text(head), overflow="fold") for head in heads), title=title and Text(title))
     for row in rows:
-        drawn.add_row(*(Text(shown(cell)) for cell in row))
-    console = Console(stderr=err)
-    if not console.file.isatty():
-        console.width = sys.maxsize
-    with nullcontext() if err else streams.writing():
-        console.print(drawn)
+        table.add_row(*map(Text, row))
+    Console(stderr=err).print(table)
+
+
+def _columns(rows: list[list[str]]) -> Iterator[str]:
+    """A line a row. One long cell makes its own line long, and no other."""
+    widths = [min(_WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def markdown(text: str, raw: bool) -> None:
+    """A page of Markdown: drawn on a terminal, else, or if `raw`, as it is."""
+    lines = [shown(line) for line in text.split("\n")]
+    with streams.writing():
+        if raw or not sys.stdout.isatty():
+            click.echo("\n".join(lines))
+        else:
+            from rich.console import Console
+            from rich.markdown import Markdown
+
+            Console().print(Markdown("\n".join(lines)))
 
 
 @contextmanager

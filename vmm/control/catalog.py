@@ -103,7 +103,7 @@ class Entry:
     time_s: float  # Unix, as the file has it: for people, the order is not by it
     size_bytes: int  # on disk
     sequence: int  # which of the saves of a machine of this name it is; 0 where the file does not say
-    guest_ns: int  # the guest's wall clock (Unix) when it was saved
+    guest_unix_ns: int  # the guest's wall clock (Unix) when it was saved
     parent: str | None  # the file it is a difference to, in the same folder
     kept: bool
     problem: str | None  # why it cannot be read
@@ -117,22 +117,22 @@ def entries(name: str | None = None) -> list[Entry]:
     RequestError for what cannot name a machine."""
     pattern = check_name(name) if name is not None else "*"
     found = (entry(path) for path in root().glob(f"{pattern}/*{SUFFIX}"))
-    return sorted(found, key=lambda e: (e.machine, e.sequence, e.guest_ns, e.path))
+    return sorted(found, key=lambda e: (e.machine, e.sequence, e.guest_unix_ns, e.path))
 
 
 def entry(path: Path) -> Entry:
     """What a snapshot's file tells without its RAM being read; one that cannot be read has a `problem`. Raises
     OSError when there is no such file."""
     info = path.stat()
-    parent, problem, sequence, guest_ns = None, None, 0, 0
+    parent, problem, sequence, guest_unix_ns = None, None, 0, 0
     try:
         with Reader(path) as reader:
             parent = None if reader.parent is None else reader.parent.file
-            sequence, guest_ns = _sequence(reader.meta), _guest_ns(reader)
+            sequence, guest_unix_ns = _sequence(reader.meta), _guest_unix_ns(reader)
     except (SnapshotError, OSError) as error:
         problem = str(error)
     kept, size = not info.st_mode & _WRITE, info.st_blocks * 512
-    return Entry(path.parent.name, path, info.st_mtime, size, sequence, guest_ns, parent, kept, problem)
+    return Entry(path.parent.name, path, info.st_mtime, size, sequence, guest_unix_ns, parent, kept, problem)
 
 
 def last_sequence(name: str) -> int:
@@ -152,7 +152,7 @@ def _sequence(meta: Json) -> int:
     return int(found) if 0 < found < 1 << 62 else 0
 
 
-def _guest_ns(reader: Reader) -> int:
+def _guest_unix_ns(reader: Reader) -> int:
     """The guest's wall clock; 0 where it is a machine we do not know."""
     try:
         config: MachineConfig = decode_part(next(with_state(reader.parts, MachineConfig)), MachineConfig)

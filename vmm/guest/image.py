@@ -59,8 +59,17 @@ def _read(path: Path) -> bytes:
 
 
 def load(image: Image, ram: Ram) -> CpuState:
-    """Write the guest into `ram` and return the state its CPU starts from. Raises GuestError."""
+    """Write the guest into `ram` and return the state its CPU starts from. Raises GuestError, which names the file."""
+    try:
+        return _load(image, ram)
+    except GuestError as error:
+        raise GuestError(f"{image.names[0]}: {error}" if image.names[0] else str(error)) from None
+
+
+def _load(image: Image, ram: Ram) -> CpuState:
     kernel = image.kernel
+    if not kernel:
+        raise GuestError("the kernel is an empty file")
     if image.flat:
         _fits(ram, FLAT_BASE, len(kernel), "the code")
         ram.write(FLAT_BASE, kernel)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -278,7 +278,9 @@ def campaign(
         ) from None
     except KeyboardInterrupt:
         for future in pending:
-            future.cancel()
+            if not future.cancel():  # it is under way, and ends with its slice
+                with suppress(BrokenExecutor):
+                    _gather(future.result(), kept, report, folder)
     finally:
         for corpus in kept.values():
             corpus.minimise()

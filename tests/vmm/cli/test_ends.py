@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.vmm.cli.test_main import anyhyve
+from tests.vmm.cli.test_main import MAIN, OWN_GUEST, anyhyve
 from tests.vmm.cpu.program import PRELUDE, assemble
 from tests.vmm.machine.test_lost import ENDS, PANIC, saying
 
@@ -76,6 +79,28 @@ def test_the_last_line_says_what_happened(run, given):
     words, status = WORDS[given]
     done = run(*given)
     assert (last_line(done), done.returncode) == (f"anyhyve: {words}", status)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_named(number):
+    """As `timeout 60 anyhyve run ...` sends it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", MAIN, *OWN_GUEST],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as running:
+        assert running.stdout and running.stdout.read(7) == b"anyhyve"
+        running.send_signal(number)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 128 + number
+    assert f"anyhyve: ended by {number.name}, at position " in said.decode()
+
+
+@pytest.mark.kvm
+def test_where_nothing_counts_code_the_last_line_has_guest_time(run):
+    done = run("1: jmp 1b", "--backend", "kvm", "--timeout", 0.5)
+    assert b"0.5 s have passed on the clock on the wall, after 0." in done.stderr and b"position" not in done.stderr
 
 
 def test_a_guest_that_is_idle_is_not_awaited_for_ever(run):

@@ -119,7 +119,7 @@ def test_a_line_without_an_end_is_shown_as_it_comes(tmp_path, typed, code, enoug
     ("content", "words"),
     [
         (None, "No such file"),
-        (b"", "neither a bzImage nor an ELF"),
+        (b"", "the kernel is an empty file"),
         (b"not a kernel" * 100, "neither a bzImage nor an ELF"),
         (b"\x7fELF" + bytes(100), "not for x86-64"),
         (bytes(0x202) + b"HdrS", "cut short"),

@@ -123,3 +123,29 @@ def test_without_a_command_there_is_help(anyhyve, words):
     done = anyhyve(*words)
     lines = (done.stdout + done.stderr).decode().splitlines()
     assert lines[0].startswith("Usage: ") and len(lines) > 8 and not any("\\n" in line for line in lines)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("rnu", "run"), ("hepl", "help"), ("restor", "restore")])
+def test_a_command_that_is_mistyped(anyhyve, typed, meant):
+    done = anyhyve(typed)
+    assert done.returncode == 2 and f"No such command '{typed}'. Did you mean {meant}?" in done.stderr.decode()
+    assert b"Did you mean" not in anyhyve("xyzzy").stderr
+
+
+def test_help_is_a_command_too(anyhyve):
+    assert anyhyve("help").stdout == anyhyve("--help").stdout
+    assert anyhyve("help", "ctl").stdout == anyhyve("ctl", "--help").stdout
+
+
+def test_nothing_to_do_is_said(anyhyve):
+    done = anyhyve("suspend-all")
+    assert (done.returncode, done.stdout) == (0, b"no machine with a name runs here\n")
+    assert anyhyve("suspend-all", "--json").stdout == b"{}\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"no kernel" * 99, b"\x7fELF" + b"\xff" * 200], ids=len)
+def test_a_wrong_kernel_is_named(anyhyve, tmp_path, data):
+    (tmp_path / "bzimage").write_bytes(data)
+    done = anyhyve("run", "--kernel", tmp_path / "bzimage")
+    assert done.returncode == 1 and done.stderr.startswith(b"anyhyve: bzimage: the ")
+    assert (b"an empty file" in done.stderr) == (data == b"")

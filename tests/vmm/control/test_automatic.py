@@ -26,6 +26,18 @@ def test_signals_are_as_before(boot_own, tmp_path, monkeypatch):
         assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+@pytest.mark.parametrize("name", ["box", None])
+def test_a_signal_that_is_ignored_stays_so(boot_own, monkeypatch, name):
+    """As under nohup."""
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with boot_own() as machine, Automatic(Supervisor(machine), name):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
 def test_without_a_thread_it_is_not_begun(boot_own, monkeypatch):
     def refuse(self):
         raise RuntimeError("can't start new thread")
@@ -35,7 +47,7 @@ def test_without_a_thread_it_is_not_begun(boot_own, monkeypatch):
         monkeypatch.setattr(threading.Thread, "start", refuse)
         with (
             pytest.raises(BackendError, match="no thread for automatic"),
-            Automatic(Supervisor(machine), "box"),
+            Automatic(Supervisor(machine), "box", suspend=True),
         ):
             pass
         assert [signal.getsignal(number) for number in SIGNALS] == before

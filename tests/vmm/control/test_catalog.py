@@ -163,7 +163,9 @@ def test_a_sequence_that_is_none(machine, tmp_path, monkeypatch, meta):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     machine.save(catalog.new("box"), meta=meta)
     (entry,) = catalog.entries()
-    assert entry.sequence == catalog.last_sequence("box") == 0 and entry.problem is None and entry.guest_ns > 1 << 60
+    assert (
+        entry.sequence == catalog.last_sequence("box") == 0 and entry.problem is None and entry.guest_unix_ns > 1 << 60
+    )
 
 
 def test_what_is_no_snapshot_says_nothing(tmp_path, monkeypatch, machine):
