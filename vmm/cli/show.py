@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
 from typing import Any
 
 import click
@@ -79,10 +80,10 @@ def _draw(cells: list[list[str]], title: str | None, err: bool) -> None:
 
 
 def _columns(rows: list[list[str]]) -> Iterator[str]:
-    """A line a row. One long cell makes its own line long, and no other."""
-    widths = [min(_WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
+    """A line a row, the last of whose cells may be wanting. One long cell makes its own line long, and no other."""
+    widths = [min(_WIDEST, max(map(len, column))) for column in zip_longest(*rows, fillvalue="")]
     for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
 def markdown(text: str, raw: bool) -> None:
