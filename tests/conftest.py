@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ settings.load_profile("dev")
 
 def pytest_configure(config: pytest.Config) -> None:
     left_out.pytest_configure(config)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: a program that is told of it would ignore it, too
+        signal.signal(signal.SIGHUP, lambda *_: None)  # one that is not ignored is as by default in our children
     if not hasattr(config, "workerinput"):  # which has its environment from here
         caches = tempfile.mkdtemp(prefix="anyhyve-tests-")
         os.environ["XDG_CACHE_HOME"] = caches  # the user's own has nothing of ours in it, nor we of theirs
