@@ -63,6 +63,31 @@ class ExitRequest(Protocol):
     def __call__(self, status: int, /) -> None: ...
 
 
+class Tsc(Protocol):
+    """A CPU's time-stamp counter."""
+
+    def read(self) -> int:
+        """What it shows now."""
+        ...
+
+    def when_ns(self, value: int, /) -> int | None:
+        """The guest time at which it has come to `value`, which may be past; None: not before guest time ends."""
+        ...
+
+
+class Place(Protocol):
+    """Puts a bank of the device at an address of its space, or nowhere; told each time that may have moved, and by
+    `restored()`."""
+
+    def __call__(self, bank: str, base: int | None, /) -> None: ...
+
+
+class Inta(Protocol):
+    """The interrupt acknowledge cycles of the 8259As: a vector."""
+
+    def __call__(self) -> int: ...
+
+
 class Msi(Protocol):
     """A message-signalled interrupt: one 32-bit write to `address` (PCI 3.0, 6.8.1)."""
 

@@ -11,9 +11,10 @@ from typing import Any
 from vmm.board.declared import made
 from vmm.board.slot import Fixed, Lead, Slot
 from vmm.device import Device
-from vmm.wires import UNWIRED, Alarm, Clock, Dma, Line, Msi, Posting, wire
+from vmm.wires import UNWIRED, Alarm, Clock, Dma, Inta, Line, Msi, Place, Posting, Tsc, wire
 
 RAM_BYTES = 1 << 20
+INTA_VECTOR = 0x30
 
 
 @dataclass
@@ -21,8 +22,8 @@ class Rig:
     """A clock that stands still until moved, an alarm, lines and sinks that remember, and a MiB of RAM at 0."""
 
     now: int = 0
-    lines: dict[str, bool] = field(default_factory=dict)
-    edges: list[tuple[str, bool]] = field(default_factory=list)
+    lines: dict[str, bool | int] = field(default_factory=dict)
+    edges: list[tuple[str, bool | int]] = field(default_factory=list)
     events: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     alarm_ns: int | None = None  # what the device told its alarm last,
     alarmed: bool = False  # if it has one
@@ -42,12 +43,16 @@ class Rig:
     def line(self, name: str) -> Callable[[bool], None]:
         """An output line, low until driven; its last level is kept in `lines`, every change of it in `edges`."""
 
-        def drive(level: bool) -> None:
-            if bool(level) != self.lines.get(name, False):
-                self.edges.append((name, bool(level)))
-            self.lines[name] = bool(level)
+        return lambda level: self._drive(name, bool(level))
 
-        return drive
+    def place(self, bank: str, base: int | None) -> None:
+        """Where a bank lies is the level of a line, too: low is nowhere."""
+        self._drive(f"place of {bank or 'registers'}", False if base is None else base)
+
+    def _drive(self, name: str, level: bool | int) -> None:
+        if level != self.lines.get(name, False):
+            self.edges.append((name, level))
+        self.lines[name] = level
 
     def sink(self, name: str) -> Callable[..., None]:
         """A sink for whatever the device calls it with; every call is kept in `events`."""
@@ -56,6 +61,11 @@ class Rig:
             self.events.append((name, values))
 
         return take
+
+    def acknowledge(self) -> int:
+        """The acknowledge cycle of interrupt controllers that always have the same interrupt."""
+        self.events.append(("inta", ()))
+        return INTA_VECTOR
 
     # --- DMA
 
@@ -83,11 +93,30 @@ class Rig:
             return self.alarm
         if annotation is Dma:
             return self
+        if annotation is Tsc:
+            return RigTsc(self)
+        if annotation is Place:
+            return self.place
+        if annotation is Inta:
+            return self.acknowledge
         if annotation in (Line, Posting):
             return self.line(name)
         if annotation is Msi or _is_sink(annotation):
             return self.sink(name)
         return UNWIRED
+
+
+@dataclass
+class RigTsc:
+    """A TSC of 2 GHz that is ahead of the clock."""
+
+    rig: Rig
+
+    def read(self) -> int:
+        return 2 * self.rig.now + 5
+
+    def when_ns(self, value: int) -> int | None:
+        return max(0, value - 5 + 1 >> 1)
 
 
 Build = Callable[[Rig], Device[Any]]

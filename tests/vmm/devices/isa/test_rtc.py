@@ -34,7 +34,7 @@ class Chip:
         self.bus.port_out(0x71, 1, value)
 
     def irq(self) -> bool:
-        return self.rig.lines.get("irq8", False)
+        return bool(self.rig.lines.get("irq8", False))
 
     def wait(self, ns: int) -> list[int]:
         """Let time pass, meeting deadlines. Returns the times at which the pin rose."""

@@ -32,7 +32,7 @@ class Port:
 
     @property
     def irq(self) -> bool:
-        return self.rig.lines.get("irq", False)
+        return bool(self.rig.lines.get("irq", False))
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The advanced programmable interrupt controllers, and what they say to each other."""
