@@ -94,6 +94,14 @@ class Msi(Protocol):
     def __call__(self, address: int, data: int, /) -> None: ...
 
 
+class Configuration(Protocol):
+    """All functions' configuration spaces; `function` is bus << 8 | device << 3 | function. What is not there reads as
+    ones."""
+
+    def read(self, function: int, offset: int, size: int, /) -> int: ...
+    def write(self, function: int, offset: int, size: int, value: int, /) -> None: ...
+
+
 class Dma(Protocol):
     """The machine's RAM, as a bus master sees it."""
 

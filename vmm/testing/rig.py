@@ -11,7 +11,7 @@ from typing import Any
 from vmm.board.declared import made
 from vmm.board.slot import Fixed, Lead, Slot
 from vmm.device import Device
-from vmm.wires import UNWIRED, Alarm, Clock, Dma, Inta, Line, Msi, Place, Posting, Tsc, wire
+from vmm.wires import UNWIRED, Alarm, Clock, Configuration, Dma, Inta, Line, Msi, Place, Posting, Tsc, wire
 
 RAM_BYTES = 1 << 20
 INTA_VECTOR = 0x30
@@ -95,6 +95,8 @@ class Rig:
             return self
         if annotation is Tsc:
             return RigTsc(self)
+        if annotation is Configuration:
+            return RigConfiguration(self)
         if annotation is Place:
             return self.place
         if annotation is Inta:
@@ -117,6 +119,19 @@ class RigTsc:
 
     def when_ns(self, value: int) -> int | None:
         return max(0, value - 5 + 1 >> 1)
+
+
+@dataclass
+class RigConfiguration:
+    """Configuration spaces that keep nothing, and show where they were read."""
+
+    rig: Rig
+
+    def read(self, function: int, offset: int, size: int) -> int:
+        return (function << 8 | offset) & (1 << 8 * size) - 1
+
+    def write(self, function: int, offset: int, size: int, value: int) -> None:
+        self.rig.events.append(("configuration", (function, offset, size, value)))
 
 
 Build = Callable[[Rig], Device[Any]]

@@ -1,0 +1,1 @@
+"""PCI: functions, and the bridges of a PC."""

@@ -1,0 +1,49 @@
+"""Configuration space as fields: what is read there, which bits a guest can write, and what a write does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Get = Callable[[Any], int]  # of the function
+Put = Callable[[Any, int], None]
+
+
+@dataclass(frozen=True)
+class Field:
+    """`size` bytes from `offset` on; `mask` has the bits that can be written, which `put` is given with all others as
+    they are."""
+
+    offset: int
+    size: int
+    get: Get
+    mask: int = 0
+    put: Put | None = None
+
+    @classmethod
+    def fixed(cls, offset: int, size: int, value: int) -> Field:
+        return cls(offset, size, lambda _: value)
+
+
+def read(fields: Iterable[Field], function: Any, offset: int, size: int) -> int:
+    """`size` bytes at `offset`; where there is no field they are zero."""
+    value = 0
+    for field in fields:
+        shift = 8 * (field.offset - offset)
+        if field.offset < offset + size and offset < field.offset + field.size:
+            found = field.get(function)
+            value |= found << shift if shift >= 0 else found >> -shift
+    return value & (1 << 8 * size) - 1
+
+
+def write(fields: Iterable[Field], function: Any, offset: int, size: int, value: int) -> None:
+    """Each field that the access meets is written once, in the order of offsets."""
+    for field in fields:
+        shift = 8 * (field.offset - offset)
+        if field.put is None or field.offset >= offset + size or offset >= field.offset + field.size:
+            continue
+        there = (1 << 8 * size) - 1  # the bytes of the access, as the field sees them
+        given, there = (value >> shift, there >> shift) if shift >= 0 else (value << -shift, there << -shift)
+        mask = field.mask & there & (1 << 8 * field.size) - 1
+        field.put(function, field.get(function) & ~mask | given & mask)
