@@ -32,6 +32,12 @@ class Line(Protocol):
     def __call__(self, level: bool, /) -> None: ...
 
 
+class Lines(Protocol):
+    """Wires out of a device, by number: called with one's level each time it is driven."""
+
+    def __call__(self, number: int, level: bool, /) -> None: ...
+
+
 class Alarm(Protocol):
     """Told the device's deadline (guest ns; None: nothing is pending) each time that may have moved, and by
     `restored()`; then `expire()` is called once guest time is there."""

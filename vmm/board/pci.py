@@ -7,8 +7,6 @@ from typing import Any
 from vmm.bus import Bus, Window
 from vmm.devices.pci.function import Function
 
-WIDTH = 4  # of memory windows: an access of eight bytes is two of four
-
 
 class PciBus:
     """Bus 0. Implements Configuration."""
@@ -20,12 +18,12 @@ class PciBus:
     def put(self, at: int, function: Function[Any], windows: dict[str, Window]) -> None:
         """A function is at device << 3 | function; each bank of its BARs gets a window, which is nowhere yet."""
         self._functions[at] = function
-        for bar in [*function.bars.values(), *([function.rom] if function.rom is not None else [])]:
+        for bar in function.all_windows():
             ends = sorted([*bar.banks.values(), bar.size])
             for bank, offset in bar.banks.items():
                 size = min(function.banks[bank].size, ends[ends.index(offset) + 1] - offset)
                 space = self._bus.ports if bar.io else self._bus.memory
-                windows[bank] = space.window(function, bank, size=size, width=1 if bar.io else WIDTH)
+                windows[bank] = space.window(function, bank, size=size, width=bar.width)
 
     def read(self, function: int, offset: int, size: int) -> int:
         found = self._functions.get(function)

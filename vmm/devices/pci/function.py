@@ -55,13 +55,14 @@ class FunctionState:
 @dataclass(frozen=True)
 class Bar:
     """A window of `size` bytes, a power of two, that shows these banks, {bank: offset}: among the ports (`io`), or in
-    memory, with an address of 64 bits (`wide`)."""
+    memory, with an address of 64 bits (`wide`). `width` is that of the bus's window (vmm.bus)."""
 
     size: int
     banks: Mapping[str, int]
     io: bool = False
     wide: bool = False
     prefetchable: bool = False
+    width: int = 4
 
     @property
     def kind(self) -> int:
@@ -99,6 +100,7 @@ class Function(Device[S]):
     pin: ClassVar[int] = 0  # 1 for INTA
     bars: ClassVar[Mapping[int, Bar]] = {}
     rom: ClassVar[Bar | None] = None
+    windows: ClassVar[tuple[Bar, ...]] = ()  # those that its own fields put somewhere, and no BAR
     capabilities: ClassVar[tuple[Capability, ...]] = ()
     fields: ClassVar[tuple[Field, ...]] = ()  # all of configuration space, in the order of offsets
     own: ClassVar[tuple[Field, ...]] = ()  # the function's own fields, behind the header
@@ -167,6 +169,10 @@ class Function(Device[S]):
             base = self.rom.base(p.rom & ~_ROM_ENABLE, 0) if seen else None
             found |= {bank: None if base is None else base + offset for bank, offset in self.rom.banks.items()}
         return found
+
+    @classmethod
+    def all_windows(cls) -> tuple[Bar, ...]:
+        return *cls.bars.values(), *((cls.rom,) if cls.rom is not None else ()), *cls.windows
 
     def place(self) -> None:
         for bank, base in self.places().items():

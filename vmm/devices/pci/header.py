@@ -26,6 +26,21 @@ class Field:
         return cls(offset, size, lambda _: value)
 
 
+def kept(*registers: tuple[int, int, int]) -> tuple[bytes, tuple[Field, ...]]:
+    """Registers of a byte that hold what is written to them and do nothing else here, as (offset, default, bits that
+    can be written): what the state's field `kept` is at first, and the fields."""
+
+    def of(place: int, offset: int, mask: int) -> Field:
+        def put(function: Any, value: int) -> None:
+            s = function.state
+            s.kept = s.kept[:place] + bytes((value,)) + s.kept[place + 1 :]
+
+        return Field(offset, 1, lambda function: function.state.kept[place], mask, put)
+
+    fields = (of(place, offset, mask) for place, (offset, _, mask) in enumerate(registers))
+    return bytes(default for _, default, _ in registers), tuple(fields)
+
+
 def read(fields: Iterable[Field], function: Any, offset: int, size: int) -> int:
     """`size` bytes at `offset`; where there is no field they are zero."""
     value = 0
