@@ -16,7 +16,6 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -383,8 +382,8 @@ def decode_part(part: Part, want: type) -> Any:
     assert isinstance(name, str) and isinstance(version, int)  # Part.from_json has seen to it
     cls = find(name, version)
     try:
-        if cls is not None and (field := _first_difference(_fields(cls), part.schema["fields"])):
-            raise SnapshotError(f"{name} version {version}: field {field} is declared otherwise in this program")
+        if cls is not None and (how := _first_difference(_fields(cls), part.schema["fields"])):
+            raise SnapshotError(f"{name} version {version}: {how} in this program")
         return decode(name, version, part.state, want)
     except SnapshotError as error:
         raise SnapshotError(f"part {part.name}: {error}") from None
@@ -396,15 +395,20 @@ def _fields(cls: type) -> list[Json]:
     return schema_of(cls).describe_fields()
 
 
-def _first_difference(ours: list[Json], theirs: Json) -> str | None:
-    assert isinstance(theirs, list)
+def _first_difference(ours: list[Any], theirs: Any) -> str | None:
+    """How ours differ from the file's, in words; None when they do not."""
     if ours == theirs:  # docs and all, as in most files
         return None
-    for our, their in zip_longest(ours, theirs):
+    our_names, their_names = ([field["name"] for field in fields] for fields in (ours, theirs))
+    for name in their_names:
+        if name not in our_names:
+            return f"there is no field {name}"
+    for name in our_names:
+        if name not in their_names:
+            return f"there is one field more, {name},"
+    for our, their in zip(ours, theirs, strict=True):
         if without_docs(our) != without_docs(their):
-            field = their or our
-            assert isinstance(field, dict)
-            return str(field["name"])
+            return f"field {their['name']} is declared otherwise"
     return None
 
 

@@ -857,18 +857,20 @@ def test_decode_part_allows_other_doc_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "first"),
+    ("fields", "how"),
     [
-        ([["cpus", "u8"], ["disk", {"bytes_max": 64}]], "cpus"),
-        ([["cpus", "u16"], ["disk", {"bytes_max": 65}]], "disk"),
-        ([["cpus", "u16"]], "disk"),
-        ([["cpus", "u16"], ["disk", {"bytes_max": 64}], ["tape", "u7"]], "tape"),
-        ([["disk", {"bytes_max": 64}], ["cpus", "u16"]], "disk"),
+        ([["cpus", "u8"], ["disk", {"bytes_max": 64}]], "field cpus is declared otherwise in"),
+        ([["cpus", "u16"], ["disk", {"bytes_max": 65}]], "field disk is declared otherwise in"),
+        ([["cpus", "u16"]], "there is one field more, disk, in"),
+        ([["disk", {"bytes_max": 64}]], "there is one field more, cpus, in"),
+        ([["cpus", "u16"], ["disk", {"bytes_max": 64}], ["tape", "u7"]], "there is no field tape in"),
+        ([["tape", "u7"], ["cpus", "u16"], ["disk", {"bytes_max": 64}]], "there is no field tape in"),
+        ([["disk", {"bytes_max": 64}], ["cpus", "u16"]], "field disk is declared otherwise in"),
     ],
 )
-def test_decode_part_refuses_another_meaning_of_a_known_version(fields: list[list[Json]], first: str) -> None:
+def test_decode_part_refuses_another_meaning_of_a_known_version(fields: list[list[Json]], how: str) -> None:
     described: Json = [{"name": name, "type": kind, "doc": ""} for name, kind in fields]
-    expected = f"part config: test.container.config version 2: field {first} is declared otherwise"
+    expected = f"^part config: test.container.config version 2: {how} this program$"
     with pytest.raises(SnapshotError, match=expected):
         decode_part(as_part(Config(), fields=described), Config)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -132,6 +133,20 @@ def names() -> list[str]:
     return [*ours, *sorted(_theirs().keys() - set(ours))]
 
 
+def at_fault(error: BaseException) -> str | None:
+    """What to say of an error in the code of another package's device, in a line; None where it is not there."""
+    theirs = {point.value.partition(":")[0].partition(".")[0] for point in _theirs().values()}
+    ours = {"anyhyve", "emu", "kvmbackend", "snapshot", "vmm"}
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package in theirs:
+            code = frame.f_code
+            return f"{code.co_filename}:{line}: {code.co_name}: {type(error).__name__}: {error}"
+        if package in ours:
+            return None
+    return None
+
+
 @functools.cache
 def kind(name: str) -> Kind:
     """Raises BackendError where no package here has the kind, or its package cannot be used."""
@@ -147,6 +162,8 @@ def kind(name: str) -> Kind:
         raise BackendError(f"device {name}: {point.value}: {type(error).__name__}: {error}") from None
     if not isinstance(found, Kind):
         raise BackendError(f"device {name}: {point.value} is no Kind")
+    if found.name != name:
+        raise BackendError(f"device {name}: {point.value} is of the kind {found.name!r}: one of the two names is wrong")
     if (wrong := found.wrong()) is not None:
         raise BackendError(f"device {name}: {point.value}: {wrong}")
     return found

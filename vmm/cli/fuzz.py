@@ -41,7 +41,7 @@ finds_option = click.option(
     type=click.FloatRange(min=0.1),
     default=60.0,
     show_default=True,
-    help="How long each device is worked on.",
+    help="How long each device is worked on, by all processes together.",
 )
 @click.option("--jobs", type=click.IntRange(1, 1024), help="Processes (default: one for each CPU).")
 @click.option("--dask", "scheduler", help="Address of a Dask scheduler, whose workers do it.")

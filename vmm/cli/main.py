@@ -82,6 +82,12 @@ def _one_line() -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         show.note(f"{where}{error.strerror or error}")
         sys.exit(1)
+    except Exception as error:
+        kinds = sys.modules.get("vmm.board.kinds")
+        if kinds is None or (said := kinds.at_fault(error)) is None:
+            raise
+        show.note(f"a device's code fails: {said}")
+        sys.exit(1)
 
 
 class _Main(click.Group):

@@ -21,6 +21,7 @@ from snapshot.container import BLOCK, Part
 from snapshot.errors import SnapshotError
 from snapshot.field_types import Json
 from snapshot.reader import RamImage, decode_part
+from vmm.board import kinds
 from vmm.cli import show as view
 from vmm.cli.options import FILE, PARENT, allow_option, backend_option, chosen, force_option, json_option, pack_option
 from vmm.cpu.disassembly import ahead
@@ -124,10 +125,11 @@ def verify(file: Path) -> None:
 @click.argument("file", type=FILE)
 @backend_option
 @allow_option
-def check(file: Path, backend: str, allow: tuple[str, ...]) -> None:
+@click.option("--quick", is_flag=True, help="Do not read RAM: it may be damaged all the same.")
+def check(file: Path, backend: str, allow: tuple[str, ...], quick: bool) -> None:
     """Say whether a snapshot will load here, and if not why. Nothing is made or changed."""
     backend = chosen(backend)
-    Machine.check(file, backend, allow=allow)
+    Machine.check(file, backend, verify=not quick, allow=allow)
     view.line(f"{file}: will load on {backend}")
     if (why_not := selftest.findings(backend).runs) is not None:
         view.note(f"warning: {why_not}")
@@ -234,7 +236,12 @@ def rebase(file: Path, out: Path, parent: Path, packed: bool, force: bool) -> No
 
 @snapshot.command()
 def schemas() -> None:
-    """Print the schemas of this version, as one JSON object."""
+    """Print the schemas of this version, as one JSON object; those of other packages' devices, too."""
+    for name in kinds.names():
+        try:
+            kinds.kind(name)
+        except BackendError as error:
+            view.note(error)  # one broken package hides no other
     view.as_json(lock.dump(), indent=1)
 
 

@@ -135,7 +135,7 @@ def dsdt(platform: Platform) -> bytes:
     if platform.hpet is not None:
         found = aml.resources(aml.memory(platform.hpet, 0x400, writable=False))
         timers = [aml.device("HPET", aml.name("_HID", aml.eisa_id("PNP0103")), aml.name("_CRS", found))]
-    return _table(b"DSDT", 2, aml.name("\\_S5", (0, 0, 0, 0)) + aml.scope("\\_SB", bridge, *timers))
+    return _table(b"DSDT", 2, aml.name("_S5", (0, 0, 0, 0)) + aml.scope("_SB", bridge, *timers))
 
 
 def _isa(platform: Platform) -> list[bytes]:

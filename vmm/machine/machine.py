@@ -9,6 +9,7 @@ other = Machine.restore(path)
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -129,8 +130,12 @@ class Machine:
         of every file have been checked; RAM contents only with `verify`, else while the machine runs. `max_memory`
         bytes of RAM are accepted, by default as much as the host has. `allow` names what may differ from what was
         saved: "tsc-rate". `bind` says what is at the far ends of its parts: each that had somebody there has to be
-        given. Raises SnapshotError, RequestError or BackendError."""
-        chain = Chain(path, max_ram=host_memory() if max_memory is None else max_memory)
+        given. Raises SnapshotError, RequestError (for a file that cannot be read, too) or BackendError."""
+        path = Path(path)
+        try:
+            chain = Chain(path, max_ram=host_memory() if max_memory is None else max_memory)
+        except OSError as error:
+            raise RequestError(f"{error.filename or path}: {error.strerror or error}") from None
         try:
             saved = admit(Saved.decode(chain), backend, allow)
             _complete(saved.config, bind or {})
@@ -186,10 +191,16 @@ class Machine:
             gone.close()
 
     @staticmethod
-    def check(path: Path, backend: str = "emu", *, max_memory: int | None = None, allow: Collection[str] = ()) -> None:
-        """Raises what `restore` would raise of the file and this host, SnapshotError or BackendError; makes nothing."""
+    def check(
+        path: Path, backend: str = "emu", *, verify: bool = False, max_memory: int | None = None,
+        allow: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        """Raises what `restore` would raise of the file and this host, SnapshotError or BackendError; makes nothing.
+        RAM is checked with `verify`, as there."""
         with Chain(path, max_ram=host_memory() if max_memory is None else max_memory) as chain:
             admit(Saved.decode(chain), backend, allow)
+            if verify:
+                chain.verify_ram()
 
     def _start(self, image: Image) -> None:
         self.image = image
@@ -220,18 +231,21 @@ class Machine:
         wall, a line of the console has the regular expression `lost` (vmm.guest.lost.LOST: the guest is lost, and may
         show more for a moment), or a posted command says so. Raises SnapshotError
         when the RAM the machine was woken with turns out to be damaged, or its file to be changed; GuestError when
-        guest time has come to its end, RequestError for a position on KVM, re.error for what is no expression."""
+        guest time has come to its end, RequestError for a position on KVM, or for what is no expression."""
         self._must_be_open()
-        self.loop.aim(Goal(position, until, since, until_ns, lost, seconds))
+        try:
+            self.loop.aim(Goal(position, until, since, until_ns, lost, seconds))
+        except re.error as error:
+            raise RequestError(f"not a regular expression: {error}: {until or lost}") from None
         return self.loop.go_on()
 
     def post(self, command: Command) -> None:
         """From any thread, or a signal handler: run `command` at the next boundary; a Stop it returns ends the run."""
         self.loop.post(lambda: command(self))
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes | str) -> None:
         """From any thread: type `data` at the console, from the next boundary on."""
-        self.board.console.send(data)
+        self.board.console.send(data.encode() if isinstance(data, str) else data)
 
     def _check(self, every_s: float) -> None:
         self.ram.check(every_s)

@@ -269,7 +269,12 @@ def _easier(action: Action) -> Iterator[Action]:
 
 PYTEST = '''"""Found by `anyhyve fuzz`: {cause}"""
 
+import os
+import sys
+
 from anyhyve.testing import Case
+
+sys.path.insert(0, os.getcwd())  # for a device of a module here, as `anyhyve fuzz` finds it
 
 
 def test_{name}():

@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar
 
-from hypothesis import Phase, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -25,7 +25,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from snapshot import schema
+from snapshot import schema, versions
+from snapshot.errors import SnapshotError
 from vmm.board.slot import At
 from vmm.device import Device
 from vmm.qtest.board import Command
@@ -68,6 +69,7 @@ def _theirs(error: Exception) -> TracebackType | None:
 
 def _check(device: Tested, examples: int | None, steps: int) -> None:
     subject = device if isinstance(device, Subject) else Subject.of(device)
+    _check_upgrades(subject.device.State, examples)
     machine: Any = device_machine(subject)
     # A way that is found is made short by us, as a case: steps of a state machine shrink a hundred times slower.
     how = settings(
@@ -87,6 +89,28 @@ def _check(device: Tested, examples: int | None, steps: int) -> None:
         raise found
     shown.add_note("\n".join(("The shortest way there:", *lines)))
     raise shown
+
+
+def _check_upgrades(state: type[Any], examples: int | None) -> None:
+    """Whatever an older version of the state held comes to be one of this version."""
+    newest = schema.schema_of(state)
+    versions_of = {v: cls for (name, v), cls in schema.declared().items() if name == newest.name}
+    older = {version: cls for version, cls in versions_of.items() if version < newest.version}
+    if newest.version > 1 and not older:
+        raise TypeError(
+            f"{newest.name} version {newest.version}: older versions are not declared: no snapshot of them would load"
+        )
+    how = settings(max_examples=examples or settings().max_examples, deadline=None, database=None)
+
+    def upgrades(value: Any) -> None:
+        version = schema.schema_of(type(value)).version
+        try:
+            versions.decode(newest.name, version, schema.encode(value), state)
+        except SnapshotError as error:
+            raise AssertionError(f"a state of version {version} is not upgraded: {error}") from None
+
+    for cls in older.values():
+        how(given(states(cls))(upgrades))()
 
 
 def device_machine(

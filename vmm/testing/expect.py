@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 
-from vmm.errors import GuestError
+from vmm.errors import GuestError, RequestError
 from vmm.guest.lost import LOST
 from vmm.host.console import BACK, expression, text
 from vmm.host.shown import shown
@@ -57,9 +57,14 @@ class Expect:
 
     def expect(self, pattern: str, *, seconds: float | None = None) -> re.Match[str]:
         """Run until the console shows the regular expression, within a line. Raises GuestError, with the last lines of
-        the console, when the guest ends or is lost before, or that many guest seconds pass."""
+        the console, when the guest ends or is lost before, or that many guest seconds pass; RequestError for what is
+        no expression."""
         self.log.append(f"expect {pattern!r}")
-        machine, wanted, patience = self.machine, expression(pattern), self._patience(seconds)
+        machine, patience = self.machine, self._patience(seconds)
+        try:
+            wanted = expression(pattern)
+        except re.error as error:
+            raise RequestError(f"not a regular expression: {error}: {pattern}") from None
         at, begun, why = self._at, False, ""
         while True:
             # Where a line has begun already, the byte before says so.
@@ -131,7 +136,7 @@ class Expect:
             while not answer.whole:
                 why = self._go_on(patience)
                 if why and not answer.whole:
-                    raise GuestError(f"{command!r} never ended: {why}; the last lines:\n{self._last_lines()}")
+                    raise GuestError(f"{command!r} never ended: {why}; {self._meanwhile(answer)}")
         finally:
             console.unlisten(answer.hear)
         self._at = console.total
@@ -163,6 +168,15 @@ class Expect:
                 return f"it ended with {stop}"
             case Fault(rip, what):
                 return f"the CPU could not go on at {rip:#x}: {what}"
+
+    def _meanwhile(self, answer: shell.Answer) -> str:
+        """What there is to show of a command that has not ended: what it wrote is in a file of the guest's."""
+        if not answer.begun:  # the shell did not come to it
+            return f"the last lines:\n{self._last_lines()}"
+        said = shell.readable(answer.others).strip("\n")
+        return (
+            f"the console showed meanwhile:\n{_lines(said, _SHOWN)}" if said else "the console showed nothing meanwhile"
+        )
 
     def _last_lines(self) -> str:
         return _lines(self.output.removesuffix("\n"), _SHOWN)

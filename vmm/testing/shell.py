@@ -49,7 +49,7 @@ class Answer:
         self._mark = _stops(f".{number:x}.")
         self._left, self._on_whole = fields, on_whole
         self._ours = bytearray()
-        self._begun = False
+        self.begun = False
 
     def hear(self, byte: int) -> None:
         if self.whole:
@@ -62,13 +62,13 @@ class Answer:
         self._ours.append(byte)
         if byte != _STOP:
             return
-        if self._begun:
+        if self.begun:
             self._left -= 1
         elif self._ours.endswith(self._mark):
-            self._begun = True
+            self.begun = True
             self._ours.clear()
             self.others.clear()
-        if self._begun and self._left <= 0:
+        if self.begun and self._left <= 0:
             self.whole = True
             self._on_whole()
 

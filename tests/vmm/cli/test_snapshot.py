@@ -229,3 +229,14 @@ def test_what_cannot_be_saved_is_said_before_the_run(saved, tmp_path):
     assert "is not a folder" in refusal(*for_ever, tmp_path / "none" / "x")
     assert "is a directory" in refusal(*for_ever, tmp_path, status=2)
     assert "not in the folder of" in refusal(*for_ever, tmp_path / "x", "--parent", saved / "a")
+
+
+def test_check_reads_the_ram_too(saved, tmp_path):
+    """What it says will load does load."""
+    damaged = tmp_path / "damaged"
+    data = bytearray((saved / "a").read_bytes())
+    at = data.rindex(b"anyhyve own guest")  # in RAM
+    data[at] ^= 1
+    damaged.write_bytes(data)
+    assert "does not match its digest" in refusal("snapshot", "check", damaged)
+    assert "will load on emu" in text("snapshot", "check", damaged, "--quick")

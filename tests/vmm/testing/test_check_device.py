@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from anyhyve import ANY, Alarm, Clock, Device, Line, MaxSize, Size, outside, reads, span, state, u8, writes
+from anyhyve import ANY, Alarm, Clock, Device, Line, MaxSize, Range, Size, outside, reads, span, state, u8, writes
 from anyhyve.testing import check_device
 from snapshot import schema, versions
 from snapshot.field_types import Json
@@ -45,6 +45,53 @@ class Right(Device[Byte]):
     @writes(0)
     def write(self, value: int) -> None:
         self.state.value = value
+
+
+# --- older versions
+
+
+@state("test.check.older", version=1)
+class Seconds:
+    seconds: u8 = 0
+
+
+@state("test.check.older", version=2)
+class Milliseconds:
+    ms: Annotated[int, Range(0, 254_000), "a period"] = 0
+
+
+class Upgraded(Device[Milliseconds]):
+    State = Milliseconds
+
+    @reads(0)
+    def read(self) -> int:
+        return self.state.ms & 0xFF
+
+
+@state("test.check.orphan", version=2)
+class Orphan:
+    value: u8 = 0
+
+
+class Orphaned(Device[Orphan]):
+    State = Orphan
+
+    @reads(0)
+    def read(self) -> int:
+        return self.state.value
+
+
+def test_old_states_are_to_be_upgraded(monkeypatch):
+    with pytest.raises(AssertionError, match=r"^a state of version 1 is not upgraded: .* no upgrade from version 1\n"):
+        check_device(Upgraded)
+    step = monkeypatch.setitem
+    step(versions._UPGRADES, Seconds, lambda old: Milliseconds(ms=1000 * old.seconds))
+    with pytest.raises(AssertionError, match=r"^a state of version 1 is not upgraded: .*ms: 255000 is not"):
+        check_device(Upgraded)
+    step(versions._UPGRADES, Seconds, lambda old: Milliseconds(ms=min(254_000, 1000 * old.seconds)))
+    check_device(Upgraded)
+    with pytest.raises(TypeError, match=r"^test.check.orphan version 2: older versions are not declared"):
+        check_device(Orphaned)
 
 
 # --- declared wrongly

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmm.errors import GuestError
+from vmm.errors import GuestError, RequestError
 from vmm.guest.image import Image
 from vmm.host.console import NO_TEXT, Console
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
@@ -233,7 +233,7 @@ def test_a_command_that_never_ends(computer):
 def test_a_shell_that_ends(tmp_path):
     computer = Computer([str(shutil.which("sh")), "-i"], tmp_path)
     try:
-        with pytest.raises(GuestError, match=r"^'exit 3' never ended: it halted.*; the last lines:\n"):
+        with pytest.raises(GuestError, match=r"^'exit 3' never ended: it halted.*; the console showed nothing"):
             talking(computer).run("exit 3")
     finally:
         computer.close()
@@ -284,6 +284,21 @@ def test_the_shell_of_a_real_guest(guest):
     assert guest.run(f"echo {'x' * 3000}") == "x" * 3000 + "\n", "a line longer than its editor takes"
     first, second = (guest.execute("dmesg | head -1; cat /proc/version").output for _ in range(2))
     assert first == second and b"Linux version" in first
+
+
+@pytest.mark.debian
+def test_a_command_that_never_ends_there(guest):
+    """What is shown is what the kernel said meanwhile, and nothing of what is typed for it."""
+    with pytest.raises(GuestError) as failed:
+        guest.execute("echo hello >/dev/kmsg; sleep 1000", seconds=2)
+    first, *rest = str(failed.value).splitlines()
+    assert first.endswith("waited 2 guest seconds; the console showed meanwhile:")
+    assert rest[0].endswith("hello") and all(line.startswith("[") for line in rest), rest
+
+
+def test_what_is_no_expression(computer):
+    with pytest.raises(RequestError, match=r"^not a regular expression: .*: \($"):
+        talking(computer).expect("(")
 
 
 @pytest.mark.debian
