@@ -11,17 +11,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from snapshot.chain import Chain
-from snapshot.container import Part
+from snapshot.container import Parent, Part
+from snapshot.errors import SnapshotError
 from snapshot.mapped import FileMemory
 from snapshot.reader import Reader
 from snapshot.writer import Writer
 
 
 def with_parts(source: Path, target: Path, parts: Mapping[str, Part], *, force: bool = False) -> None:
-    """Copy `source`, some of its parts replaced; `target` may be `source`. Raises SnapshotError, OSError."""
+    """Copy `source`, some of its parts replaced; `target` may be `source`. Raises SnapshotError, also for a difference
+    that would not lie beside what it stands on; OSError."""
     with Reader(source) as reader, Writer(target, minor=reader.minor, force=force) as writer:
         _parts(reader, writer, parts)
         if reader.parent is not None:
+            stands_on(target, reader.parent)
             writer.base(reader.parent)
         for image in reader.rams:
             packed = image.places is not None
@@ -29,6 +32,19 @@ def with_parts(source: Path, target: Path, parts: Mapping[str, Part], *, force: 
             writer.stored_ram(image.name, image.base, image.size, packed, entries, reader.fileno(), image.file_offset)
         optional(reader, writer)
         writer.commit()
+
+
+def stands_on(child: Path, parent: Parent) -> None:
+    """Raises SnapshotError unless `parent` lies where the difference `child` is to be."""
+    beside = child.with_name(parent.file)
+    try:
+        with Reader(beside) as found:
+            if found.identity == parent.digest:
+                return
+            why = "is another snapshot"
+    except (SnapshotError, OSError):
+        why = "is not there"
+    raise SnapshotError(f"it is a difference to {parent.file}, which {why} in the folder of {child}")
 
 
 def merge(source: Path, target: Path, *, packed: bool = False, force: bool = False) -> None:

@@ -85,7 +85,8 @@ def ctl(
 def _command(method: Method) -> click.Command:
     params: list[click.Parameter] = []
     for name, param in method.params.items():
-        kinds, doc = param.kinds, f"{param.doc[0].upper()}{param.doc[1:]}."
+        said = param.doc.partition(";")[0]  # what is behind it is of values that only JSON has
+        kinds, doc = param.kinds, f"{said[0].upper()}{said[1:]}."
         kind: Any = FILE if Path in kinds else kinds[0]
         option = f"--{name.replace('_', '-')}"
         if param.needed:

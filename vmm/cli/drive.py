@@ -93,9 +93,12 @@ class _Drive:
             machine.can_save(asked.save, asked.parent, self.versions, force=asked.force)
         if asked.keep_boot:
             self._keep_boot()
+            self.vm.listeners.append(self._keep_beside)
+        self.vm.listeners.append(self._remember)
         if asked.name is not None:
             self.vm.last_sequence = partial(catalog.last_sequence, asked.name)
         self.saved: str | None = None
+        self.saved_at: int | None = None  # position, where it was asked to save by a key meanwhile
         self.unsaved = False
 
     def run(self) -> int:
@@ -148,7 +151,11 @@ class _Drive:
         """Save at the end; where that fails and somebody can do something about it, the machine runs on."""
         asked = self.asked
         try:
-            self.machine.save(path, packed=asked.packed, parent=asked.parent, versions=self.versions, force=asked.force)
+            with show.progress(None, quiet=asked.as_json or self.terminal is None) as progress:
+                progress(f"saving to {path}")
+                self.machine.save(
+                    path, packed=asked.packed, parent=asked.parent, versions=self.versions, force=asked.force
+                )
         except (BackendError, RequestError, SnapshotError) as error:
             if not self.attended:
                 raise
@@ -175,6 +182,8 @@ class _Drive:
             said = f"{said}, after {self.machine.clock.now_ns() / 1e9:.3f} s of guest time"
         if self.saved is not None:
             return f"{said}; saved to {self.saved}"
+        if asked.save is not None and self.saved_at is not None:
+            return f"{said}; {asked.save} is of position {self.saved_at}"
         return f"{said}; not saved to {asked.save}" if asked.save is not None else said
 
     def _keep_boot(self) -> None:
@@ -183,6 +192,18 @@ class _Drive:
         folders = [catalog.folder(asked.name)] if asked.name is not None else []
         for folder in folders + ([asked.save.parent] if asked.save is not None else []):
             origin.keep(image, folder)
+
+    def _keep_beside(self, event: str, details: dict[str, Any]) -> None:
+        """A save that somebody else asked for, wherever to."""
+        if event == "saved":
+            try:
+                origin.keep(self.machine.image or self.machine.find_image(), Path(details["path"]).parent)
+            except (BackendError, RequestError) as error:
+                self.vm.tell("warning", text=f"a machine woken from {details['path']} may not start again: {error}")
+
+    def _remember(self, event: str, details: dict[str, Any]) -> None:
+        if event == "saved" and self.asked.save is not None and details["path"] == str(self.asked.save.absolute()):
+            self.saved_at = details["position"]
 
     def _name(self, name: str, stack: ExitStack) -> None:
         """Let others ask for the machine."""

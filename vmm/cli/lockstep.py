@@ -39,7 +39,8 @@ from vmm.errors import BackendError
 def lockstep(file: Path, backend: str, against: str, instructions: int, save_pair: Path | None, as_json: bool) -> None:
     """Run a snapshot on two CPUs, instruction by instruction, and report the first that differs.
 
-    Exit status 0: they agree so far; 1: they differ."""
+    Exit status 0: they agree so far; 1: they differ, which standard output tells, or they cannot be compared, which
+    standard error tells."""
     if backend == "auto":
         backend = chosen(backend)
     for name in {backend, against} - {"emu"} if "emu" in (backend, against) else ():

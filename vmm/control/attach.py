@@ -44,7 +44,7 @@ def attach(folder: Path, name: str, wait_s: float = 0.0) -> int:
 def _client(folder: Path, name: str, wait_s: float) -> Client:
     """Raises BackendError, RequestError."""
     check_name(name)
-    ends_at = time.monotonic() + wait_s
+    ends_at, said = time.monotonic() + wait_s, False
     while True:
         try:
             return Client(folder, name)
@@ -52,6 +52,9 @@ def _client(folder: Path, name: str, wait_s: float) -> Client:
             if time.monotonic() >= ends_at:
                 waited = f" (waited {wait_s:g} s)" if wait_s else ""
                 raise RequestError(f"{error}{waited}") from None
+            if not said:
+                streams.tell(f"anyhyve: waiting for {shown(name)}, {wait_s:g} s at most\n")
+                said = True
         time.sleep(_LOOK_S)
 
 
@@ -107,7 +110,7 @@ class _Session:
         for byte in data:
             if self._monitor:
                 self._monitor = False
-                if byte in b"dDqQ":
+                if byte in b"dD":
                     return False
                 if byte == MONITOR:
                     self._keys.append(byte)

@@ -161,6 +161,7 @@ class Terminal:
             else:
                 self._note(f"not saved: {error}")
 
+        self._note(f"saving to {self._save_path}")
         try:
             self._vm.save(self._save_path.absolute(), force=self._force).add_done_callback(done)
         except WrongState as error:

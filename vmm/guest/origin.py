@@ -122,9 +122,15 @@ def keep(image: Image, folder: Path) -> None:
         new = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
             try:
-                new.write_bytes(data)
+                with open(new, "xb", opener=_ours_alone) as file_of_ours:
+                    file_of_ours.write(data)
                 new.replace(path)
             finally:
                 new.unlink(missing_ok=True)
         except OSError as error:
             raise BackendError(f"cannot keep {file.name} at {path}: {error.strerror}") from None
+
+
+def _ours_alone(path: str, flags: int) -> int:
+    """As a snapshot is: an initial RAM disk may hold what is nobody else's business."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -151,6 +151,8 @@ def test_attach_and_leave(named, anyhyve, environment):
     first.until(b"[b]")
     first.type(b"\x1d\x1d")  # the key itself
     second.until(b"[\x1d]")
+    second.type(b"\x1dq")
+    second.until(b"Ctrl-] then d leaves it running")  # and q is nothing here
     second.type(b"\x1dd")
     assert second.wait() == 0
     assert answer(anyhyve("ctl", "box", "status", "--json"))["state"] == "running"
@@ -214,8 +216,9 @@ def test_attach_waits_for_a_machine(named, anyhyve, environment):
 
 
 def test_attach_waits_no_longer(anyhyve):
-    said = refusal(anyhyve("attach", "box", "--wait", 0.1))
+    said = anyhyve("attach", "box", "--wait", 0.1).stderr.decode().rstrip()
     assert "no machine named box runs here" in said and said.endswith(" (waited 0.1 s)")
+    assert said.startswith("anyhyve: waiting for box, 0.1 s at most\n")
     assert "waited" not in refusal(anyhyve("attach", "box"))
     assert "cannot name a machine" in refusal(anyhyve("attach", "../box", "--wait")), "at once"
     for wrong in ("0", "-1", "soon", "nan"):

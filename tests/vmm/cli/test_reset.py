@@ -129,13 +129,22 @@ def test_kept_beside_it(named, anyhyve, environment, kernel, tmp_path):
     """And what was kept is found by digest: the kernel itself is gone."""
     box = named("box", "--keep-boot", command=boot(kernel))
     eventually(lambda: ups(environment) == 1)
-    assert [file.name for file in catalog(environment).iterdir()] == [f"boot-{_digest(kernel)[:16]}"]
+    kept = f"boot-{_digest(kernel)[:16]}"
+    assert [file.name for file in catalog(environment).iterdir()] == [kept]
+    assert (catalog(environment) / kept).stat().st_mode & 0o777 == 0o600
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    anyhyve("ctl", "box", "checkpoint", elsewhere / "cut", check=True)
+    eventually((elsewhere / kept).exists)
     anyhyve("suspend-all", check=True)
     assert box.wait(20) == 0
     kernel.unlink()
-    named("box", command=("restore", catalog(environment) / "suspended.snapshot"))
-    anyhyve("ctl", "box", "reset", check=True)
-    eventually(lambda: ups(environment) == 1)
+    for file in (catalog(environment) / "suspended.snapshot", elsewhere / "cut"):
+        again = named("box", command=("restore", file))
+        anyhyve("ctl", "box", "reset", check=True)
+        eventually(lambda: ups(environment) == 1)
+        anyhyve("ctl", "box", "stop", check=True)
+        assert again.wait(20) == 0
 
 
 def test_another_kernel_is_given(suspended, named, anyhyve, environment, kernel, tmp_path):

@@ -240,3 +240,12 @@ def test_check_reads_the_ram_too(saved, tmp_path):
     damaged.write_bytes(data)
     assert "does not match its digest" in refusal("snapshot", "check", damaged)
     assert "will load on emu" in text("snapshot", "check", damaged, "--quick")
+
+
+def test_edit_leaves_a_difference_beside_what_it_stands_on(saved, tmp_path):
+    edit = ("snapshot", "edit", saved / "b", "--set", "com1.scr=3", "--out")
+    said = refusal(*edit, tmp_path / "elsewhere")
+    assert said.endswith(f"it is a difference to a, which is not there in the folder of {tmp_path / 'elsewhere'}")
+    (tmp_path / "a").write_bytes((saved / "c").read_bytes())
+    assert "which is another snapshot in the folder of" in refusal(*edit, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()

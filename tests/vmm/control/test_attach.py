@@ -18,7 +18,7 @@ from vmm.control import attach, protocol
 from vmm.control.methods import MAX_TYPED
 
 MONITOR = b"\x1d"
-LEAVE = b"dDqQ"
+LEAVE = b"dD"
 ALL = bytes(range(256))
 
 

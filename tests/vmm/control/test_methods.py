@@ -363,6 +363,14 @@ def test_wrong_parameters(box, name):
     assert box.call("status")["state"] == "running"
 
 
+def test_the_longest_path_is_one(box):
+    """PATH_MAX is 4096, with the zero at its end."""
+    with pytest.raises(Failed, match="File name too long"):
+        box.call("checkpoint", path="/" + "x" * 4094)
+    with pytest.raises(Failed, match="must be an absolute path"):
+        box.call("checkpoint", path="/" + "x" * 4095)
+
+
 @pytest.mark.parametrize("path", ["relative", "", "/a\0b", "/" + "x" * 5000, 7, None])
 def test_a_path_is_absolute(box, path):
     with pytest.raises(Failed, match="checkpoint: path must be an absolute path") as failed:

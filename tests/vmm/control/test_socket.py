@@ -21,6 +21,8 @@ from tests.vmm.conftest import LAST_GOOD, children, eventually
 from vmm.control import place, protocol, server
 from vmm.control.client import Client, Failed
 from vmm.control.place import Place
+from vmm.control.server import Server, _Client
+from vmm.control.supervisor import Supervisor
 from vmm.errors import BackendError, RequestError
 from vmm.machine.machine import Machine
 
@@ -581,3 +583,21 @@ def test_the_folder_by_the_environment(monkeypatch):
     assert str(place.rundir()) == "/run/user/7/anyhyve"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert str(place.rundir()) == f"/tmp/anyhyve-{os.getuid()}"
+
+
+def test_its_name_is_gone_before_anybody_is_cut_off(boot_own, tmp_path, monkeypatch):
+    """So that who is cut off can tell an end from a kill."""
+    seen = []
+    farewell = _Client.farewell
+
+    async def watched(self):
+        seen.append((tmp_path / "box.sock").exists())
+        await farewell(self)
+
+    monkeypatch.setattr(_Client, "farewell", watched)
+    with boot_own() as machine, Server(Supervisor(machine), Place(tmp_path, "box")):
+        assert (tmp_path / "box.sock").exists()
+        client = Client(tmp_path, "box")
+        client.call("status")
+    client.close()
+    assert seen == [False]

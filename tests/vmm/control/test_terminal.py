@@ -10,7 +10,7 @@ import pytest
 
 from snapshot.verify import verify
 from tests.conftest import OWN
-from tests.vmm.conftest import OnTerminal
+from tests.vmm.conftest import OnTerminal, eventually
 from vmm.control import terminal
 from vmm.control.supervisor import Supervisor
 from vmm.errors import BackendError
@@ -56,11 +56,19 @@ def test_a_halted_machine_waits_for_what_may_be_typed(boot_own, shown, monkeypat
     """As long as there may be something."""
     stdin = SimpleNamespace(isatty=lambda: False, closed=False)
     monkeypatch.setattr("vmm.control.terminal.sys.stdin", stdin)
-    monkeypatch.setattr("select.select", lambda *_: ([], [], []))
+    waited_for = []
+
+    def select(reading, *_):
+        waited_for.append(reading)
+        return [], [], []
+
+    monkeypatch.setattr("select.select", select)
     with boot_own() as machine:
         assert not machine.loop.awaits_input
         with terminal.Terminal(Supervisor(machine), None):
             assert machine.loop.awaits_input
+            eventually(lambda: waited_for)
+    assert waited_for[0] == [0], "standard input"
     stdin.closed = True
     with boot_own() as machine, terminal.Terminal(Supervisor(machine), None):
         assert not machine.loop.awaits_input
@@ -83,8 +91,10 @@ def test_on_a_terminal(tmp_path, save, leave):
     terminal.until(b"[a]")
     assert b"[x]" not in terminal.seen
     terminal.type(b"\x1d" + save)
+    terminal.until(b"saving to ")
     terminal.until(b"saved to ")
     terminal.type(b"\x1d" + leave)
+    terminal.until(f"; {tmp_path / 'cut'} is of position ".encode())  # and not "not saved"
     assert terminal.wait() == 0
     verify(tmp_path / "cut")
 
