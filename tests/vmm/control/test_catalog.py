@@ -286,3 +286,13 @@ def test_a_save_that_fails_for_another_reason_fails(tmp_path, monkeypatch, error
     with pytest.raises(type(error), match="no"):
         catalog.over("box", "a.snapshot", save)
     assert tried == [catalog.folder("box") / "a.snapshot"]
+
+
+def test_one_that_cannot_be_read_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = catalog.new("box")
+    path.write_bytes(b"no snapshot at all, but of some length")
+    (entry,) = catalog.entries("box")
+    assert entry.problem is not None and "file header" in entry.problem
+    with pytest.raises(RequestError, match="there is no snapshot of box"):
+        catalog.newest("box")
