@@ -15,7 +15,7 @@ from snapshot.verify import verify
 from tests.conftest import ROOT
 from tests.vmm.conftest import LAST_GOOD, eventually
 from tests.vmm.control.test_socket import raw
-from vmm.control import lifecycle, methods, protocol
+from vmm.control import dispatch, lifecycle, methods, protocol
 from vmm.control.client import Failed
 from vmm.control.lifecycle import State
 from vmm.control.methods import METHODS
@@ -361,6 +361,12 @@ def test_wrong_parameters(box, name):
             raise Failed(answer["error"]["code"], answer["error"]["message"])
         assert failed.value.code == protocol.INVALID_PARAMS
     assert box.call("status")["state"] == "running"
+
+
+def test_the_longest_wait_is_one(box):
+    assert box.call("console.read", offset=0, wait_s=dispatch.MAX_WAIT_S)["data"]  # which there is already
+    with pytest.raises(Failed, match="wait_s must be"):
+        box.call("console.read", offset=0, wait_s=dispatch.MAX_WAIT_S + 0.1)
 
 
 def test_the_longest_path_is_one(box):
