@@ -30,7 +30,6 @@ from vmm.devices.pci.header import Field
 from vmm.registers import ANY, reads, span, writes
 from vmm.wires import Dma, Line, Msi, Place
 
-CONFIG = 256  # bytes of configuration space
 _IO, _MEMORY, _MASTER, _INTX_OFF = 0x001, 0x002, 0x004, 0x400
 _COMMAND = 0x507  # with SERR# enable, which can be written and does nothing
 _INTERRUPT_STATUS, _CAPABILITIES_LIST = 0x08, 0x10
@@ -102,12 +101,12 @@ class Function(Device[S]):
     rom: ClassVar[Bar | None] = None
     windows: ClassVar[tuple[Bar, ...]] = ()  # those that its own fields put somewhere, and no BAR
     capabilities: ClassVar[tuple[Capability, ...]] = ()
-    fields: ClassVar[tuple[Field, ...]] = ()  # all of configuration space, in the order of offsets
+    space: ClassVar[header.Space]  # all of it
     own: ClassVar[tuple[Field, ...]] = ()  # the function's own fields, behind the header
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.fields = tuple(sorted([*_header(cls), *_listed(cls.capabilities), *cls.own], key=lambda f: f.offset))
+        cls.space = header.Space([*_header(cls), *_listed(cls.capabilities), *cls.own])
 
     def __init__(self, place: Place, intx: Line, msi: Msi, dma: Dma) -> None:
         super().__init__()
@@ -117,13 +116,13 @@ class Function(Device[S]):
 
     # --- configuration space
 
-    @reads(span(0, CONFIG), size=ANY, bank="config")
+    @reads(span(0, header.SIZE), size=ANY, bank="config")
     def read_config(self, offset: int, size: int) -> int:
-        return header.read(self.fields, self, offset, size)
+        return self.space.read(self, offset, size)
 
-    @writes(span(0, CONFIG), size=ANY, bank="config")
+    @writes(span(0, header.SIZE), size=ANY, bank="config")
     def write_config(self, offset: int, size: int, value: int) -> None:
-        header.write(self.fields, self, offset, size, value)
+        self.space.write(self, offset, size, value)
 
     # --- what it does to others
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+SIZE = 256  # bytes
 Get = Callable[[Any], int]  # of the function
 Put = Callable[[Any, int], None]
 
@@ -41,24 +42,35 @@ def kept(*registers: tuple[int, int, int]) -> tuple[bytes, tuple[Field, ...]]:
     return bytes(default for _, default, _ in registers), tuple(fields)
 
 
-def read(fields: Iterable[Field], function: Any, offset: int, size: int) -> int:
-    """`size` bytes at `offset`; where there is no field they are zero."""
-    value = 0
-    for field in fields:
-        shift = 8 * (field.offset - offset)
-        if field.offset < offset + size and offset < field.offset + field.size:
-            found = field.get(function)
+class Space:
+    """A configuration space of 256 bytes: its fields, found by the byte. Raises ValueError for two at one byte."""
+
+    def __init__(self, fields: Iterable[Field]) -> None:
+        self._at: list[Field | None] = [None] * SIZE
+        for field in fields:
+            for byte in range(field.offset, field.offset + field.size):
+                if self._at[byte] is not None:
+                    raise ValueError(f"two fields at {byte:#x} of configuration space")
+                self._at[byte] = field
+
+    def _met(self, offset: int, size: int) -> Iterator[Field]:
+        """Those that an access meets, each once, in the order of offsets."""
+        return (field for field in dict.fromkeys(self._at[offset : offset + size]) if field is not None)
+
+    def read(self, function: Any, offset: int, size: int) -> int:
+        """`size` bytes at `offset`; where there is no field they are zero."""
+        value = 0
+        for field in self._met(offset, size):
+            shift, found = 8 * (field.offset - offset), field.get(function)
             value |= found << shift if shift >= 0 else found >> -shift
-    return value & (1 << 8 * size) - 1
+        return value & (1 << 8 * size) - 1
 
-
-def write(fields: Iterable[Field], function: Any, offset: int, size: int, value: int) -> None:
-    """Each field that the access meets is written once, in the order of offsets."""
-    for field in fields:
-        shift = 8 * (field.offset - offset)
-        if field.put is None or field.offset >= offset + size or offset >= field.offset + field.size:
-            continue
-        there = (1 << 8 * size) - 1  # the bytes of the access, as the field sees them
-        given, there = (value >> shift, there >> shift) if shift >= 0 else (value << -shift, there << -shift)
-        mask = field.mask & there & (1 << 8 * field.size) - 1
-        field.put(function, field.get(function) & ~mask | given & mask)
+    def write(self, function: Any, offset: int, size: int, value: int) -> None:
+        """Each field is written once."""
+        for field in self._met(offset, size):
+            if field.put is None:
+                continue
+            shift, there = 8 * (field.offset - offset), (1 << 8 * size) - 1  # the access, as the field sees it
+            given, there = (value >> shift, there >> shift) if shift >= 0 else (value << -shift, there << -shift)
+            mask = field.mask & there
+            field.put(function, field.get(function) & ~mask | given & mask)

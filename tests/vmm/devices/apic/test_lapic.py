@@ -75,9 +75,8 @@ def chip() -> Chip:
     return Chip()
 
 
-@pytest.mark.parametrize("number", [0, 3])
-def test_any_guest(number):
-    check_device(wiring(Lapic, {"number": Fixed(number)}))
+def test_any_guest():
+    check_device(wiring(Lapic, {"number": Fixed(3)}))
 
 
 def test_what_it_says_of_itself():
