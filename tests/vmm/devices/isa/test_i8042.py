@@ -552,6 +552,16 @@ def test_packets_are_whole_and_no_movement_is_lost(rig: Rig) -> None:
     assert len(packets) < 20
 
 
+def test_the_queue_of_packets_is_filled_to_its_last_byte(rig: Rig) -> None:
+    """Sixteen bytes: four packets with a wheel, each a movement of its own, and the rest in one."""
+    rig.mouse(0xF3, 200, 0xF3, 100, 0xF3, 80, 0xF2, 0xF4)
+    rig.command(0xA7)
+    for _ in range(10):
+        rig.device.move(1, 0, 0)
+    rig.command(0xA8)
+    assert rig.drain(aux=True)[1::4] == [1, 1, 1, 1, 6]
+
+
 def test_a_mouse_command_stops_a_packet(rig: Rig) -> None:
     rig.mouse(0xF4)
     rig.device.move(1, 2, 0)
