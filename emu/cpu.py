@@ -35,10 +35,10 @@ import unicorn
 from unicorn import x86_const as x86
 
 from emu import layout, msr, state
-from emu.engine import INTERRUPT_VIRQ, MOST_DELIVERIES
+from emu.engine import HF_INHIBIT_IRQ, INTERRUPT_VIRQ, MOST_DELIVERIES
 from emu.hooks import Hooks
 from emu.native import replaced
-from vmm.clock import BYTES_PER_NS, GuestClock, Word
+from vmm.clock import BYTES_PER_NS, LAST_NS, GuestClock, Word
 from vmm.cpu import model as cpu_model
 from vmm.cpu.protocol import (
     Cpu,
@@ -91,8 +91,10 @@ class EmuCpu(Cpu):
         self._event: EventState | None = None
         self._kicked = False
         self._stop_at: int | None = None
-        msrs = msr.Msrs(engine, self._tsc, self._set_tsc)
-        self._hooks = hooks = Hooks(engine, clock, bus, msrs, self._tsc, self._acknowledge)
+        self._apic = intr.apic
+        self._nmi = False  # one waits at the local APIC
+        msrs = msr.Msrs(engine, self._tsc, self._write_tsc, self._apic)
+        self._hooks = hooks = Hooks(engine, clock, bus, msrs, self._tsc, self._acknowledge, self._apic)
         engine.hide_features(cpu_model.CPUID[1][2], cpu_model.CPUID[1][3])
         for region in ram.regions:
             engine.map_ram(region.base, region.size, region.address)
@@ -121,12 +123,16 @@ class EmuCpu(Cpu):
                 return Kicked()
             if words[_TIME] >= limit:
                 return Expired()
+            if self._nmi and not self._engine.nmi_blocked and (ended := self._take_nmi()) is not None:
+                return ended
             if self._halted:
                 if not (self._pin and self._engine.eflags.value & _IF):
                     return Halted(bool(self._engine.eflags.value & _IF))
                 self._halted = False
             goal = _FOREVER if self._stop_at is None else words[_TIME] + self._stop_at - clock.position
             nearest = min(limit, goal)
+            if self._nmi:  # it is blocked: the handler of another one ends at some block's end
+                limit = nearest = min(nearest, words[_TIME] + 1)
             if (ended := self._enter(nearest)) is not None:
                 return ended
             # A limit that was lowered meanwhile, by a kick or a rising INTR, is none: what wants to be seen at this
@@ -155,6 +161,22 @@ class EmuCpu(Cpu):
         else:
             self._engine.interrupt_request.value &= ~INTERRUPT_VIRQ
 
+    def nmi(self, level: bool) -> None:
+        self._nmi = level
+        if level:
+            self._words[_LIMIT] = 0
+
+    def tsc(self) -> int:
+        return self._tsc()
+
+    def tsc_reaches(self, value: int) -> int | None:
+        ticks = value - self._words[_TSC_OFFSET] & _FOREVER
+        if ticks <= self._ticks():
+            return self._clock.now_ns()
+        quarters = -(-(ticks << 32) // self._words[_TSC_SCALE])
+        when_ns = -(-quarters // BYTES_PER_NS)
+        return when_ns if when_ns < LAST_NS else None
+
     def set_a20(self, enabled: bool) -> None:
         self._engine.set_a20(enabled)
 
@@ -166,7 +188,10 @@ class EmuCpu(Cpu):
         return (*engine.regs, engine.eip.value, engine.uc.reg_read(x86.UC_X86_REG_RFLAGS) & 0xFFFFFFFF)
 
     def save(self) -> CpuState:
-        return state.save(self._engine, self._tsc(), self._halted, self._event)
+        saved = state.save(self._engine, self._tsc(), self._halted, self._event)
+        if self._apic is not None:
+            saved.cr8 = self._apic.task_priority()
+        return saved
 
     def load(self, saved: CpuState) -> None:
         self._event = saved.event
@@ -282,6 +307,13 @@ class EmuCpu(Cpu):
         self._ram_shown = self._ram.changes
         self._engine.show_windows(self._ram.shown())
 
+    def _take_nmi(self) -> Shutdown | None:
+        assert self._apic is not None
+        if self._engine.hflags.value & HF_INHIBIT_IRQ or not self._apic.take_nmi():
+            return None
+        self._halted, self._event = False, EventState(kind="nmi", vector=2)
+        return self._deliver()
+
     def _deliver(self) -> Shutdown | None:
         """Deliver the event that another CPU had accepted, or what a fault in its delivery leads to."""
         event, self._event = self._event, None
@@ -311,6 +343,12 @@ class EmuCpu(Cpu):
 
     def _tsc(self) -> int:
         return self._ticks() + self._words[_TSC_OFFSET] & _FOREVER
+
+    def _write_tsc(self, value: int) -> None:
+        """As the guest does: what waits for a value of it waits for another time."""
+        self._set_tsc(value)
+        if self._apic is not None:
+            self._apic.tsc_moved()
 
     def _set_tsc(self, value: int) -> None:
         self._words[_TSC_OFFSET] = value - self._ticks() & _FOREVER

@@ -506,6 +506,10 @@ class Engine:
         self.interrupt_request.value = 0
         self.cflags_next_tb.value = _CFLAGS_NONE
 
+    @property
+    def nmi_blocked(self) -> bool:
+        return bool(self.hflags2.value & HF2_NMI)
+
     def cr8(self) -> int:
         return int(self.uc.reg_read(x86.UC_X86_REG_CR8)) & 0xF
 

@@ -28,7 +28,7 @@ from emu.linear import GP, FaultError
 from emu.native.code import Code
 from vmm.clock import BYTES_PER_NS, GuestClock, Word
 from vmm.cpu import model as cpu_model
-from vmm.cpu.protocol import IoBus, Shutdown
+from vmm.cpu.protocol import Apic, IoBus, Shutdown
 
 _TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value
 
@@ -54,11 +54,11 @@ class Hooks:
 
     def __init__(
         self, engine: Engine, clock: GuestClock, bus: IoBus, msrs: msr.Msrs, tsc: Callable[[], int],
-        acknowledge: Callable[[], int],
+        acknowledge: Callable[[], int], apic: Apic | None,
     ) -> None:  # fmt: skip
         self.delivery = Delivery(engine, clock.words)
         self._engine, self._clock, self._words, self._bus, self._msrs = engine, clock, clock.words, bus, msrs
-        self._tsc = tsc
+        self._tsc, self._apic = tsc, apic
         self.ended: Shutdown | BaseException | None = None
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.mmio_read: Callable[[int, int], int] = self._guarded(self._mmio_read)
@@ -197,7 +197,7 @@ class Hooks:
                 self._access_msr()
             else:
                 self.counts["system"] += 1
-                system.perform(engine, number)
+                system.perform(engine, number, self._apic)
         except FaultError as fault:
             engine.raise_fault(fault.vector, fault.error_code)
             return 1
@@ -226,7 +226,8 @@ class Hooks:
 
     def _on_cpuid(self, _uc: Any, _data: Any) -> int:
         regs = self._engine.regs
-        regs[0], regs[3], regs[1], regs[2] = cpu_model.cpuid(regs[0] & 0xFFFFFFFF, regs[1] & 0xFFFFFFFF)
+        base = None if self._apic is None else self._apic.base()
+        regs[0], regs[3], regs[1], regs[2] = cpu_model.cpuid(regs[0] & 0xFFFFFFFF, regs[1] & 0xFFFFFFFF, base)
         return 1
 
     def _on_syscall(self, _uc: Any, _data: Any) -> int:

@@ -23,6 +23,7 @@ from emu.engine import (
 from emu.instruction import Instruction
 from emu.linear import DB, GP, NP, UD, FaultError, read, write
 from vmm.cpu import validity
+from vmm.cpu.protocol import Apic
 
 _TS, _DE = 1 << 3, 1 << 3  # of CR0, of CR4
 _GD, _BD = 1 << 13, 1 << 13  # of DR7, of DR6
@@ -31,11 +32,15 @@ _BUSY = 1 << 41
 _DIRECTORY_RESERVED = 0xFFFF_FF00_0000_01E6  # of a PDPTE that PAE loads, beside the physical address
 
 
-def perform(engine: Engine, number: int) -> None:
+def perform(engine: Engine, number: int, apic: Apic | None) -> None:
     """Do what HOOK_INTR reports as `number`; RIP is then behind it. Raises FaultError, having changed nothing."""
     instruction = Instruction(engine)
     if number == EXIT_READ_CR + 8:
-        instruction.set_register(engine.cr8())  # the engine reads a local APIC's, and there is none
+        instruction.set_register(engine.cr8() if apic is None else apic.task_priority())
+    elif apic is not None and number == EXIT_WRITE_CR + 8:
+        if (priority := instruction.register()) > 15:
+            raise FaultError(GP)
+        apic.set_task_priority(priority)
     elif EXIT_WRITE_CR <= number < EXIT_READ_DR:
         _write_control(engine, instruction, number - EXIT_WRITE_CR)
     elif EXIT_READ_DR <= number < EXIT_WRITE_DR:

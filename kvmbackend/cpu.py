@@ -38,6 +38,8 @@ class KvmCpu(Cpu):
     """One CPU of KVM's over shared RAM."""
 
     def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> None:
+        if intr.apic is not None:
+            raise RequestError("kvm: a board with local APICs runs on the emulated CPU only yet: --backend emu")
         self._ram, self._bus, self._intr, self._clock = ram, bus, intr, clock
         self._vm = vm = Vm(ram)
         self._vcpu = vm.vcpu
@@ -95,6 +97,15 @@ class KvmCpu(Cpu):
 
     def intr(self, level: bool) -> None:
         self._pin = level
+
+    def nmi(self, level: bool) -> None:
+        raise AssertionError("there is no local APIC")
+
+    def tsc(self) -> int:
+        raise AssertionError("there is no local APIC")
+
+    def tsc_reaches(self, value: int) -> int | None:
+        raise AssertionError("there is no local APIC")
 
     def set_a20(self, enabled: bool) -> None:
         if enabled != self._a20:

@@ -125,6 +125,9 @@ class CpuPins(Protocol):
     """What a board drives at a CPU."""
 
     def intr(self, level: bool) -> None: ...
+    def nmi(self, level: bool) -> None: ...  # one waits at its local APIC
+    def tsc(self) -> int: ...
+    def tsc_reaches(self, value: int) -> int | None: ...  # guest ns; None: not before guest time ends
     def set_a20(self, enabled: bool) -> None: ...
     def defer_writes(self, port: int, on: bool) -> None: ...  # byte writes of `port` may come late, in order
     def discard_code(self, start: int, end: int) -> None: ...  # RAM behind these addresses was changed

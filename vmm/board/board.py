@@ -8,16 +8,24 @@ from typing import Annotated, Any, assert_never
 
 from snapshot.field_types import OneOf, u32
 from snapshot.schema import state
-from vmm.board import isapc
+from vmm.board import isapc, pc
 from vmm.board.alarms import Alarms
+from vmm.board.apics import IO_APIC_PINS, Apics, BoardTsc
 from vmm.board.config import MachineConfig
 from vmm.board.declared import made
 from vmm.board.dma import RamDma
-from vmm.board.slot import A20, At, Cascade, Fixed, Intr, Irq, Serial, Slot
+from vmm.board.pci import PciBus
+from vmm.board.platform import Platform
+from vmm.board.slot import A20, At, Cascade, Fixed, Input, Irq, Irqs, Nmi, Nowhere, Serial, Slot
+from vmm.board.slot import Intr as IntrLead
 from vmm.bus import Bus, Window
 from vmm.clock import GuestClock
+from vmm.cpu.protocol import Intr
 from vmm.device import Device
+from vmm.devices.apic.ioapic import IoApic
+from vmm.devices.apic.messages import EndOfInterrupt, Send
 from vmm.devices.isa.pic import CASCADE, Pic, PicPair
+from vmm.devices.pci.function import Function
 from vmm.errors import BackendError, RequestError
 from vmm.host.console import Console
 from vmm.ram import Ram
@@ -25,17 +33,22 @@ from vmm.wires import (
     UNWIRED,
     Alarm,
     Clock,
+    Configuration,
     CpuPins,
     Dma,
     ExitRequest,
+    Inta,
     Junction,
+    Msi,
+    Place,
     Posting,
     ResetRequest,
     Transmit,
+    Tsc,
     wire,
 )
 
-_BOARDS = {"isapc": isapc.slots}
+_BOARDS = {"isapc": isapc.slots, "pc": pc.slots}
 
 
 @state("board", version=1)
@@ -60,6 +73,13 @@ class NoPins:
     """Where no CPU is."""
 
     def intr(self, level: bool) -> None: ...
+    def nmi(self, level: bool) -> None: ...
+    def tsc(self) -> int:
+        return 0
+
+    def tsc_reaches(self, value: int) -> int | None:
+        return None
+
     def set_a20(self, enabled: bool) -> None: ...
     def defer_writes(self, port: int, on: bool) -> None: ...
     def discard_code(self, start: int, end: int) -> None: ...
@@ -87,6 +107,8 @@ class Board:
         self._a20 = Junction(lambda level: self._pins.set_a20(level))
         self._irqs = [Junction(partial(self._drive_irq, irq)) for irq in range(16)]
         self._posting: dict[int, bool] = {}
+        self.apics = Apics()
+        self.pci = PciBus(self.bus)
         given = {device.id for device in config.devices}
         for slot in self.slots:
             try:
@@ -98,11 +120,25 @@ class Board:
                 raise BackendError(f"device {slot.id}: {type(error).__name__}: {error}") from error
         pics = [device for device in self.devices.values() if isinstance(device, Pic)]
         self.pics = PicPair(*pics)
+        for device in self.devices.values():
+            if isinstance(device, IoApic):
+                for irq, junction in enumerate(self._irqs):
+                    junction.listen(partial(device.set_line, IO_APIC_PINS.get(irq, irq)))
 
     @property
     def console(self) -> Console:
         """The far end of the first serial port."""
         return self.consoles["com1"]
+
+    @property
+    def intr(self) -> Intr:
+        """What is behind the first CPU's interrupt pins."""
+        return self.apics.locals[0] if self.apics.locals else self.pics
+
+    @property
+    def platform(self) -> Platform | None:
+        """What a firmware's tables are to tell of it; None where it has none."""
+        return pc.platform(self._config) if self._config.board == "pc" else None
 
     # --- building
 
@@ -117,6 +153,11 @@ class Board:
         if slot.id in self.consoles and "receive" in device.outside:
             receive: Callable[[bytes], int] = device.receive  # type: ignore[attr-defined]
             self.receivers.append((self.consoles[slot.id], receive))
+        self.apics.add(device)
+        if slot.function is not None:
+            assert isinstance(device, Function)
+            found = self.pci.put(slot.function, device)
+            self.windows |= {(slot.id, bank): window for bank, window in found.items()}
         for at in slot.at:
             space = self.bus.ports if at.space == "port" else self.bus.memory
             window = self.windows[slot.id, at.bank] = space.window(device, at.bank, width=at.width)
@@ -129,8 +170,17 @@ class Board:
                 return self._irqs[number].driver()
             case Cascade(other):
                 return partial(_input(self.devices[other]), CASCADE)
-            case Intr():
+            case Irqs(numbers):
+                drivers = {number: self._irqs[number].driver() for number in numbers}
+                return lambda number, level: drivers[number](level)
+            case Input(other, method, arguments):
+                return partial(getattr(self.devices[other], method), *arguments)
+            case Nowhere():
+                return lambda level: None
+            case IntrLead():
                 return self._drive_intr
+            case Nmi():
+                return lambda level: self._pins.nmi(level)
             case A20():
                 return self._a20.driver()
             case Serial(far_end):
@@ -151,6 +201,20 @@ class Board:
         if annotation is Posting:
             port = next((at for at in slot.at if at.space == "port"), None)
             return UNWIRED if port is None else partial(self._drive_posting, port)
+        if annotation is Send:
+            return self.apics.send
+        if annotation is EndOfInterrupt:
+            return self.apics.end_of_interrupt
+        if annotation is Inta:
+            return lambda: self.pics.acknowledge()
+        if annotation is Msi:
+            return self.apics.message
+        if annotation is Tsc:
+            return BoardTsc(lambda: self._pins)
+        if annotation is Configuration:
+            return self.pci
+        if annotation is Place:
+            return partial(self._place, slot.id)
         if annotation is Dma:
             return RamDma(lambda: self._ram, lambda start, end: self._pins.discard_code(start, end))
         if annotation is ResetRequest:
@@ -172,6 +236,13 @@ class Board:
         if level != self._intr:
             self._intr = level
             self._pins.intr(level)
+
+    def _place(self, slot: str, bank: str, base: int | None) -> None:
+        window = self.windows[slot, bank]
+        if base is None:
+            window.unmap()
+        else:
+            window.map(base)
 
     def _drive_posting(self, at: At, level: bool) -> None:
         if self._posting.get(at.base, False) != level:

@@ -3,6 +3,8 @@ address."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vmm.board.config import ID, RESERVED, MachineConfig
 from vmm.board.kinds import kind
 from vmm.board.slot import A20, At, Cascade, Fixed, Intr, Irq, Serial, Slot, ports
@@ -47,7 +49,12 @@ CASCADE_IRQ = 2
 def slots(config: MachineConfig) -> list[Slot]:
     """Every chip of the machine, in the order of restoring. Raises RequestError for a device that cannot be put there,
     BackendError for one of a kind that is not here."""
-    found = list(CHIPS)
+    return with_devices(CHIPS, config)
+
+
+def with_devices(chips: Iterable[Slot], config: MachineConfig) -> list[Slot]:
+    """A board's own chips, and those of the config. Raises as `slots`."""
+    found = list(chips)
     for device in config.devices:
         name = device.id or device.kind
         if not ID.fullmatch(device.id) or device.id in (*RESERVED, *(slot.id for slot in found)):

@@ -15,15 +15,17 @@ class PciBus:
         self._bus = bus
         self._functions: dict[int, Function[Any]] = {}
 
-    def put(self, at: int, function: Function[Any], windows: dict[str, Window]) -> None:
-        """A function is at device << 3 | function; each bank of its BARs gets a window, which is nowhere yet."""
+    def put(self, at: int, function: Function[Any]) -> dict[str, Window]:
+        """A function is at device << 3 | function. Returns a window for each bank of its BARs, which is nowhere yet."""
         self._functions[at] = function
+        windows: dict[str, Window] = {}
         for bar in function.all_windows():
             ends = sorted([*bar.banks.values(), bar.size])
             for bank, offset in bar.banks.items():
                 size = min(function.banks[bank].size, ends[ends.index(offset) + 1] - offset)
                 space = self._bus.ports if bar.io else self._bus.memory
                 windows[bank] = space.window(function, bank, size=size, width=bar.width)
+        return windows
 
     def read(self, function: int, offset: int, size: int) -> int:
         found = self._functions.get(function)

@@ -44,8 +44,35 @@ class Cascade:
 
 
 @dataclass(frozen=True)
+class Input:
+    """To what a chip in another slot, which comes before, is driven by: its method, and what is said before the
+    level."""
+
+    slot: str
+    method: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Irqs:
+    """To these ISA interrupts, by number."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Nowhere:
+    """A pin that is not connected."""
+
+
+@dataclass(frozen=True)
 class Intr:
     """To the INTR pin of the first CPU."""
+
+
+@dataclass(frozen=True)
+class Nmi:
+    """To where the first CPU looks for what waits at its local APIC."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +94,18 @@ class Fixed:
     value: Any
 
 
-Lead = Irq | Cascade | Intr | A20 | Serial | Fixed
+Lead = Irq | Irqs | Cascade | Input | Nowhere | Intr | Nmi | A20 | Serial | Fixed
 
 
 @dataclass(frozen=True)
 class Slot:
     """`id` is the name of its part in a snapshot; `wires` by argument of the constructor; `power_on` makes the state it
-    has at guest time zero, from the machine's config, where that is not the class' default."""
+    has at guest time zero, from the machine's config, where that is not the class' default; `function` is where it is
+    on the PCI bus, device << 3 | function."""
 
     id: str
     device: type[Device[Any]]
     wires: Mapping[str, Lead] = field(default_factory=dict)
     at: tuple[At, ...] = ()
     power_on: Callable[[Any], Any] | None = None
+    function: int | None = None

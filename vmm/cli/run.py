@@ -181,6 +181,8 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar="KIND,OPTION=VALUE",
     help="One more device, such as uart,port=0x2a8,irq=5; `anyhyve devices` lists the kinds.",
 )
+@click.option("--board", type=click.Choice(["isapc", "pc"]), default="isapc", show_default=True,
+              help="pc: with PCI, ACPI, APICs and HPET; on the emulated CPU only yet.")  # fmt: skip
 @click.option("--tsc-khz", type=int,
               help=f"Rate of the guest's TSC.  [default: {TSC_KHZ} on emu, the host's own on kvm]")  # fmt: skip
 @_name_option
@@ -188,7 +190,7 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 def run(
     machine_name: str | None, name: str | None, kernel: Path | None, initrd: Path | None,
     append: str | None, memory: int | None, flat: bool, epoch: int | None, tsc_khz: int | None, waking: Path | None,
-    devices: tuple[DeviceConfig, ...], bind: tuple[tuple[str, str], ...], backend: str, **goal: Any
+    devices: tuple[DeviceConfig, ...], board: str, bind: tuple[tuple[str, str], ...], backend: str, **goal: Any
 ) -> None:  # fmt: skip
     """Boot a guest with its serial console on this terminal. NAME, as bhyve has it, is --name.
 
@@ -219,7 +221,11 @@ def run(
     rate = tsc_khz or backends.factory(backend).tsc_khz()
     start_ns = DEFAULT_EPOCH_NS if epoch is None else epoch * 10**9
     config = _config(
-        memory_bytes=DEFAULT_MEMORY if memory is None else memory, epoch_ns=start_ns, tsc_khz=rate, devices=devices
+        memory_bytes=DEFAULT_MEMORY if memory is None else memory,
+        epoch_ns=start_ns,
+        tsc_khz=rate,
+        devices=devices,
+        board=board,
     )
     with Machine.boot(config, image, backend, bind=_bind(bind)) as machine:
         sys.exit(drive(machine, asked))

@@ -45,9 +45,22 @@ CPUID: dict[int, tuple[int, int, int, int]] = {
 }
 
 
-def cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-    """EAX, EBX, ECX, EDX. Leaves beyond the highest answer zero, as AMD's do."""
-    return CPUID.get(leaf, (0, 0, 0, 0))
+_APIC, _APIC_ENABLED, _TSC_DEADLINE, _ARAT = 1 << 9, 1 << 11, 1 << 24, 1 << 2
+
+
+def cpuid(leaf: int, subleaf: int, apic_base: int | None = None) -> tuple[int, int, int, int]:
+    """EAX, EBX, ECX, EDX. Leaves beyond the highest answer zero, as AMD's do. `apic_base` is IA32_APIC_BASE of a CPU
+    that has a local APIC: it has then leaf 6, a timer that always runs."""
+    eax, ebx, ecx, edx = CPUID.get(leaf, (0, 0, 0, 0))
+    if apic_base is not None:
+        match leaf:
+            case 0:
+                eax = 6
+            case 1:
+                ecx, edx = ecx | _TSC_DEADLINE, edx | (_APIC if apic_base & _APIC_ENABLED else 0)
+            case 6:
+                eax = _ARAT
+    return eax, ebx, ecx, edx
 
 
 _FEATURES = {  # (leaf, register: 2 ECX, 3 EDX) -> names of the bits

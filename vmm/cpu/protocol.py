@@ -62,9 +62,24 @@ class IoBus(Protocol):
     def mmio_write(self, addr: int, size: int, value: int) -> None: ...
 
 
+class Apic(Protocol):
+    """What a CPU has of its local APIC besides the registers in memory (SDM vol. 3, 11.4.4, 11.5.4.1, 11.8.6)."""
+
+    def base(self) -> int: ...  # IA32_APIC_BASE
+    def set_base(self, value: int) -> bool: ...  # False: #GP
+    def deadline_msr(self) -> int: ...  # IA32_TSC_DEADLINE
+    def set_deadline_msr(self, value: int) -> None: ...
+    def tsc_moved(self) -> None: ...  # the TSC was written
+    def task_priority(self) -> int: ...  # CR8
+    def set_task_priority(self, value: int) -> None: ...
+    def take_nmi(self) -> bool: ...  # whether one waits: it waits no more
+
+
 class Intr(Protocol):
     """The interrupt controller behind the INTR pin; the CPU pulls when it can take an interrupt."""
 
+    @property
+    def apic(self) -> Apic | None: ...  # None where the CPU has none
     def pending(self) -> bool: ...
     def acknowledge(self) -> int: ...  # INTA: the vector
 

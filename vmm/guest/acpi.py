@@ -8,11 +8,11 @@ Of sleep states there is S5. ACPI is on from the start: there is no SMI command.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
+from vmm.board.platform import Platform
 from vmm.guest import aml
 
+AT = 0xF_0000  # in memory: where a kernel looks for the root pointer, and what the memory map reserves
 _OEM, _TABLE, _CREATOR = b"ANYHYV", b"ANYHYVE ", b"ANYH"
 _ALIGN = 64
 _FADT_BYTES = 276
@@ -20,26 +20,6 @@ _IO_SPACE, _MEMORY_SPACE = 1, 0  # of a generic address
 _LEVEL_HIGH = 0xD  # MADT: flags of an interrupt that is level-triggered, active high
 _FADT_FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 10  # WBINVD, C1, no sleep button, RTC not fixed, RESET_REG
 _LEGACY, _KEYBOARD, _NO_VGA, _NO_ASPM = 1 << 0, 1 << 1, 1 << 2, 1 << 4  # IAPC_BOOT_ARCH
-
-
-@dataclass(frozen=True)
-class Platform:
-    """What the tables tell. Interrupts are inputs of the I/O APIC, whose first sixteen are the ISA's."""
-
-    cpus: int = 1
-    lapic: int = 0xFEE0_0000
-    ioapic: int = 0xFEC0_0000
-    hpet: int | None = 0xFED0_0000
-    hpet_id: int = 0x8086_A201
-    pm: int = 0x600  # I/O port of PM1
-    sci: int = 9
-    reset: tuple[int, int] = (0xCF9, 6)  # port, value
-    pirqs: tuple[int, int, int, int] = (10, 10, 11, 11)  # interrupts of PIRQ A to D
-    slots: range = range(1, 32)  # of PCI devices
-    pci_memory: tuple[int, int] = (0xC000_0000, 0xFEBF_FFFF)
-    serial: Mapping[int, tuple[int, int]] = field(  # number: port, interrupt
-        default_factory=lambda: {1: (0x3F8, 4), 2: (0x2F8, 3)}
-    )
 
 
 def tables(platform: Platform, at: int) -> bytes:

@@ -30,6 +30,7 @@ from vmm.clock import LAST_NS, ClockState, GuestClock
 from vmm.cpu import backends, validity
 from vmm.cpu.protocol import Cpu, CpuState
 from vmm.errors import RequestError
+from vmm.guest import acpi
 from vmm.guest.image import Image
 from vmm.guest.image import load as load_image
 from vmm.guest.origin import KEY as ORIGIN
@@ -80,7 +81,7 @@ class Machine:
         self._moments = Moments(self)
         self._bindings = Bindings(self.board.consoles, {} if bind is None else bind)
         try:
-            self.cpu: Cpu = self._make_cpu(ram, self.board.bus, self.board.pics, self.clock)
+            self.cpu: Cpu = self._make_cpu(ram, self.board.bus, self.board.intr, self.clock)
             self.loop = RunLoop(self.board, self.clock, self.cpu, self._check)
             self.loop.awaits_input = self._bindings.takes_input
             self.board.attach(self.cpu, ram)
@@ -174,7 +175,7 @@ class Machine:
             raise
         exits = self.exits()
         try:
-            cpu = self._make_cpu(ram, self.board.bus, self.board.pics, self.clock)
+            cpu = self._make_cpu(ram, self.board.bus, self.board.intr, self.clock)
         except BaseException:
             chain.close()
             ram.close()
@@ -205,6 +206,8 @@ class Machine:
     def _start(self, image: Image) -> None:
         self.image = image
         self.board.power_on()
+        if self.board.platform is not None:
+            self.ram.write(acpi.AT, acpi.tables(self.board.platform, acpi.AT))
         self.cpu.load(load_image(image, self.ram))
 
     def assign(self, saved: Saved) -> None:

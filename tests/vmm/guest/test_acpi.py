@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmm.board.platform import Platform
 from vmm.guest import acpi, aml
-from vmm.guest.acpi import Platform
+from vmm.guest.acpi import AT
 
-AT = 0xF_0000
 PLATFORMS = {"one CPU": Platform(), "eight, no HPET": Platform(cpus=8, hpet=None, serial={4: (0x2E8, 3)}, pm=0xB000)}
 
 

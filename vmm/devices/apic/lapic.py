@@ -88,6 +88,10 @@ class Lapic(Device[LapicState]):
 
     # --- the CPU's side
 
+    @property
+    def apic(self) -> Lapic:
+        return self
+
     def pending(self) -> bool:
         """The INTR pin's level."""
         return self._highest() is not None or self._external()

@@ -263,6 +263,8 @@ class Pic(Device[PicState]):
 class PicPair:
     """Master and slave as the PC wires them: the slave's INT is the master's IR2. Implements the CPU's `Intr`."""
 
+    apic = None
+
     def __init__(self, master: Pic, slave: Pic) -> None:
         self.master, self.slave = master, slave
 

@@ -30,8 +30,8 @@ class System:
         self.windows: dict[str, Window] = {}
         self.bridge: Any = self._made(Bridge)
         self.card: Any = self._made(Card)
-        self.pci.put(0, self.bridge, {})
-        self.pci.put(AT, self.card, self.windows)
+        self.pci.put(0, self.bridge)
+        self.windows |= self.pci.put(AT, self.card)
         for bank, port in (("address", ADDRESS), ("data", DATA)):
             self.bus.ports.window(self.bridge, bank).map(port)
 
