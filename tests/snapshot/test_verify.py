@@ -871,3 +871,9 @@ def test_stands_alone(snap, tmp_path):
         if name
     }
     assert imported <= {*sys.stdlib_module_names, "blake3", "zstandard"}
+
+
+def test_what_is_no_file_is_closed_again(tmp_path, capsys):
+    before = len(os.listdir("/proc/self/fd"))
+    assert main([str(tmp_path)]) != 0
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -433,9 +433,10 @@ def test_mouse_reset_and_defaults(rig: Rig) -> None:
     rig.device.move(0, 0, 0)
     assert rig.mouse(0xF6) == [ACK]
     assert status(rig) == [ACK, 0x00, 2, 100]
-    rig.mouse(0xF3, 200, 0xF3, 100, 0xF3, 80)
+    rig.mouse(0xF3, 200, 0xF3, 100, 0xF3, 80, 0xE8, 3, 0xE7, 0xF4)
     assert rig.mouse(0xFF) == [ACK, 0xAA, 0x00]
     assert rig.mouse(0xF2) == [ACK, 0x00]
+    assert status(rig) == [ACK, 0x00, 2, 100]
 
 
 def test_mouse_stream_mode(rig: Rig) -> None:

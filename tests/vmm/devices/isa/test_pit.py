@@ -359,3 +359,13 @@ def test_the_oracle_can_fail(mode):
         differs |= chip.device._counter(2).out(t + 1) != slow.out
         slow.clock()
     assert differs
+
+
+def test_its_clock() -> None:
+    """A twelfth of 14.31818 MHz (IBM AT): 1193182 clocks in a second, to the nearest."""
+    rig = Rig()
+    pit = Pit(rig.clock, rig.alarm, rig.line("irq0"))
+    pit.write_control(0x30)
+    for _ in range(2):
+        pit.write_counter(0, 0)
+    assert pit.deadline() == 54_926_240  # 65537 clocks
