@@ -48,7 +48,7 @@ from vmm.wires import (
     wire,
 )
 
-_BOARDS = {"isapc": isapc.slots, "pc": pc.slots}
+BOARDS = {"isapc": isapc.slots, "pc": pc.slots}
 
 
 @state("board", version=1)
@@ -62,11 +62,11 @@ class BoardState:
 def slots(config: MachineConfig) -> list[Slot]:
     """The chips of a machine, a function of its config. Raises RequestError for a machine that cannot be built, and
     BackendError for a kind of device that is not here."""
-    if config.board not in _BOARDS:
-        raise RequestError(f"there is no board {config.board!r} here; there are {', '.join(_BOARDS)}")
+    if config.board not in BOARDS:
+        raise RequestError(f"there is no board {config.board!r} here; there are {', '.join(BOARDS)}")
     if config.cpus != 1:
         raise RequestError(f"a machine has one CPU here, not {config.cpus}")
-    return _BOARDS[config.board](config)
+    return BOARDS[config.board](config)
 
 
 class NoPins:

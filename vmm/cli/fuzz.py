@@ -18,7 +18,6 @@ from snapshot.chain import Chain
 from snapshot.reader import decode_part
 from snapshot.schema import encode
 from vmm.board.config import MachineConfig
-from vmm.board.isapc import CHIPS
 from vmm.cli import show
 from vmm.cli.options import FILE, FOLDER, json_option
 from vmm.clock import ClockState, GuestClock
@@ -66,10 +65,11 @@ def fuzz(
     ends it early, and leaves what it has."""
     try:
         from vmm.testing import fuzz as engine
+        from vmm.testing.subject import chips
     except ImportError as error:
         raise BackendError(f"{error.name} is not installed: pip install 'anyhyve[test]'") from None
     sys.path.insert(0, os.getcwd())  # for MODULE:CLASS
-    names = [slot.id for slot in CHIPS] if devices == ("all",) else list(dict.fromkeys(devices))
+    names = list(chips()) if devices == ("all",) else list(dict.fromkeys(devices))
     starts = _starts(names, snapshot)
     try:
         with _workers(scheduler, jobs) as (executor, count), _progress(as_json) as progress:

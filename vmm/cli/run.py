@@ -181,8 +181,8 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar="KIND,OPTION=VALUE",
     help="One more device, such as uart,port=0x2a8,irq=5; `anyhyve devices` lists the kinds.",
 )
-@click.option("--board", type=click.Choice(["isapc", "pc"]), default="isapc", show_default=True,
-              help="pc: with PCI, ACPI, APICs and HPET; on the emulated CPU only yet.")  # fmt: skip
+@click.option("--board", type=click.Choice(["isapc", "pc"]),
+              help="pc: with PCI, ACPI, APICs and HPET; on the emulated CPU only yet.  [default: isapc]")  # fmt: skip
 @click.option("--tsc-khz", type=int,
               help=f"Rate of the guest's TSC.  [default: {TSC_KHZ} on emu, the host's own on kvm]")  # fmt: skip
 @_name_option
@@ -190,7 +190,7 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 def run(
     machine_name: str | None, name: str | None, kernel: Path | None, initrd: Path | None,
     append: str | None, memory: int | None, flat: bool, epoch: int | None, tsc_khz: int | None, waking: Path | None,
-    devices: tuple[DeviceConfig, ...], board: str, bind: tuple[tuple[str, str], ...], backend: str, **goal: Any
+    devices: tuple[DeviceConfig, ...], board: str | None, bind: tuple[tuple[str, str], ...], backend: str, **goal: Any
 ) -> None:  # fmt: skip
     """Boot a guest with its serial console on this terminal. NAME, as bhyve has it, is --name.
 
@@ -213,7 +213,7 @@ def run(
     if waking is not None:
         with Machine.restore(waking, backend, bind=_bind(bind)) as machine:
             _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz,
-                   devices=named(devices) or None)  # fmt: skip
+                   devices=named(devices) or None, board=board)  # fmt: skip
             _give_image(machine, kernel, initrd, append, flat or None)
             sys.exit(drive(machine, asked))
     assert kernel is not None
@@ -225,7 +225,7 @@ def run(
         epoch_ns=start_ns,
         tsc_khz=rate,
         devices=devices,
-        board=board,
+        board=board or "isapc",
     )
     with Machine.boot(config, image, backend, bind=_bind(bind)) as machine:
         sys.exit(drive(machine, asked))

@@ -14,9 +14,9 @@ from typing import Any
 from snapshot import field_types as types
 from snapshot.errors import SnapshotError
 from vmm.board import declared, kinds
-from vmm.board.config import DeviceConfig
-from vmm.board.isapc import CHIPS
-from vmm.board.slot import At
+from vmm.board.board import BOARDS, slots
+from vmm.board.config import DeviceConfig, MachineConfig
+from vmm.board.slot import At, Slot
 from vmm.bus import Bus
 from vmm.device import Device
 from vmm.errors import RequestError
@@ -27,6 +27,12 @@ from vmm.testing.rig import Build, Rig, on_a_board, wiring
 
 BANK = 0x100  # banks of a device that is on no board are put this far apart, or twice, three times ...
 MEMORY = 0xF000_0000  # and from here on in memory
+
+
+@functools.cache
+def chips() -> dict[str, Slot]:
+    """What is on the boards there are, by the names of their parts."""
+    return {slot.id: slot for board in BOARDS for slot in slots(MachineConfig(board=board))}
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,15 @@ class Subject:
     def named(cls, name: str) -> Subject:
         """A part of the board ("com1"), a kind of device ("uart"), or somebody's class ("package.module:Class"). Raises
         RequestError, BackendError."""
-        for slot in CHIPS:
-            if slot.id == name:
-                return cls(name, slot.device, on_a_board(slot), slot.at)
+        if (slot := chips().get(name)) is not None:
+            # A function of PCI is where a guest puts it.
+            at = slot.at if slot.function is None else _places(slot.device)
+            return cls(name, slot.device, on_a_board(slot), at)
         module, _, attribute = name.partition(":")
         if not attribute:
             if name in kinds.names():
                 return cls._of_kind(kinds.kind(name))
-            known = ", ".join(dict.fromkeys([*(slot.id for slot in CHIPS), *kinds.names()]))
+            known = ", ".join(dict.fromkeys([*chips(), *kinds.names()]))
             raise RequestError(f"no device {name!r}: there are {known}; or MODULE:CLASS")
         try:
             found = getattr(importlib.import_module(module), attribute)

@@ -149,3 +149,18 @@ def test_a_wrong_kernel_is_named(anyhyve, tmp_path, data):
     done = anyhyve("run", "--kernel", tmp_path / "bzimage")
     assert done.returncode == 1 and done.stderr.startswith(b"anyhyve: bzimage: the ")
     assert (b"an empty file" in done.stderr) == (data == b"")
+
+
+def test_boards(anyhyve, tmp_path):
+    done = anyhyve(*BOOT, "--board", "pc", "--at", 1_000_000, "--save", tmp_path / "pc", check=True)
+    assert done.returncode == 0
+    assert b"apic.local version 1" in anyhyve("snapshot", "show", tmp_path / "pc").stdout
+    other = anyhyve("run", "-r", tmp_path / "pc", "--board", "isapc")
+    assert other.returncode == 1 and b"board: the snapshot has pc, not isapc" in other.stderr
+    assert anyhyve(*BOOT, "--board", "q35").returncode == 2
+
+
+@pytest.mark.kvm
+def test_kvm_has_one_board_yet(anyhyve):
+    refused = anyhyve(*BOOT, "--board", "pc", "--backend", "kvm")
+    assert refused.returncode == 1 and b"a board with local APICs runs on the emulated CPU only yet" in refused.stderr
