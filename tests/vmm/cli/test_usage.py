@@ -160,7 +160,6 @@ def test_boards(anyhyve, tmp_path):
     assert anyhyve(*BOOT, "--board", "q35").returncode == 2
 
 
-@pytest.mark.kvm
-def test_kvm_has_one_board_yet(anyhyve):
+def test_kvm_has_one_board_yet(anyhyve, kvm):
     refused = anyhyve(*BOOT, "--board", "pc", "--backend", "kvm")
     assert refused.returncode == 1 and b"a board with local APICs runs on the emulated CPU only yet" in refused.stderr
