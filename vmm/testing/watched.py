@@ -11,6 +11,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -32,7 +33,7 @@ class Watched:
         bases = self._class.__mro__[: self._class.__mro__.index(Device)]
         self._shared = [(base, name) for base in bases for name, value in vars(base).items() if _is_data(name, value)]
         self._held = self._holds()
-        self._inner = {name: _frozen(value) for name, value in self._held.items() if not isinstance(value, _CONSTANT)}
+        self._inner = {name: _frozen(value) for name, value in self._held.items() if not _is_constant(value)}
 
     def call(self, method: str, *arguments: Any, **named: Any) -> Any:
         return self.do(getattr(self.device, method), *arguments, **named)
@@ -102,6 +103,15 @@ def _is_data(name: str, value: object) -> bool:
     """Whether an attribute of a class is one that its devices may have in common."""
     descriptor = hasattr(value, "__get__") or isinstance(value, _OPAQUE)
     return not name.startswith("__") and not descriptor and name not in vars(Device)
+
+
+def _is_constant(value: object) -> bool:
+    """Whether nothing in it can change: it need not be looked into."""
+    if isinstance(value, tuple | frozenset):
+        return all(map(_is_constant, value))
+    if is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        return all(_is_constant(getattr(value, field.name)) for field in fields(value))
+    return isinstance(value, _CONSTANT)
 
 
 def _name(function: Callable[..., Any]) -> str:

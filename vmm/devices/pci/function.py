@@ -106,7 +106,7 @@ class Function(Device[S]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.space = header.Space([*_header(cls), *_listed(cls.capabilities), *cls.own])
+        cls.space = header.Space.of([*_header(cls), *_listed(cls.capabilities), *cls.own])
 
     def __init__(self, place: Place, intx: Line, msi: Msi, dma: Dma) -> None:
         super().__init__()

@@ -42,20 +42,26 @@ def kept(*registers: tuple[int, int, int]) -> tuple[bytes, tuple[Field, ...]]:
     return bytes(default for _, default, _ in registers), tuple(fields)
 
 
+@dataclass(frozen=True)
 class Space:
-    """A configuration space of 256 bytes: its fields, found by the byte. Raises ValueError for two at one byte."""
+    """A configuration space of 256 bytes: the field at each."""
 
-    def __init__(self, fields: Iterable[Field]) -> None:
-        self._at: list[Field | None] = [None] * SIZE
+    at: tuple[Field | None, ...]
+
+    @classmethod
+    def of(cls, fields: Iterable[Field]) -> Space:
+        """Raises ValueError for two at one byte."""
+        at: list[Field | None] = [None] * SIZE
         for field in fields:
             for byte in range(field.offset, field.offset + field.size):
-                if self._at[byte] is not None:
+                if at[byte] is not None:
                     raise ValueError(f"two fields at {byte:#x} of configuration space")
-                self._at[byte] = field
+                at[byte] = field
+        return cls(tuple(at))
 
     def _met(self, offset: int, size: int) -> Iterator[Field]:
         """Those that an access meets, each once, in the order of offsets."""
-        return (field for field in dict.fromkeys(self._at[offset : offset + size]) if field is not None)
+        return (field for field in dict.fromkeys(self.at[offset : offset + size]) if field is not None)
 
     def read(self, function: Any, offset: int, size: int) -> int:
         """`size` bytes at `offset`; where there is no field they are zero."""

@@ -250,4 +250,4 @@ def test_a_reset_of_the_function_alone(system):
 
 def test_two_fields_at_one_byte():
     with pytest.raises(ValueError, match="two fields at 0x3e"):
-        Space([Field.fixed(0x3C, 4, 0), Field.fixed(0x3E, 1, 0)])
+        Space.of([Field.fixed(0x3C, 4, 0), Field.fixed(0x3E, 1, 0)])
