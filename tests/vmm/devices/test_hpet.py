@@ -102,6 +102,13 @@ def test_32_bits_come_round(chip):
     assert chip.wait((1 << 32) + 100) == [(20, "irq21"), (20 + (1 << 32), "irq21")]
 
 
+def test_one_that_was_missed_for_a_whole_round(chip):
+    chip[0x108], chip[0x100], chip[0x10] = 4, ENABLE | NARROW | 21 << 9, 1
+    chip.rig.now = (4 + (1 << 32)) * TICK_NS
+    chip.device.expire()
+    assert chip.device.deadline() == (4 + 2 * (1 << 32)) * TICK_NS
+
+
 def test_a_period_is_counted_from_the_match(chip):
     """Linux's way: VAL_SET, the first match, then the period (2.3.9.2.2)."""
     chip[0x10] = 3

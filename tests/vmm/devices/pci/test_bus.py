@@ -153,6 +153,14 @@ def test_bars_are_where_they_were_put(writes):
     assert {b: w.base for b, w in again.windows.items()} == {b: w.base for b, w in system.windows.items()}
 
 
+def test_an_address_of_64_bits(system):
+    system.write(4, MEMORY, 2)
+    system.write(BARS + 20, 0x12)
+    assert system.windows["wide"].base == 0x12_8000_0000
+    system.card.state.scratch = 7
+    assert system.bus.mmio_read(0x12_8000_0000, 4) == 7
+
+
 def test_banks_share_a_bar(system):
     system.write(BARS + 4, 0xFEBF_0000)
     system.write(4, MEMORY, 2)
