@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from snapshot.container import BLOCK
+from snapshot.field_types import Json
 from snapshot.meta import peek
 from snapshot.writer import Writer
 from tests.snapshot.test_target import Config
 
-SAID = {"sequence": 7, "text": "of the machine"}
+SAID: Json = {"sequence": 7, "text": "of the machine"}
 
 
 @pytest.fixture
