@@ -27,7 +27,7 @@ from snapshot.errors import Refused, SnapshotError
 from snapshot.field_types import u8
 from snapshot.reader import Reader
 from snapshot.schema import state
-from snapshot.target import Target, clear
+from snapshot.target import Target, clear, refuse
 from snapshot.writer import Writer
 
 PAGE = 4096
@@ -546,3 +546,10 @@ def test_nothing_is_unpacked_over_what_is_there(tmp_path: Path, what: str) -> No
     with pytest.raises(FileExistsError):
         unpack.unpack(tmp_path / "s", tmp_path / "in" / "u")
     assert seen(tmp_path) == before
+
+
+@pytest.mark.parametrize("path", ["/", "..", "somewhere/.."])
+def test_a_folder_by_its_name(path):
+    """Told before anything is asked of the disk: it may not be there."""
+    with pytest.raises(Refused, match="that is a folder"):
+        refuse(Path(path))

@@ -82,8 +82,7 @@ def _tree(chain: Chain, code: list[str]) -> dict[str, Any]:
 def _rows(part: Part) -> Iterator[tuple[str, str, str]]:
     fields: Any = part.schema["fields"]
     for field in fields:
-        text = _value(part.state[field["name"]])
-        yield field["name"], text if len(text) < 400 else text[:400] + "…", field["doc"]
+        yield field["name"], _value(part.state[field["name"]]), field["doc"]
 
 
 def _value(value: Json) -> str:

@@ -55,6 +55,7 @@ class Terminal:
         self._leave = threading.Event()
         self._keys = f"Ctrl-] then s saves to {self._save_path}, q quits, {OTHER_KEYS}"
         self._monitor = False
+        self._saving: Future[dict[str, Any]] | None = None  # the last save that a key asked for
         self._asks = False  # whether to replace the file: the next key is the answer
         self._line = bytearray()  # shown when it ends, is long, or a tick later: a write for each byte would cost most
 
@@ -122,12 +123,13 @@ class Terminal:
                     self._save()
                 else:
                     self._note("not saved")
+                    self._monitor = byte == MONITOR
             elif self._monitor:
                 self._monitor = False
                 if byte == MONITOR:
                     rest.append(byte)
                 elif byte in b"qQ":
-                    self._machine.post(lambda _: Stopped(StopReason.QUIT))
+                    self._quit()
                 elif byte in b"sS":
                     self._may_save()
                 else:
@@ -139,6 +141,17 @@ class Terminal:
         if unknown:  # once for what was typed at once
             self._note(self._keys)
         return bytes(rest)
+
+    def _quit(self) -> None:
+        """End the run, behind a save that was asked for before."""
+
+        def end(_: object = None) -> None:
+            self._machine.post(lambda _: Stopped(StopReason.QUIT))
+
+        if self._saving is None:
+            end()
+        else:
+            self._saving.add_done_callback(end)
 
     def _may_save(self) -> None:
         """Save, or ask first where a file would be replaced. The guest runs on meanwhile."""
@@ -163,7 +176,8 @@ class Terminal:
 
         self._note(f"saving to {self._save_path}")
         try:
-            self._vm.save(self._save_path.absolute(), force=self._force).add_done_callback(done)
+            self._saving = self._vm.save(self._save_path.absolute(), force=self._force)
+            self._saving.add_done_callback(done)
         except WrongState as error:
             self._note(f"not saved: {error}")
 

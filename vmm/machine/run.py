@@ -125,7 +125,8 @@ class RunLoop:
                 case Reached():
                     return Stopped(StopReason.POSITION)
                 case Halted(interruptible):
-                    if (stop := self._idle(interruptible, deadline)) is not None:
+                    # What was written before it, and came late, is looked at first: see the next safe point.
+                    if not board.console.found and (stop := self._idle(interruptible, deadline)) is not None:
                         return stop
                 case Shutdown():
                     return Stopped(StopReason.TRIPLE_FAULT)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import BACKENDS
 from tests.vmm.cli.test_main import MAIN, OWN_GUEST, anyhyve
 from tests.vmm.cpu.program import PRELUDE, assemble
 from tests.vmm.machine.test_lost import ENDS, PANIC, saying
@@ -95,6 +96,13 @@ def test_a_signal_is_named(number):
         _, said = running.communicate(timeout=60)
     assert running.returncode == 128 + number
     assert f"anyhyve: ended by {number.name}, at position " in said.decode()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_what_is_shown_just_before_the_guest_halts(run, backend):
+    """On KVM what is written comes a little later than it was."""
+    done = run(saying("AB", "", then="cli; hlt"), "--backend", backend, "--until", "AB")
+    assert b"anyhyve: the console shows AB, " in done.stderr and done.returncode == 0
 
 
 @pytest.mark.kvm

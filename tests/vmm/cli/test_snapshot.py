@@ -249,3 +249,9 @@ def test_edit_leaves_a_difference_beside_what_it_stands_on(saved, tmp_path):
     (tmp_path / "a").write_bytes((saved / "c").read_bytes())
     assert "which is another snapshot in the folder of" in refusal(*edit, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_show_leaves_nothing_out(saved):
+    state = json.loads(text("snapshot", "show", saved / "b", "--json"))["parts"]["cpu.0"]["state"]
+    shown = text("snapshot", "show", saved / "b")
+    assert json.dumps(state["fpu"]) in shown and "…" not in shown
