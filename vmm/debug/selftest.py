@@ -52,6 +52,7 @@ _STEPPED = CHECKS.index("SYSCALL")  # the checks before it: in it processors dif
 _KEPT = "kvm.json"  # in the user's folder of caches
 _IMAGE = Path(__file__).with_name("selftest.bin")
 _FIRST, _LAST, _NOW, _OUTCOMES = 0x210000, 0x210008, 0x210010, 0x210100
+_TRIES = 3
 _PATIENCE_S = 5.0  # for what takes milliseconds; where KVM is emulated, a second
 _STRIDE, _MOST = 32, 2_000  # instructions: few at a time, where each takes a hundred times as long
 _TAIL = 20  # bytes of code from the last check to the end
@@ -111,7 +112,18 @@ def _machine(backend: str, first: int, last: int) -> Machine:
 
 
 def _failed(backend: str) -> list[str]:
-    """The checks that do not hold. Where one of them stops the CPU, the rest is tried on another."""
+    """The checks that never hold. One that fails is tried again: KVM on a TSC that is not stable loses a guest's write
+    of it now and then."""
+    good: set[int] = set()
+    for _ in range(_TRIES):
+        good |= _passed(backend)
+        if len(good) == len(CHECKS):
+            break
+    return [name for number, name in enumerate(CHECKS) if number not in good]
+
+
+def _passed(backend: str) -> set[int]:
+    """The checks that hold. Where one of them stops the CPU, the rest is tried on another."""
     good: set[int] = set()
     first = 0
     while first < len(CHECKS):
@@ -120,7 +132,7 @@ def _failed(backend: str) -> list[str]:
             good |= {number for number, one in enumerate(machine.ram.slice(_OUTCOMES, len(CHECKS))) if one}
             ended = isinstance(stop, Stopped) and stop.reason is StopReason.EXIT
             first = len(CHECKS) if ended else max(first, machine.ram.slice(_NOW, 1)[0]) + 1
-    return [name for number, name in enumerate(CHECKS) if number not in good]
+    return good
 
 
 def _stepping(backend: str) -> str | None:

@@ -59,6 +59,16 @@ def test_what_this_hosts_kvm_can_do(kvm):
         assert found.stepping is None
 
 
+def test_what_fails_once_is_tried_again(monkeypatch):
+    """And what fails each time has failed."""
+    last = len(selftest.CHECKS) - 1
+    outcomes = [{*range(last), last} - {2, last}, {*range(last)} - {2}, {*range(last + 1)} - {2}]
+    monkeypatch.setattr(selftest, "_passed", lambda backend: outcomes.pop(0))
+    assert selftest._failed("emu") == [selftest.CHECKS[2]] and not outcomes
+    outcomes = [set(range(last + 1))]
+    assert selftest._failed("emu") == [] and not outcomes, "all is well: it is tried once"
+
+
 # --- what was found is kept
 
 
