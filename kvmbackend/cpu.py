@@ -38,8 +38,7 @@ class KvmCpu(Cpu):
     """One CPU of KVM's over shared RAM."""
 
     def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> None:
-        if intr.apic is not None:
-            raise RequestError("kvm: a board with local APICs runs on the emulated CPU only yet: --backend emu")
+        backends.check("kvm", intr.apic is not None)
         self._ram, self._bus, self._intr, self._clock = ram, bus, intr, clock
         self._vm = vm = Vm(ram)
         self._vcpu = vm.vcpu

@@ -121,7 +121,8 @@ def _block(rows: Iterator[str], marks: tuple[Mark, ...]) -> Block:
 
 def files(text: str) -> dict[str, str]:
     """Files that a page shows: blocks whose first line is a comment with a name."""
-    return dict(re.findall(r"^```\w+\n# (\S+\.\w+)\n(.*?)^```$", text, re.M | re.S))
+    found = re.findall(r"^```\w+\n(#![^\n]*\n|)# (\S+\.\w+)\n(.*?)^```$", text, re.M | re.S)
+    return {name: interpreter + body for interpreter, name, body in found}
 
 
 # --- what a line may need

@@ -69,6 +69,11 @@ def slots(config: MachineConfig) -> list[Slot]:
     return BOARDS[config.board](config)
 
 
+def has_apics(config: MachineConfig) -> bool:
+    """Whether its CPUs have local APICs."""
+    return config.board == "pc"
+
+
 class NoPins:
     """Where no CPU is."""
 

@@ -38,6 +38,12 @@ def factory(name: str) -> Factory:
     return cast(Factory, getattr(import_module(module), cpu))
 
 
+def check(name: str, apics: bool) -> None:
+    """Raises RequestError for a backend whose CPUs have no local APIC, where the board has `apics`."""
+    if apics and name == "kvm":
+        raise RequestError("kvm: a board with local APICs runs on the emulated CPU only yet: --backend emu")
+
+
 def probe(name: str) -> str:
     """How this host runs a backend, in one line. Raises BackendError, naming what is missing."""
     module: Any = import_module(factory(name).__module__)

@@ -129,7 +129,8 @@ class RunLoop:
                     if not board.console.found and (stop := self._idle(interruptible, deadline)) is not None:
                         return stop
                 case Shutdown():
-                    return Stopped(StopReason.TRIPLE_FAULT)
+                    if not board.console.found:  # see Halted
+                        return Stopped(StopReason.TRIPLE_FAULT)
                 case Crashed(rip, why):
                     return Fault(rip, why)
                 case unreachable:
@@ -186,14 +187,14 @@ class RunLoop:
         for console, receive in board.receivers:
             if console.typed:
                 console.take(receive)
+        if board.console.found:  # before what the guest has asked for since
+            board.console.found = False
+            return Stopped(StopReason.PATTERN)
         if board.state.request == StopReason.RESET and board.console.lost is not None:
             return Stopped(StopReason.PANIC, why=board.console.lost)  # the request stays for who lets the guest go on
         if board.state.request != "none":
             request, board.state.request = board.state.request, "none"
             return Stopped(StopReason(request), board.state.exit_status)
-        if board.console.found:
-            board.console.found = False
-            return Stopped(StopReason.PATTERN)
         if board.console.lost is not None and self._has_said_all():
             return Stopped(StopReason.PANIC, why=board.console.lost)
         if self._goal.until_ns is not None and self._clock.now_ns() >= self._goal.until_ns:

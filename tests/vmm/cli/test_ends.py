@@ -98,10 +98,19 @@ def test_a_signal_is_named(number):
     assert f"anyhyve: ended by {number.name}, at position " in said.decode()
 
 
+LAST = {
+    "halts": "cli; hlt",
+    "ends": "mov $7, %al; mov $0x501, %edx; out %al, (%dx)",
+    "starts again": "mov $1, %al; out %al, $0x92",
+    "shuts down": "lidt 0x200000; ud2",
+}
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_what_is_shown_just_before_the_guest_halts(run, backend):
+@pytest.mark.parametrize("how", LAST)
+def test_what_is_shown_just_before_the_guest_ends(run, backend, how):
     """On KVM what is written comes a little later than it was."""
-    done = run(saying("AB", "", then="cli; hlt"), "--backend", backend, "--until", "AB")
+    done = run(saying("AB", "", then=LAST[how]), "--backend", backend, "--until", "AB")
     assert b"anyhyve: the console shows AB, " in done.stderr and done.returncode == 0
 
 
