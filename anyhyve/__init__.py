@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snapshot.field_types import u7 as u7
     from snapshot.field_types import u8 as u8
     from snapshot.field_types import u16 as u16
+    from snapshot.field_types import u24 as u24
     from snapshot.field_types import u32 as u32
     from snapshot.field_types import u56 as u56
     from snapshot.field_types import u64 as u64
@@ -64,18 +65,23 @@ if TYPE_CHECKING:
     from vmm.testing import device_machine as device_machine
     from vmm.wires import Alarm as Alarm
     from vmm.wires import Clock as Clock
+    from vmm.wires import Configuration as Configuration
     from vmm.wires import Dma as Dma
     from vmm.wires import ExitRequest as ExitRequest
+    from vmm.wires import Inta as Inta
     from vmm.wires import Line as Line
+    from vmm.wires import Lines as Lines
     from vmm.wires import Msi as Msi
+    from vmm.wires import Placement as Placement
     from vmm.wires import Posting as Posting
     from vmm.wires import ResetRequest as ResetRequest
     from vmm.wires import Transmit as Transmit
+    from vmm.wires import Tsc as Tsc
 
 _MODULES = {  # where each name is from; the imports above are the same for type checkers, and a test compares them
     "snapshot.errors": "SnapshotError",
     "snapshot.schema": "state",
-    "snapshot.field_types": "MaxSize OneOf Range Size i64 u2 u3 u4 u5 u7 u8 u16 u32 u56 u64",
+    "snapshot.field_types": "MaxSize OneOf Range Size i64 u2 u3 u4 u5 u7 u8 u16 u24 u32 u56 u64",
     "snapshot.versions": "downgrade renamed upgrade",
     "vmm.board.config": "DeviceConfig MachineConfig",
     "vmm.board.kinds": "IsaOptions Kind",
@@ -91,7 +97,8 @@ _MODULES = {  # where each name is from; the imports above are the same for type
     "vmm.machine.stop": "Fault Stop StopReason Stopped",
     "vmm.registers": "ANY reads span writes",
     "vmm.testing": "Rig check_device device_machine",
-    "vmm.wires": "Alarm Clock Dma ExitRequest Line Msi Posting ResetRequest Transmit",
+    "vmm.wires": "Alarm Clock Configuration Dma ExitRequest Inta Line Lines Msi Placement Posting ResetRequest "
+    "Transmit Tsc",
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
 

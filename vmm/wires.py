@@ -81,7 +81,7 @@ class Tsc(Protocol):
         ...
 
 
-class Place(Protocol):
+class Placement(Protocol):
     """Puts a bank of the device at an address of its space, or nowhere; told each time that may have moved, and by
     `restored()`."""
 

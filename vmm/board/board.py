@@ -40,7 +40,7 @@ from vmm.wires import (
     Inta,
     Junction,
     Msi,
-    Place,
+    Placement,
     Posting,
     ResetRequest,
     Transmit,
@@ -218,7 +218,7 @@ class Board:
             return BoardTsc(lambda: self._pins)
         if annotation is Configuration:
             return self.pci
-        if annotation is Place:
+        if annotation is Placement:
             return partial(self._place, slot.id)
         if annotation is Dma:
             return RamDma(lambda: self._ram, lambda start, end: self._pins.discard_code(start, end))

@@ -16,6 +16,7 @@ from vmm.control import catalog
 from vmm.control.automatic import Automatic
 from vmm.control.supervisor import Supervisor
 from vmm.control.terminal import Terminal
+from vmm.cpu import backends
 from vmm.errors import BackendError, GuestError, RequestError
 from vmm.guest import origin
 from vmm.machine.machine import Fault, Machine, Stop, StopReason
@@ -176,9 +177,9 @@ class _Drive:
             timeout=asked.timeout,
             silence=asked.silence,
         )
-        if self.machine.position:
+        if backends.counts(self.machine.backend):
             said = f"{said}, at position {self.machine.position}"
-        else:  # a CPU that does not count
+        else:
             said = f"{said}, after {self.machine.clock.now_ns() / 1e9:.3f} s of guest time"
         if self.saved is not None:
             return f"{said}; saved to {self.saved}"

@@ -182,7 +182,8 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
     help="One more device, such as uart,port=0x2a8,irq=5; `anyhyve devices` lists the kinds.",
 )
 @click.option("--board", type=click.Choice(["isapc", "pc"]),
-              help="pc: with PCI, ACPI, APICs and HPET; on the emulated CPU only yet.  [default: isapc]")  # fmt: skip
+              help="Which chips it has: pc has PCI, ACPI, APICs and HPET, on the emulated CPU only yet.  "
+                   "[default: isapc]")  # fmt: skip
 @click.option("--tsc-khz", type=int,
               help=f"Rate of the guest's TSC.  [default: {TSC_KHZ} on emu, the host's own on kvm]")  # fmt: skip
 @_name_option

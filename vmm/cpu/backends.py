@@ -38,6 +38,11 @@ def factory(name: str) -> Factory:
     return cast(Factory, getattr(import_module(module), cpu))
 
 
+def counts(name: str) -> bool:
+    """Whether its CPUs count the code they run: else a machine's position stands still."""
+    return name != "kvm"
+
+
 def check(name: str, apics: bool) -> None:
     """Raises RequestError for a backend whose CPUs have no local APIC, where the board has `apics`."""
     if apics and name == "kvm":

@@ -11,7 +11,7 @@ from typing import Any
 from vmm.board.declared import made
 from vmm.board.slot import Fixed, Lead, Slot
 from vmm.device import Device
-from vmm.wires import UNWIRED, Alarm, Clock, Configuration, Dma, Inta, Line, Lines, Msi, Place, Posting, Tsc, wire
+from vmm.wires import UNWIRED, Alarm, Clock, Configuration, Dma, Inta, Line, Lines, Msi, Placement, Posting, Tsc, wire
 
 RAM_BYTES = 1 << 20
 INTA_VECTOR = 0x30
@@ -99,7 +99,7 @@ class Rig:
             return RigConfiguration(self)
         if annotation is Lines:
             return lambda number, level: self._drive(f"{name} {number}", bool(level))
-        if annotation is Place:
+        if annotation is Placement:
             return self.place
         if annotation is Inta:
             return self.acknowledge

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from snapshot import schema, versions
 from snapshot.errors import SnapshotError
 from tests.vmm.cli.test_main import MAIN, anyhyve, refusal
-from vmm.board.isapc import CHIPS
 from vmm.errors import BackendError, RequestError
 from vmm.machine.machine import Machine
 from vmm.qtest.board import Command, parse
@@ -27,8 +26,9 @@ from vmm.testing import fuzz as engine
 from vmm.testing.actions import Wake
 from vmm.testing.case import shrink
 from vmm.testing.draw import case as drawn
+from vmm.testing.subject import chips
 
-PARTS = [slot.id for slot in CHIPS]
+PARTS = list(chips())
 BROKEN = '''
 from vmm.registers import reads
 from vmm.devices.isa.rtc import Rtc

@@ -19,7 +19,7 @@ from snapshot.schema import state
 from vmm.device import Device, outside
 from vmm.devices.apic.messages import EVERYONE, EXTINT, FIXED, INIT, LOWEST, NMI, EndOfInterrupt, Send
 from vmm.registers import reads, span, writes
-from vmm.wires import Alarm, Clock, Inta, Line, Place, Tsc
+from vmm.wires import Alarm, Clock, Inta, Line, Placement, Tsc
 
 BASE = 0xFEE0_0000
 VERSION = 0x0005_0014  # six LVT entries
@@ -78,7 +78,7 @@ class Lapic(Device[LapicState]):
 
     def __init__(
         self, number: int, clock: Clock, alarm: Alarm, intr: Line, send: Send, eoi: EndOfInterrupt, inta: Inta,
-        event: Line, place: Place, tsc: Tsc,
+        event: Line, place: Placement, tsc: Tsc,
     ) -> None:  # fmt: skip
         super().__init__()
         self.number = number

@@ -12,7 +12,7 @@ from snapshot.field_types import u32
 from snapshot.schema import state
 from vmm.devices.pci.function import Function
 from vmm.registers import ANY, reads, span, writes
-from vmm.wires import Configuration, Dma, Line, Msi, Place
+from vmm.wires import Configuration, Dma, Line, Msi, Placement
 
 S = TypeVar("S")
 _ENABLE, _WRITABLE = 1 << 31, 0x80FF_FFFC
@@ -29,7 +29,7 @@ class HostBridge(Function[S]):
     """Base of host bridges: the mechanism's two registers, banks "address" and "data". The state has a field
     `mechanism`."""
 
-    def __init__(self, place: Place, intx: Line, msi: Msi, dma: Dma, configuration: Configuration) -> None:
+    def __init__(self, place: Placement, intx: Line, msi: Msi, dma: Dma, configuration: Configuration) -> None:
         super().__init__(place, intx, msi, dma)
         self._configuration = configuration
 

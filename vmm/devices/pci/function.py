@@ -28,7 +28,7 @@ from vmm.device import Device
 from vmm.devices.pci import header
 from vmm.devices.pci.header import Field
 from vmm.registers import ANY, reads, span, writes
-from vmm.wires import Dma, Line, Msi, Place
+from vmm.wires import Dma, Line, Msi, Placement
 
 _IO, _MEMORY, _MASTER, _INTX_OFF = 0x001, 0x002, 0x004, 0x400
 _COMMAND = 0x507  # with SERR# enable, which can be written and does nothing
@@ -108,7 +108,7 @@ class Function(Device[S]):
         super().__init_subclass__(**kwargs)
         cls.space = header.Space.of([*_header(cls), *_listed(cls.capabilities), *cls.own])
 
-    def __init__(self, place: Place, intx: Line, msi: Msi, dma: Dma) -> None:
+    def __init__(self, place: Placement, intx: Line, msi: Msi, dma: Dma) -> None:
         super().__init__()
         self._place, self._intx = place, intx
         self._send = msi

@@ -18,7 +18,7 @@ from vmm.device import outside
 from vmm.devices.pci.function import Function, FunctionState
 from vmm.devices.pci.header import Field, kept
 from vmm.registers import reads, writes
-from vmm.wires import Dma, Line, Lines, Msi, Place, ResetRequest
+from vmm.wires import Dma, Line, Lines, Msi, Placement, ResetRequest
 
 ROUTABLE = (3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15)  # interrupts that PIRQs can be (table in 2.1.14)
 PIRQS = 4
@@ -76,7 +76,7 @@ class Piix3(Function[Piix3State]):
         *map(_route, range(PIRQS)),
     )
 
-    def __init__(self, place: Place, intx: Line, msi: Msi, dma: Dma, irqs: Lines, reset: ResetRequest) -> None:
+    def __init__(self, place: Placement, intx: Line, msi: Msi, dma: Dma, irqs: Lines, reset: ResetRequest) -> None:
         super().__init__(place, intx, msi, dma)
         self._irqs, self._reset_system = irqs, reset
 

@@ -21,7 +21,7 @@ from vmm.device import outside
 from vmm.devices.pci.function import Bar, Function, FunctionState
 from vmm.devices.pci.header import Field, kept
 from vmm.registers import ANY, reads, span, writes
-from vmm.wires import Alarm, Clock, Dma, ExitRequest, Line, Msi, Place
+from vmm.wires import Alarm, Clock, Dma, ExitRequest, Line, Msi, Placement
 
 HZ = 3_579_545
 PORTS = 64
@@ -69,7 +69,7 @@ class Piix4Pm(Function[Piix4PmState]):
     )
 
     def __init__(
-        self, place: Place, intx: Line, msi: Msi, dma: Dma, clock: Clock, alarm: Alarm, sci: Line, off: ExitRequest
+        self, place: Placement, intx: Line, msi: Msi, dma: Dma, clock: Clock, alarm: Alarm, sci: Line, off: ExitRequest
     ) -> None:
         super().__init__(place, intx, msi, dma)
         self._clock, self._alarm = clock, alarm

@@ -13,7 +13,7 @@ from vmm.board.pci import PciBus
 from vmm.bus import Bus, Window
 from vmm.devices.pci.header import Field, Space
 from vmm.testing import Rig, check_device
-from vmm.wires import Configuration, Place, wire
+from vmm.wires import Configuration, Placement, wire
 
 IO, MEMORY, MASTER, INTX_OFF = 1, 2, 4, 0x400
 AT = 3 << 3
@@ -36,7 +36,7 @@ class System:
             self.bus.ports.window(self.bridge, bank).map(port)
 
     def _made(self, cls: type) -> Any:
-        ours = {Place: self._place, Configuration: self.pci}
+        ours = {Placement: self._place, Configuration: self.pci}
         return wire(cls, lambda name, annotation: ours.get(annotation) or self.rig.wire({}, name, annotation))
 
     def _place(self, bank: str, base: int | None) -> None:
