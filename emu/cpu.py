@@ -130,9 +130,9 @@ class EmuCpu(Cpu):
                     return Halted(bool(self._engine.eflags.value & _IF))
                 self._halted = False
             goal = _FOREVER if self._stop_at is None else words[_TIME] + self._stop_at - clock.position
-            nearest = min(limit, goal)
-            if self._nmi:  # it is blocked: the handler of another one ends at some block's end
-                limit = nearest = min(nearest, words[_TIME] + 1)
+            # While an NMI is blocked, the handler of the one before ends at some block's end.
+            look = min(limit, words[_TIME] + 1) if self._nmi else limit
+            nearest = min(look, goal)
             if (ended := self._enter(nearest)) is not None:
                 return ended
             # A limit that was lowered meanwhile, by a kick or a rising INTR, is none: what wants to be seen at this
@@ -141,7 +141,7 @@ class EmuCpu(Cpu):
             if not refused or words[_LIMIT] != nearest or not time < nearest < time + refused:
                 continue
             # The next block crosses the limit. A deadline waits for its end; an exact stop goes into it.
-            if nearest == limit:
+            if nearest == look:
                 if (ended := self._enter(time + refused)) is not None:
                     return ended
             elif clock.position + refused > self._stop_at:  # type: ignore[operator]
