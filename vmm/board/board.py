@@ -69,9 +69,9 @@ def slots(config: MachineConfig) -> list[Slot]:
     return BOARDS[config.board](config)
 
 
-def has_apics(config: MachineConfig) -> bool:
-    """Whether its CPUs have local APICs."""
-    return config.board == "pc"
+def has_apics(board: str | None) -> bool:
+    """Whether the CPUs of a board of that name have local APICs."""
+    return board == "pc"
 
 
 class NoPins:

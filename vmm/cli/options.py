@@ -12,6 +12,7 @@ import click
 
 from snapshot.errors import Refused, SnapshotError, check_path
 from snapshot.reader import Reader
+from vmm.board.board import has_apics
 from vmm.board.config import DeviceConfig
 from vmm.cli import show
 from vmm.cpu import backends
@@ -144,7 +145,7 @@ def chosen(backend: str, board: str | Path | None = None) -> str:
     if isinstance(board, Path):
         board = _board_of(board)
     try:
-        backends.check(name, board == "pc")
+        backends.check(name, has_apics(board))
     except RequestError:
         name, why = "emu", f"a board {board} has local APICs, which {name} has not yet"
     show.note(f"backend {name}: {why}")

@@ -76,7 +76,7 @@ def admit(saved: Saved, backend: str, allow: Collection[str] = ()) -> Saved:
     for word in allow:
         if word not in ALLOWABLE:
             raise RequestError(f"nothing is called {word!r} that may differ; there is {', '.join(ALLOWABLE)}")
-    backends.check(backend, has_apics(saved.config))
+    backends.check(backend, has_apics(saved.config.board))
     cpu = backends.factory(backend)
     for state in saved.cpus:
         if (why := cpu.refusal(state)) is not None:
