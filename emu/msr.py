@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from emu.engine import Engine
+from vmm.cpu import apic_msrs
 from vmm.cpu.protocol import Apic
 from vmm.cpu.validity import EFER_BITS, canonical, pat_refused
 
 BASES = (0xC0000100, 0xC0000101, 0xC0000102)  # the engine reads them, and writes what the machine code lets pass
 
-APIC_BASE, TSC_DEADLINE = 0x1B, 0x6E0
-_ZERO = (0xC0010055,)  # what kernels ask of the model's vendor: interrupts pending (APM vol. 2; no C1E)
 _CANONICAL = (*BASES, 0xC0000082, 0xC0000083)
 
 
@@ -45,14 +44,7 @@ class Msrs:
             return self._tsc()
         if number in (0x174, 0x175, 0x176, 0xC0000080):
             return self._engine.read_msr(number)
-        if self._apic is not None:
-            if number == APIC_BASE:
-                return self._apic.base()
-            if number == TSC_DEADLINE:
-                return self._apic.deadline_msr()
-            if number in _ZERO:
-                return 0
-        return None
+        return None if self._apic is None else apic_msrs.read(self._apic, number)
 
     def write(self, number: int, value: int) -> bool:
         if number in _CANONICAL and not canonical(value):
@@ -74,10 +66,6 @@ class Msrs:
             self._engine.write_msr(number, value & ~0x400 | old & 0x400)  # LMA is read-only
         elif number in (0x174, 0x175, 0x176):
             self._engine.write_msr(number, value & 0xFFFFFFFF)  # 32 bits on the model's vendor (APM vol. 2, 6.1.2)
-        elif number == APIC_BASE and self._apic is not None:
-            return self._apic.set_base(value)
-        elif number == TSC_DEADLINE and self._apic is not None:
-            self._apic.set_deadline_msr(value)
         else:
-            return False
+            return self._apic is not None and apic_msrs.write(self._apic, number, value)
         return True

@@ -200,6 +200,15 @@ class MsrFilter(ctypes.Structure):
 MSR_FILTER_DEFAULT_DENY, MSR_FILTER_READ, MSR_FILTER_WRITE = 1, 1, 2
 
 
+class EnableCap(ctypes.Structure):
+    """struct kvm_enable_cap"""
+
+    _fields_ = [("cap", c_uint32), ("flags", c_uint32), ("args", c_uint64 * 4), ("padding", c_uint8 * 64)]
+
+
+MSR_EXIT_FILTER = 1 << 2  # of the argument of CAP_X86_USER_SPACE_MSR: those that the filter denies
+
+
 class CoalescedZone(ctypes.Structure):
     """struct kvm_coalesced_mmio_zone"""
 
@@ -228,6 +237,7 @@ for _structure, _size in (
     (MemoryRegion, 32),
     (MsrFilterRange, 24),
     (MsrFilter, 392),
+    (EnableCap, 104),
     (CoalescedZone, 16),
     (GuestDebug, 72),
 ):
@@ -274,11 +284,13 @@ GET_MSRS = _iowr(0x88, 8)
 SET_MSRS = _iow(0x89, 8)
 SET_SIGNAL_MASK = _iow(0x8B, 4)
 SET_CPUID2 = _iow(0x90, 8)
+NMI = _io(0x9A)
 SET_GUEST_DEBUG = _iow(0x9B, 72)
 GET_VCPU_EVENTS = _ior(0x9F, 64)
 SET_VCPU_EVENTS = _iow(0xA0, 64)
 GET_DEBUGREGS = _ior(0xA1, 128)
 SET_DEBUGREGS = _iow(0xA2, 128)
+ENABLE_CAP = _iow(0xA3, 104)
 SET_TSC_KHZ = _io(0xA2)
 GET_TSC_KHZ = _io(0xA3)
 GET_XSAVE = _ior(0xA4, 4096)
@@ -295,6 +307,7 @@ REQUIRED = {
     "XSAVE": 55,
     "GET_TSC_KHZ": 61,
     "IMMEDIATE_EXIT": 136,
+    "X86_USER_SPACE_MSR": 188,
     "X86_MSR_FILTER": 189,
 }
 CAP_SET_TSS_ADDR, CAP_COALESCED_MMIO, CAP_SET_IDENTITY_MAP_ADDR = 4, 15, 37
@@ -304,9 +317,11 @@ MEM_READONLY = 1 << 1
 # --- struct kvm_run: offsets in bytes
 RUN_WINDOW, RUN_IMMEDIATE_EXIT, RUN_REASON, RUN_READY, RUN_IF = 0, 1, 8, 12, 13
 RUN_CR8, RUN_EXIT = 16, 32  # RUN_EXIT: the union of what each reason has to say
+RUN_MSR_INDEX, RUN_MSR_DATA = RUN_EXIT + 12, RUN_EXIT + 16
 
 EXIT_IO, EXIT_DEBUG, EXIT_HLT, EXIT_MMIO = 2, 4, 5, 6
 EXIT_IRQ_WINDOW_OPEN, EXIT_SHUTDOWN, EXIT_FAIL_ENTRY, EXIT_INTERNAL_ERROR = 7, 8, 9, 17
+EXIT_SET_TPR, EXIT_RDMSR, EXIT_WRMSR = 11, 29, 30
 INTERNAL_ERROR_EMULATION = 1
 
 # --- struct kvm_coalesced_mmio_ring: first and last u32, then entries of 24 bytes {u64 addr, u32 len, u32 pio, u8[8]}

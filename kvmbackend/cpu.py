@@ -20,9 +20,22 @@ from kvmbackend.alarm import Alarm
 from kvmbackend.step import Stepper
 from kvmbackend.time_keeper import TimeKeeper, now
 from kvmbackend.vm import Vm
-from vmm.clock import BYTES_PER_NS, GuestClock, Word
-from vmm.cpu import backends, paging, rep
-from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Crashed, Exit, Expired, Halted, Intr, IoBus, Kicked, Shutdown
+from vmm.clock import BYTES_PER_NS, LAST_NS, GuestClock, Word
+from vmm.cpu import apic_msrs, backends, paging, rep
+from vmm.cpu.protocol import (
+    REGISTERS,
+    Apic,
+    Cpu,
+    CpuState,
+    Crashed,
+    Exit,
+    Expired,
+    Halted,
+    Intr,
+    IoBus,
+    Kicked,
+    Shutdown,
+)
 from vmm.dirty_pages import PAGE
 from vmm.errors import BackendError, RequestError
 from vmm.ram import Ram
@@ -32,15 +45,17 @@ _IMMEDIATE_EXIT, _WINDOW, _READY, _IF = abi.RUN_IMMEDIATE_EXIT, abi.RUN_WINDOW, 
 _REASON32, _EXIT32, _EXIT64, _CR8 = abi.RUN_REASON // 4, abi.RUN_EXIT // 4, abi.RUN_EXIT // 8, abi.RUN_CR8 // 8
 _RIP = REGISTERS.index("rip")
 _IO, _MMIO, _HLT, _RUN = abi.EXIT_IO, abi.EXIT_MMIO, abi.EXIT_HLT, abi.RUN
+_LOOK_NS = 50_000
+_LEAST_NS = 100_000  # of a run: a timer that is faster than a run costs leaves a guest no time for itself
 
 
 class KvmCpu(Cpu):
     """One CPU of KVM's over shared RAM."""
 
     def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> None:
-        backends.check("kvm", intr.apic is not None)
         self._ram, self._bus, self._intr, self._clock = ram, bus, intr, clock
-        self._vm = vm = Vm(ram)
+        self._apic = intr.apic
+        self._vm = vm = Vm(ram, self._apic is not None)
         self._vcpu = vm.vcpu
         try:
             vm.set_tsc_khz(clock.tsc_khz)
@@ -53,6 +68,8 @@ class KvmCpu(Cpu):
         self._ring32 = None if vm.ring is None else vm.ring.cast("I")
         self._words = clock.words
         self._pin = False
+        self._nmi = False  # one waits at the local APIC
+        self._cr8 = self._base = 0  # CR8 and IA32_APIC_BASE, as KVM was told last
         self._kicked = False
         self._halted = False
         self._a20 = True
@@ -62,7 +79,7 @@ class KvmCpu(Cpu):
         self._stepper: Stepper | None = None
         self._regs = abi.Regs()
         self._exits = {"port_in": 0, "port_out": 0, "posted": 0, "mmio": 0, "interrupt": 0, "window": 0, "halt": 0,
-                       "signal": 0, "emulated": 0}  # fmt: skip
+                       "signal": 0, "emulated": 0, "msr": 0}  # fmt: skip
 
     # --- the protocol
 
@@ -72,8 +89,10 @@ class KvmCpu(Cpu):
         if self._ram_shown != self._ram.changes:
             self._ram_shown = self._ram.changes
             self._vm.map_ram(self._a20)
+        if self._apic is not None:
+            self._show_apic(self._apic)
         if self._halted:
-            if not (self._pin and run8[_IF]):
+            if not ((self._pin and run8[_IF]) or (self._nmi and not state.nmi_waits(self._vcpu))):
                 if self._kicked:
                     self._kicked = False
                     return Kicked()
@@ -84,7 +103,7 @@ class KvmCpu(Cpu):
             return Expired()
         self._alarm.enter()
         try:
-            self._alarm.set(left_ns)
+            self._alarm.set(max(left_ns, _LEAST_NS))
             return self._enter(limit)
         finally:
             self._alarm.leave()
@@ -98,13 +117,14 @@ class KvmCpu(Cpu):
         self._pin = level
 
     def nmi(self, level: bool) -> None:
-        raise AssertionError("there is no local APIC")
+        self._nmi = level
 
     def tsc(self) -> int:
-        raise AssertionError("there is no local APIC")
+        return self._time.tsc()
 
     def tsc_reaches(self, value: int) -> int | None:
-        raise AssertionError("there is no local APIC")
+        when_ns = self._time.reaches(value)
+        return when_ns if when_ns < LAST_NS else None
 
     def set_a20(self, enabled: bool) -> None:
         if enabled != self._a20:
@@ -135,6 +155,8 @@ class KvmCpu(Cpu):
             self._pin = self._intr.pending()
             self._stepper.interrupt(vector)
         if entered:
+            if self._nmi and not interrupted:
+                self._offer_nmi()
             self._stepper.enter(arrive)
         else:
             start = self.registers()[_RIP]
@@ -144,12 +166,15 @@ class KvmCpu(Cpu):
         self._take_posted()
 
     def save(self) -> CpuState:
-        return state.save(self._vcpu, self._halted, self._time.tsc())
+        saved = state.save(self._vcpu, self._halted, self._time.tsc())
+        if self._apic is not None:
+            saved.cr8 = self._apic.task_priority()
+        return saved
 
     def load(self, saved: CpuState) -> None:
-        state.load(self._vcpu, saved)
+        state.load(self._vcpu, saved, self._base)
         self._clock.prepaid = 0  # time is not counted in code here: what was paid for and not run is forgotten
-        self._run64[_CR8] = saved.cr8
+        self._run64[_CR8] = self._cr8 = saved.cr8
         self._halted = saved.halted
         self._time.set(saved.tsc)
         self._look()
@@ -204,9 +229,13 @@ class KvmCpu(Cpu):
     def _enter(self, end: int) -> Exit:
         """Run until guest time `end` (in quarters of a ns), a halt, a kick or a failure."""
         vcpu, run8, run32, run64, words = self._vcpu, self._run8, self._run32, self._run64, self._words
-        exits, ring, keeper = self._exits, self._ring32, self._time
+        exits, ring, keeper, apic = self._exits, self._ring32, self._time, self._apic
         port_in, port_out = self._bus.port_in, self._bus.port_out
         while True:
+            if self._nmi:
+                self._offer_nmi()
+            if self._cr8 and apic is not None and apic.waits_for_task_priority():
+                self._alarm.set(_LOOK_NS)  # not every KVM tells of a CR8 that is lowered
             if self._pin and not run8[_IMMEDIATE_EXIT]:
                 self._offer_interrupt()
             try:
@@ -221,8 +250,12 @@ class KvmCpu(Cpu):
                     run8[_IMMEDIATE_EXIT] = 0
                     return Kicked()
                 run8[_IMMEDIATE_EXIT] = 0
+                if apic is not None:
+                    self._take_cr8(apic)
+                    self._show_apic(apic)
                 if words[_TIME] >= end:
                     return Expired()
+                self._alarm.set(-(-(end - words[_TIME]) // BYTES_PER_NS))
                 continue
             except OSError as error:
                 return Crashed(self._rip(), f"KVM_RUN: {error.strerror}")
@@ -230,8 +263,11 @@ class KvmCpu(Cpu):
             host = now()
             passed = host - keeper.host_ns
             keeper.host_ns = host
+            keeper.seen_ns += passed
             words[_SKIPPED_NS] += passed
             words[_TIME] += passed * BYTES_PER_NS
+            if apic is not None:
+                self._take_cr8(apic)
             if ring is not None and ring[0] != ring[1]:
                 self._take_posted()
             reason = run32[_REASON32]
@@ -252,7 +288,6 @@ class KvmCpu(Cpu):
             elif reason == _MMIO:
                 self._mmio()
             elif (stop := self._rare(reason)) is not None:
-                keeper.stop()
                 return stop
             if words[_TIME] >= end:
                 run8[_IMMEDIATE_EXIT] = 1
@@ -269,6 +304,27 @@ class KvmCpu(Cpu):
             ioctl(self._vcpu, abi.INTERRUPT, vector.to_bytes(4, "little"))
             run8[_READY] = 0
         run8[_WINDOW] = self._pin
+
+    def _offer_nmi(self) -> None:
+        """Hand an NMI over where the CPU can take it, else look again soon: KVM does not tell of an IRET."""
+        assert self._apic is not None
+        if state.nmi_waits(self._vcpu):
+            self._alarm.set(_LOOK_NS)
+        elif self._apic.take_nmi():
+            ioctl(self._vcpu, abi.NMI, 0)
+
+    def _take_cr8(self, apic: Apic) -> None:
+        """The guest may have written CR8."""
+        if (cr8 := self._run64[_CR8]) != self._cr8:
+            self._cr8 = cr8
+            apic.set_task_priority(cr8)
+
+    def _show_apic(self, apic: Apic) -> None:
+        """What the local APIC has of the CPU's registers is shown to KVM."""
+        self._run64[_CR8] = self._cr8 = apic.task_priority()
+        if (base := apic.base()) != self._base:
+            self._base = base
+            state.set_apic_base(self._vcpu, base)
 
     def _serve(self, reason: int) -> None:
         """What _enter does with an exit, without its haste."""
@@ -299,6 +355,8 @@ class KvmCpu(Cpu):
             self._bus.mmio_write(address, size, int.from_bytes(data, "little"))
         else:
             data[:] = self._bus.mmio_read(address, size).to_bytes(size, "little")
+        if self._apic is not None:
+            self._run64[_CR8] = self._cr8 = self._apic.task_priority()
 
     def _rare(self, reason: int) -> Exit | None:
         """What happens less often than I/O. None: go on."""
@@ -310,6 +368,11 @@ class KvmCpu(Cpu):
             case abi.EXIT_IRQ_WINDOW_OPEN:
                 self._exits["window"] += 1
                 return None
+            case abi.EXIT_SET_TPR:
+                return None  # CR8 is looked at after every exit
+            case abi.EXIT_RDMSR | abi.EXIT_WRMSR:
+                self._msr(reason == abi.EXIT_WRMSR)
+                return None
             case abi.EXIT_SHUTDOWN:
                 return Shutdown()
             case abi.EXIT_INTERNAL_ERROR if self._run32[_EXIT32] == abi.INTERNAL_ERROR_EMULATION:
@@ -320,6 +383,24 @@ class KvmCpu(Cpu):
                 return Crashed(self._rip(), f"the CPU refuses this state (reason {self._run64[_EXIT64]:#x})")
             case _:
                 return Crashed(self._rip(), f"KVM exits for a reason nobody asked for ({reason})")
+
+    def _msr(self, write: bool) -> None:
+        """An MSR that KVM leaves to us; what is none is #GP(0)."""
+        assert self._apic is not None
+        self._exits["msr"] += 1
+        run64, number = self._run64, self._run32[abi.RUN_MSR_INDEX // 4]
+        data = abi.RUN_MSR_DATA // 8
+        if write and number == state.TSC:
+            self._time.set(run64[data])
+            self._apic.tsc_moved()
+            refused = False
+        elif write:
+            refused = not apic_msrs.write(self._apic, number, run64[data])
+        else:
+            value = apic_msrs.read(self._apic, number)
+            refused, run64[data] = value is None, value or 0
+        self._run8[abi.RUN_EXIT] = refused
+        self._run8[_IMMEDIATE_EXIT] = 1  # to be done whole, before KVM is told of another IA32_APIC_BASE
 
     def _take_posted(self) -> None:
         """The writes that wait in the ring, in their order; they came before whatever left the guest now."""
@@ -353,8 +434,8 @@ class KvmCpu(Cpu):
                 return stop
             case Halted():
                 self._halted = True
-        state.load(self._vcpu, finisher.save())
-        self._run64[_CR8] = before.cr8
+        state.load(self._vcpu, finisher.save(), self._base)
+        self._run64[_CR8] = self._cr8 = before.cr8
         self._look()
         return stop if self._halted else None
 

@@ -32,7 +32,6 @@ MSRS = {
     "pat": 0x277,
 }
 _RESET = CpuState()
-_APIC_ENABLED = 1 << 11  # IA32_APIC_BASE (SDM vol. 3, 11.4.4)
 
 # Our state does not tell the shadow of STI from that of MOV SS. This one is valid whatever IF is (SDM vol. 3,
 # 26.3.1.5).
@@ -74,8 +73,9 @@ def save(vcpu: int, halted: bool, tsc: int) -> CpuState:
     )
 
 
-def load(vcpu: int, state: CpuState) -> None:
+def load(vcpu: int, state: CpuState, apic_base: int = 0) -> None:
     """Make `state` the CPU's; the TSC is left to the caller. Raises BackendError for what the host refuses.
+    `apic_base` is IA32_APIC_BASE, which says whether CPUID shows an APIC.
 
     The order is KVM's: control registers before what they give a meaning to, events last."""
     sregs = abi.Sregs()
@@ -90,7 +90,7 @@ def load(vcpu: int, state: CpuState) -> None:
         setattr(sregs, theirs, abi.Table(base=table.base, limit=table.limit))
     for name in _CONTROL:
         setattr(sregs, name, getattr(state, name))
-    sregs.apic_base &= ~_APIC_ENABLED  # there is no APIC; left on, KVM would show one in CPUID
+    sregs.apic_base = apic_base
     sregs.interrupt_bitmap = (ctypes.c_uint64 * 4)()
     abi.call("the segments and control registers are not valid together", vcpu, abi.SET_SREGS, sregs)
     regs = abi.Regs(*(getattr(state, name) for name in abi.REGS))
@@ -105,6 +105,21 @@ def load(vcpu: int, state: CpuState) -> None:
         if not write_msr(vcpu, number, value) and value != getattr(_RESET, name):
             raise BackendError(f"cpu.{name}: this host's KVM refuses {value:#x} for MSR {number:#x}")
     abi.call("the pending event is not valid", vcpu, abi.SET_VCPU_EVENTS, _events(state))
+
+
+def set_apic_base(vcpu: int, value: int) -> None:
+    """IA32_APIC_BASE, which KVM shows in CPUID and does no more with."""
+    sregs = abi.Sregs()
+    abi.call("KVM_GET_SREGS", vcpu, abi.GET_SREGS, sregs)
+    sregs.apic_base = value
+    abi.call("KVM_SET_SREGS", vcpu, abi.SET_SREGS, sregs)
+
+
+def nmi_waits(vcpu: int) -> bool:
+    """Whether an NMI that came now would have to: one is being handled, or taken."""
+    events = abi.VcpuEvents()
+    abi.call("KVM_GET_VCPU_EVENTS", vcpu, abi.GET_VCPU_EVENTS, events)
+    return bool(events.nmi_masked or events.nmi_injected or events.nmi_pending)
 
 
 def read_msr(vcpu: int, number: int, otherwise: int = 0) -> int:

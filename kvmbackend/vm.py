@@ -21,15 +21,16 @@ _MIB = 1 << 20
 # Three pages the kernel wants below 4 GiB on hosts that cannot run real mode natively: in the hole, where no RAM is.
 _IDENTITY_MAP, _TSS = 0xFFFBC000, 0xFFFBD000
 
-# (first, last): an access of any other MSR is #GP(0), as on the emulated CPU.
-_MSR_RANGES = ((0x10, 0x10), (0x174, 0x176), (0x277, 0x277), (0xC0000080, 0xC0000084), (0xC0000100, 0xC0000103))
+# (first, last): an access of any other MSR is #GP(0), as on the emulated CPU; or ours to answer, of a CPU with an APIC.
+_MSR_RANGES = ((0x174, 0x176), (0x277, 0x277), (0xC0000080, 0xC0000084), (0xC0000100, 0xC0000103))
 
 
 class Vm:
-    """`vcpu` is the CPU's descriptor, `run` its shared page, `ring` the page of posted writes (None: not here)."""
+    """`vcpu` is the CPU's descriptor, `run` its shared page, `ring` the page of posted writes (None: not here). `apic`:
+    the CPU has a local APIC, which is the board's. Then MSRs that KVM has not got, and writes of the TSC, are exits."""
 
-    def __init__(self, ram: Ram) -> None:
-        self._ram = ram
+    def __init__(self, ram: Ram, apic: bool = False) -> None:
+        self._ram, self._apic = ram, apic
         self._descriptors: list[int] = []
         self._slots = 0
         try:
@@ -65,18 +66,26 @@ class Vm:
     def _allow_msrs(self) -> None:
         wanted: Any = abi.MsrFilter(flags=abi.MSR_FILTER_DEFAULT_DENY)
         bitmap = ctypes.create_string_buffer(b"\xff" * 8)
-        for place, (first, last) in zip(wanted.ranges, _MSR_RANGES, strict=False):
-            place.flags = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
+        both = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
+        tsc = abi.MSR_FILTER_READ if self._apic else both
+        ranges = [(state.TSC, state.TSC, tsc), *((first, last, both) for first, last in _MSR_RANGES)]
+        for place, (first, last, flags) in zip(wanted.ranges, ranges, strict=False):
+            place.flags = flags
             place.base, place.nmsrs, place.bitmap = first, last - first + 1, ctypes.addressof(bitmap)
         abi.call("KVM_X86_SET_MSR_FILTER", self._vm, abi.SET_MSR_FILTER, wanted)
+        if self._apic:
+            exits = abi.EnableCap(cap=abi.REQUIRED["X86_USER_SPACE_MSR"])
+            exits.args[0] = abi.MSR_EXIT_FILTER
+            abi.call("KVM_ENABLE_CAP: MSRs in user space", self._vm, abi.ENABLE_CAP, exits)
 
     def _set_cpuid(self, system: int) -> None:
         host = supported_cpuid(system)
         # What KVM does not offer but the processor has runs natively, or comes back to us to be finished.
         if lacking := [name for name in cpu_model.lacking(host) if name not in _processor_flags()]:
             raise BackendError(f"kvm: this host's CPU has not got {', '.join(lacking)} of {cpu_model.MODEL_NAME}")
-        model: Any = abi.Cpuid(nent=len(cpu_model.CPUID))
-        for entry, (leaf, registers) in zip(model.entries, cpu_model.CPUID.items(), strict=False):
+        leaves = cpu_model.CPUID_WITH_APIC if self._apic else cpu_model.CPUID
+        model: Any = abi.Cpuid(nent=len(leaves))
+        for entry, (leaf, registers) in zip(model.entries, leaves.items(), strict=False):
             entry.function = leaf
             entry.eax, entry.ebx, entry.ecx, entry.edx = registers
         abi.call("KVM_SET_CPUID2", self.vcpu, abi.SET_CPUID2, model)

@@ -37,6 +37,10 @@ class Apics:
         for apic in named:
             apic.accept(mode, vector, level)
 
+    def make_nmis(self) -> bool:
+        """Whether a line leads to an NMI: a CPU that halts with interrupts off may be waiting for it."""
+        return any(apic.makes_nmis() for apic in self.locals) or any(apic.makes_nmis() for apic in self._io)
+
     def message(self, address: int, data: int) -> None:
         """A device's write to memory, which is an interrupt message where its address is one."""
         if (sent := from_msi(address, data)) is not None:

@@ -69,11 +69,6 @@ def slots(config: MachineConfig) -> list[Slot]:
     return BOARDS[config.board](config)
 
 
-def has_apics(board: str | None) -> bool:
-    """Whether the CPUs of a board of that name have local APICs."""
-    return board == "pc"
-
-
 class NoPins:
     """Where no CPU is."""
 

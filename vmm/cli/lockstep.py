@@ -42,7 +42,7 @@ def lockstep(file: Path, backend: str, against: str, instructions: int, save_pai
     Exit status 0: they agree so far; 1: they differ, which standard output tells, or they cannot be compared, which
     standard error tells."""
     if backend == "auto":
-        backend = chosen(backend, file)
+        backend = chosen(backend)
     for name in {backend, against} - {"emu"} if "emu" in (backend, against) else ():
         if (why_not := selftest.findings(name).stepping) is not None:
             raise BackendError(f"{name}: {why_not}: what differs would be this host's, not the guest's")

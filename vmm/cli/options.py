@@ -10,13 +10,10 @@ from typing import Any
 
 import click
 
-from snapshot.errors import Refused, SnapshotError, check_path
-from snapshot.reader import Reader
-from vmm.board.board import has_apics
+from snapshot.errors import Refused, check_path
 from vmm.board.config import DeviceConfig
 from vmm.cli import show
 from vmm.cpu import backends
-from vmm.errors import RequestError
 from vmm.saving.saved import ALLOWABLE
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -133,29 +130,13 @@ force_option = click.option("--force", is_flag=True, help="Replace any file, als
 pack_option = click.option("--pack", "packed", is_flag=True, help="Pack the RAM with zstd.")
 
 
-def chosen(backend: str, board: str | Path | None = None) -> str:
-    """The name of the CPU that --backend means here, for a machine of that board, or of the one in a snapshot. Raises
-    RequestError when there is none of that name."""
+def chosen(backend: str) -> str:
+    """The name of the CPU that --backend means here. Raises RequestError when there is none of that name."""
     if backend != "auto":
         backends.factory(backend)
         return backend
     from vmm.debug import selftest
 
     name, why = selftest.choose()
-    if isinstance(board, Path):
-        board = _board_of(board)
-    try:
-        backends.check(name, has_apics(board))
-    except RequestError:
-        name, why = "emu", f"a board {board} has local APICs, which {name} has not yet"
     show.note(f"backend {name}: {why}")
     return name
-
-
-def _board_of(file: Path) -> str | None:
-    """Of a snapshot; None where it does not say: whoever reads it says why."""
-    try:
-        with Reader(file) as reader:
-            return str(reader.parts["config"].state.get("board"))
-    except (SnapshotError, OSError, LookupError):
-        return None

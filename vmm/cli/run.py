@@ -210,7 +210,7 @@ def run(
         append = append if "append" in given else None
         _only_with_a_kernel(kernel, initrd, append is not None, flat)
     asked = _asked(**goal)
-    backend = chosen(backend, board if waking is None else waking)
+    backend = chosen(backend)
     if waking is not None:
         with Machine.restore(waking, backend, bind=_bind(bind)) as machine:
             _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz,
@@ -282,8 +282,7 @@ def _wake(
 ) -> None:  # fmt: skip
     _only_with_a_kernel(kernel, initrd, append is not None)
     asked = _asked(**goal)
-    file = find()
-    with Machine.restore(file, chosen(backend, file), verify=verify, allow=allow, bind=_bind(bind)) as machine:
+    with Machine.restore(find(), chosen(backend), verify=verify, allow=allow, bind=_bind(bind)) as machine:
         _give_image(machine, kernel, initrd, append)
         if clock == "catch-up":
             machine.catch_up()

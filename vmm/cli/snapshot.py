@@ -127,7 +127,7 @@ def verify(file: Path) -> None:
 @click.option("--quick", is_flag=True, help="Do not read RAM: it may be damaged all the same.")
 def check(file: Path, backend: str, allow: tuple[str, ...], quick: bool) -> None:
     """Say whether a snapshot will load here, and if not why. Nothing is made or changed."""
-    backend = chosen(backend, file)
+    backend = chosen(backend)
     Machine.check(file, backend, verify=not quick, allow=allow)
     view.line(f"{file}: will load on {backend}")
     if (why_not := selftest.findings(backend).runs) is not None:

@@ -43,12 +43,6 @@ def counts(name: str) -> bool:
     return name != "kvm"
 
 
-def check(name: str, apics: bool) -> None:
-    """Raises RequestError for a backend whose CPUs have no local APIC, where the board has `apics`."""
-    if apics and name == "kvm":
-        raise RequestError("kvm: a board with local APICs runs on the emulated CPU only yet: --backend emu")
-
-
 def probe(name: str) -> str:
     """How this host runs a backend, in one line. Raises BackendError, naming what is missing."""
     module: Any = import_module(factory(name).__module__)

@@ -1,6 +1,6 @@
 """The one CPU model both backends present: `x86-64-v2`, what the emulated CPU and any KVM host of ten years can do.
 
-No AVX, XSAVE, APIC, MTRR, RDRAND or hypervisor leaves. References: SDM vol. 2 CPUID; AMD APM vol. 3 appendix E.
+No AVX, XSAVE, MTRR, RDRAND or hypervisor leaves. References: SDM vol. 2 CPUID; AMD APM vol. 3 appendix E.
 """
 
 from __future__ import annotations
@@ -45,21 +45,30 @@ CPUID: dict[int, tuple[int, int, int, int]] = {
 }
 
 
-_APIC, _APIC_ENABLED, _TSC_DEADLINE, _ARAT = 1 << 9, 1 << 11, 1 << 24, 1 << 2
+_APIC, _APIC_ENABLED, _ARAT = 1 << 9, 1 << 11, 1 << 2
+_TSC_DEADLINE, _HYPERVISOR = 1 << 24, 1 << 31
+
+
+def _with_apic() -> dict[int, tuple[int, int, int, int]]:
+    eax, ebx, ecx, edx = CPUID[1]
+    return {
+        **CPUID,
+        0: (6, *CPUID[0][1:]),
+        # Told that this is a hypervisor's, kernels do not look for the counters of a processor.
+        1: (eax, ebx, ecx | _TSC_DEADLINE | _HYPERVISOR, edx | _APIC),
+        6: (_ARAT, 0, 0, 0),  # its timer always runs
+    }
+
+
+CPUID_WITH_APIC = _with_apic()  # of a CPU that has a local APIC, which is enabled
 
 
 def cpuid(leaf: int, subleaf: int, apic_base: int | None = None) -> tuple[int, int, int, int]:
     """EAX, EBX, ECX, EDX. Leaves beyond the highest answer zero, as AMD's do. `apic_base` is IA32_APIC_BASE of a CPU
-    that has a local APIC: it has then leaf 6, a timer that always runs."""
-    eax, ebx, ecx, edx = CPUID.get(leaf, (0, 0, 0, 0))
-    if apic_base is not None:
-        match leaf:
-            case 0:
-                eax = 6
-            case 1:
-                ecx, edx = ecx | _TSC_DEADLINE, edx | (_APIC if apic_base & _APIC_ENABLED else 0)
-            case 6:
-                eax = _ARAT
+    that has a local APIC."""
+    eax, ebx, ecx, edx = (CPUID if apic_base is None else CPUID_WITH_APIC).get(leaf, (0, 0, 0, 0))
+    if leaf == 1 and apic_base is not None and not apic_base & _APIC_ENABLED:
+        edx &= ~_APIC
     return eax, ebx, ecx, edx
 
 

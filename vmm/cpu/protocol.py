@@ -72,6 +72,7 @@ class Apic(Protocol):
     def tsc_moved(self) -> None: ...  # the TSC was written
     def task_priority(self) -> int: ...  # CR8
     def set_task_priority(self, value: int) -> None: ...
+    def waits_for_task_priority(self) -> bool: ...  # an interrupt does, for a lower one
     def take_nmi(self) -> bool: ...  # whether one waits: it waits no more
 
 

@@ -241,7 +241,7 @@ class RunLoop:
 
     def _idle(self, interruptible: bool, deadline: int | None) -> Stop | None:
         """The CPU halted: time skips to the next event."""
-        if not interruptible:
+        if not interruptible and not self._board.apics.make_nmis():
             return Stopped(StopReason.HALTED, why="with interrupts off")
         if deadline is None:
             if not self.awaits_input:

@@ -11,7 +11,6 @@ from snapshot.chain import Chain
 from snapshot.errors import SnapshotError
 from snapshot.reader import Part as FilePart
 from snapshot.reader import RamImage, decode_part
-from vmm.board.board import has_apics
 from vmm.board.config import MAX_MEMORY, MachineConfig
 from vmm.clock import LARGEST_BLOCK, ClockState
 from vmm.cpu import backends, validity
@@ -76,7 +75,6 @@ def admit(saved: Saved, backend: str, allow: Collection[str] = ()) -> Saved:
     for word in allow:
         if word not in ALLOWABLE:
             raise RequestError(f"nothing is called {word!r} that may differ; there is {', '.join(ALLOWABLE)}")
-    backends.check(backend, has_apics(saved.config.board))
     cpu = backends.factory(backend)
     for state in saved.cpus:
         if (why := cpu.refusal(state)) is not None:

@@ -9,10 +9,6 @@ import pytest
 
 from tests.conftest import OWN
 from tests.vmm.conftest import OnTerminal, eventually
-from vmm.cli import options
-from vmm.debug import selftest
-from vmm.guest.image import Image
-from vmm.machine.machine import Machine, MachineConfig
 
 BOOT = ("run", "--kernel", OWN, "--flat", "--memory", "16M")
 WITHOUT = {
@@ -162,21 +158,3 @@ def test_boards(anyhyve, tmp_path):
     other = anyhyve("run", "-r", tmp_path / "pc", "--board", "isapc")
     assert other.returncode == 1 and b"board: the snapshot has pc, not isapc" in other.stderr
     assert anyhyve(*BOOT, "--board", "q35").returncode == 2
-
-
-def test_kvm_has_one_board_yet(anyhyve, kvm, tmp_path):
-    anyhyve(*BOOT, "--board", "pc", "--at", 1_000_000, "--save", tmp_path / "pc", check=True)
-    for command in ((*BOOT, "--board", "pc"), ("restore", tmp_path / "pc"), ("snapshot", "check", tmp_path / "pc")):
-        refused = anyhyve(*command, "--backend", "kvm")
-        assert refused.returncode == 1
-        assert b"a board with local APICs runs on the emulated CPU only yet" in refused.stderr
-
-
-def test_auto_looks_at_the_board(monkeypatch, tmp_path):
-    monkeypatch.setattr(selftest, "choose", lambda: ("kvm", "ready"))
-    image = Image(b"\xf4", flat=True)
-    for board, backend in (("isapc", "kvm"), ("pc", "emu")):
-        with Machine.boot(MachineConfig(memory_bytes=2 << 20, board=board), image) as machine:
-            machine.save(tmp_path / board)
-        assert options.chosen("auto", board) == options.chosen("auto", tmp_path / board) == backend
-    assert options.chosen("auto", tmp_path / "nowhere") == "kvm"

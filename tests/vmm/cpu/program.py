@@ -181,9 +181,10 @@ def echo_program(port: int) -> str:
 class Program:
     """A program on a machine."""
 
-    def __init__(self, source: str, backend: str = "emu", memory: int = 16 << 20) -> None:
+    def __init__(self, source: str, backend: str = "emu", memory: int = 16 << 20, board: str = "isapc") -> None:
         code, self.labels = assemble(PRELUDE + source)
-        self.machine = Machine.boot(MachineConfig(memory_bytes=memory), Image(code, flat=True), backend)
+        config = MachineConfig(memory_bytes=memory, board=board)
+        self.machine = Machine.boot(config, Image(code, flat=True), backend)
 
     def finish(self) -> Program:
         stop = self.machine.run()

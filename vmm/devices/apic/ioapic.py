@@ -18,7 +18,7 @@ from typing import Annotated
 from snapshot.field_types import Size, u4, u5, u8, u24, u64
 from snapshot.schema import state
 from vmm.device import Device, invariant, outside
-from vmm.devices.apic.messages import EXTINT, SMI, Send
+from vmm.devices.apic.messages import EXTINT, NMI, SMI, Send
 from vmm.registers import reads, writes
 
 PINS = 24
@@ -70,6 +70,10 @@ class IoApic(Device[IoApicState]):
             if entry & (_LEVEL | _REMOTE_IRR | _VECTOR) == _LEVEL | _REMOTE_IRR | vector:
                 self._put(pin, entry & ~_REMOTE_IRR)
                 self._deliver_level(pin)
+
+    def makes_nmis(self) -> bool:
+        """Whether what comes to an input is an NMI."""
+        return any(entry & (_MASKED | 0x700) == NMI << 8 for entry in self.state.table)
 
     @invariant
     def only_a_level_is_awaited(self) -> bool:

@@ -96,6 +96,11 @@ class Lapic(Device[LapicState]):
         """The INTR pin's level."""
         return self._highest() is not None or self._external()
 
+    def waits_for_task_priority(self) -> bool:
+        """Whether an interrupt is held back by the task priority alone: CR8 lets it come."""
+        s = self.state
+        return s.enabled and not self.pending() and _top(s.irr) >> 4 > _top(s.isr) >> 4
+
     @outside
     def acknowledge(self) -> int:
         """The vector the CPU is to take: the highest requested, or the 8259As', or the spurious one."""
@@ -225,6 +230,10 @@ class Lapic(Device[LapicState]):
             case 6:  # start-up
                 s.sipi = vector
                 self._drive()
+
+    def makes_nmis(self) -> bool:
+        """Whether what comes to LINT0 is an NMI."""
+        return self.state.enabled and self.state.lint0 & (_MASKED | 0x700) == NMI << 8
 
     def is_named(self, destination: int, logical: bool) -> bool:
         """Whether a message to `destination` is for this APIC (11.6.2)."""
@@ -426,6 +435,7 @@ class Lapic(Device[LapicState]):
     def expire(self) -> None:
         s, now = self.state, self._clock.now_ns()
         if (due := self.deadline()) is None or due > now:
+            self._alarm(due)  # a TSC that is a processor's own is not of one mind with the clock to the last ns
             return
         if self._mode() == _DEADLINE:
             s.deadline_tsc = 0
