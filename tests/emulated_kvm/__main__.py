@@ -179,19 +179,20 @@ def main() -> int:
 
 
 def _carried(phases: Phases) -> list[Path]:
-    """Guests for the tests inside, and a snapshot the emulated CPU makes here: there it would boot for ten minutes."""
+    """Guests for the tests inside, and snapshots the emulated CPU makes here: there it would boot for ten minutes."""
     from tests.vmm.machine.crossing import CARRIED, save_debian_at_its_shell
 
     guest = ROOT / "guests" / "debian"
     files = [path for path in (guest / "vmlinux", guest / "initrd.img") if path.exists()]
     if files:
         try:
-            save_debian_at_its_shell(guest, "emu", CARRIED)
+            for board, file in CARRIED.items():
+                save_debian_at_its_shell(guest, "emu", board, file)
         except (BackendError, GuestError) as error:
             print(f"lane: no snapshot to carry: {error}", file=sys.stderr)
             return files
-        phases.done("snapshot on the emulated CPU")
-        files.append(CARRIED)
+        phases.done("snapshots on the emulated CPU")
+        files += CARRIED.values()
     return files
 
 

@@ -121,6 +121,13 @@ def test_a_chain_loads_as_the_memory_it_was_saved_from(tmp_path_factory, generat
         assert (folder / "again").read_bytes() == (folder / f"{i}").read_bytes()
 
 
+def test_an_error_of_a_chain_names_its_file(tmp_path):
+    file = save(tmp_path / "named", bytes(SIZE))
+    with pytest.raises(SnapshotError) as caught, Chain(file):
+        raise SnapshotError("a fault")
+    assert caught.value.file == file
+
+
 def test_only_what_changed_is_in_a_difference(tmp_path):
     memory = bytearray(os.urandom(SIZE))
     save(tmp_path / "a", memory)

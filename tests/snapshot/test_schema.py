@@ -205,6 +205,18 @@ def clock_v2_to_v3(old: ClockV2) -> ClockV3:
     return ClockV3(tenths=old.tenths)
 
 
+def test_an_upgrade_is_from_a_declared_state_to_another() -> None:
+    def from_none(old: int) -> ClockV3:
+        return ClockV3(tenths=old)
+
+    def to_none(old: ClockV1) -> int:
+        return old.seconds
+
+    for function in (from_none, to_none):
+        with pytest.raises(TypeError, match=f"{function.__name__}: not from a declared state to another"):
+            upgrade(function)
+
+
 def test_upgrades_run_step_by_step() -> None:
     assert decode("test.schema.clock", 1, {"seconds": 9}, ClockV3) == ClockV3(tenths=90)
     assert decode("test.schema.clock", 2, {"tenths": 9}, ClockV3) == ClockV3(tenths=9)

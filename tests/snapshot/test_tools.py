@@ -98,6 +98,15 @@ def test_what_describes_nothing(description):
         described(description)
 
 
+@pytest.mark.parametrize(
+    "description",
+    [{"text_max": 0}, {"bytes": 0}, {"bytes_max": 0}, {"list": "u8", "count": 0}, {"list": "u8", "max": 0}],
+)
+def test_what_is_empty_is_described_too(description):
+    kind = described(description)
+    assert described(kind.describe()) == kind
+
+
 def test_a_description_cannot_nest_for_ever():
     description: Json = "u8"
     for _ in range(1000):

@@ -19,6 +19,8 @@ from tests.vmm.conftest import LAST_GOOD, eventually
 from vmm.control import protocol
 from vmm.control.client import Client, Failed
 from vmm.control.methods import METHODS
+from vmm.control.place import Place
+from vmm.control.server import Server
 from vmm.control.supervisor import Supervisor
 from vmm.errors import BackendError
 from vmm.guest.image import Image
@@ -189,6 +191,17 @@ def test_every_method_without_threads_and_processes(box, neither, tmp_path, name
 def test_a_machine_that_cannot_have_what_saves_need_does_not_begin(boot_own, no_thread):
     with boot_own() as machine, pytest.raises(BackendError, match="no thread to save with"):
         Supervisor(machine).run()
+
+
+def test_a_socket_nobody_can_serve_is_not_left_behind(boot_own, tmp_path, no_thread):
+    with boot_own() as machine:
+        before = descriptors(os.getpid())
+        with (
+            pytest.raises(BackendError, match="no thread for control"),
+            Server(Supervisor(machine), Place(tmp_path, "b")),
+        ):
+            pass
+        assert descriptors(os.getpid()) == before and not list(tmp_path.iterdir())
 
 
 def test_ram_is_checked_without_a_thread_as_well(boot_own, tmp_path, no_thread):

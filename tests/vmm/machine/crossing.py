@@ -14,8 +14,9 @@ from vmm.guest.image import Image
 from vmm.guest.newc import Archive
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
+BOARDS = ("isapc", "pc")
 # Made by the emulated CPU of one computer, for the KVM of another (tests/emulated_kvm).
-CARRIED = ROOT / "guests" / "kvm-lane" / "sums.snapshot"
+CARRIED = {board: ROOT / "guests" / "kvm-lane" / f"sums.{board}.snapshot" for board in BOARDS}
 COMMAND = b"kept=anyhyve; floats & echo half=$kept\n"
 
 
@@ -39,20 +40,20 @@ def sums(program: Path, count: int) -> list[bytes]:
     return found
 
 
-def boot_debian(folder: Path, program: Path, backend: str) -> Machine:
+def boot_debian(folder: Path, program: Path, backend: str, board: str) -> Machine:
     extra = Archive()
     extra.file("bin/floats", program.read_bytes(), 0o755)
     initrd = (folder / "initrd.img").read_bytes()
     initrd += bytes(-len(initrd) % 4) + bytes(extra)  # the kernel looks for another archive at multiples of four
     image = Image((folder / "vmlinux").read_bytes(), initrd=initrd, cmdline="console=ttyS0 mitigations=off quiet")
-    return Machine.boot(MachineConfig(memory_bytes=128 << 20), image, backend)
+    return Machine.boot(MachineConfig(memory_bytes=128 << 20, board=board), image, backend)
 
 
-def save_debian_at_its_shell(folder: Path, backend: str, file: Path) -> None:
+def save_debian_at_its_shell(folder: Path, backend: str, board: str, file: Path) -> None:
     """Saves the guest at the shell, before the program starts."""
     with (
         tempfile.TemporaryDirectory() as scratch,
-        boot_debian(folder, build_floats(Path(scratch)), backend) as machine,
+        boot_debian(folder, build_floats(Path(scratch)), backend, board) as machine,
     ):
         assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
         machine.save(file, packed=True)

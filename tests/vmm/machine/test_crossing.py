@@ -11,13 +11,22 @@ import threading
 import pytest
 
 from tests.conftest import OWN
-from tests.vmm.machine.crossing import CARRIED, COMMAND, boot_debian, build_floats, save_debian_at_its_shell, sums
+from tests.vmm.machine.crossing import (
+    BOARDS,
+    CARRIED,
+    COMMAND,
+    boot_debian,
+    build_floats,
+    save_debian_at_its_shell,
+    sums,
+)
 from vmm.cpu.compare import differences
 from vmm.errors import BackendError, GuestError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 OTHER = {"emu": "kvm", "kvm": "emu"}
+each_board = pytest.mark.parametrize("board", BOARDS)
 
 
 def cross(machine, file, backend):
@@ -46,9 +55,10 @@ def run_a_little(machine, draw):
     timer.join()
 
 
-def crossings(start, tmp_path, count):
+def crossings(start, board, tmp_path, count):
     draw = random.Random(f"crossing {start}")
-    machine = Machine.boot(MachineConfig(memory_bytes=8 << 20), Image.from_files(OWN, flat=True), start)
+    config = MachineConfig(memory_bytes=8 << 20, board=board)
+    machine = Machine.boot(config, Image.from_files(OWN, flat=True), start)
     rounds = bytearray()
     for crossed in range(2 * count):
         run_a_little(machine, draw)
@@ -59,15 +69,17 @@ def crossings(start, tmp_path, count):
     assert numbers == list(range(1, len(numbers) + 1)) and b"trap" not in rounds
 
 
+@each_board
 @pytest.mark.parametrize("start", ["emu", "kvm"])
-def test_the_own_guest_crosses_again_and_again(crossing, start, tmp_path):
-    crossings(start, tmp_path, 10)
+def test_the_own_guest_crosses_again_and_again(crossing, start, board, tmp_path):
+    crossings(start, board, tmp_path, 10)
 
 
 @pytest.mark.slow
+@each_board
 @pytest.mark.parametrize("start", ["emu", "kvm"])
-def test_the_own_guest_crosses_at_two_hundred_points_each_way(crossing, start, tmp_path):
-    crossings(start, tmp_path, 200)
+def test_the_own_guest_crosses_at_two_hundred_points_each_way(crossing, start, board, tmp_path):
+    crossings(start, board, tmp_path, 200)
 
 
 # --- Debian, with a program that keeps values in x87 and SSE registers
@@ -81,22 +93,23 @@ def floats(tmp_path_factory):
         pytest.skip(str(error))
 
 
-def at_the_shell(backend, debian, floats, tmp_path):
+def at_the_shell(backend, board, debian, floats, tmp_path):
     """Booted here, or on the emulated CPU of the computer that made this one."""
     if backend == "kvm":
-        machine = boot_debian(debian, floats, "kvm")
+        machine = boot_debian(debian, floats, "kvm", board)
         assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
         return machine
-    if CARRIED.exists():
-        return Machine.restore(CARRIED)
-    save_debian_at_its_shell(debian, "emu", tmp_path / "booted")
+    if CARRIED[board].exists():
+        return Machine.restore(CARRIED[board])
+    save_debian_at_its_shell(debian, "emu", board, tmp_path / "booted")
     return Machine.restore(tmp_path / "booted")
 
 
 @pytest.mark.debian
+@each_board
 @pytest.mark.parametrize("start", ["emu", "kvm"])
-def test_debian_crosses_with_its_registers_full(crossing, debian, floats, start, tmp_path):
-    machine = at_the_shell(start, debian, floats, tmp_path)
+def test_debian_crosses_with_its_registers_full(crossing, debian, floats, start, board, tmp_path):
+    machine = at_the_shell(start, board, debian, floats, tmp_path)
     machine.send(COMMAND)
     assert machine.run(until="half=anyhyve") == Stopped(StopReason.PATTERN)
     output = bytearray()
@@ -114,7 +127,8 @@ def test_debian_crosses_with_its_registers_full(crossing, debian, floats, start,
 
 
 @pytest.mark.debian
-def test_cut_in_mid_boot_and_at_the_shell_each_life_in_a_new_process(crossing, debian, floats, tmp_path):
+@each_board
+def test_cut_in_mid_boot_and_at_the_shell_each_life_in_a_new_process(crossing, debian, floats, board, tmp_path):
     """On KVM, to the emulated CPU and back in between; a shell variable survives."""
 
     def live(file, typed, until, save):
@@ -123,7 +137,7 @@ def test_cut_in_mid_boot_and_at_the_shell_each_life_in_a_new_process(crossing, d
             input=typed, check=True, capture_output=True,
         )  # fmt: skip
 
-    machine = boot_debian(debian, floats, "kvm")
+    machine = boot_debian(debian, floats, "kvm", board)
     timer = threading.Timer(8, machine.post, (lambda _: Stopped(StopReason.COMMAND),))
     timer.start()
     assert machine.run() == Stopped(StopReason.COMMAND)

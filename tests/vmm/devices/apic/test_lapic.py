@@ -237,6 +237,20 @@ def test_lint1_is_nmi(chip):
     assert not chip.device.take_nmi(), "an edge"
 
 
+def test_only_what_is_fixed_has_a_level(chip):
+    chip[LINT0] = NMI | LEVEL
+    chip.device.set_lint0(True)
+    assert chip.device.take_nmi() and not chip[LINT0] & REMOTE_IRR and chip.requested() == set()
+    chip[LINT0] = NMI | LEVEL
+    assert not chip.device.take_nmi(), "it has not risen again"
+
+
+@pytest.mark.parametrize("mode", [0, 1, 4, 5, 6])
+def test_the_cpu_is_told_at_once(chip, mode):
+    chip.device.accept(mode, 0x41, False)
+    assert (chip.intr, chip.rig.lines["event"]) == (mode in (0, 1), mode in (4, 5, 6))
+
+
 def test_a_level_on_lint0(chip):
     chip[LINT0] = 0x51 | LEVEL
     chip.device.set_lint0(True)

@@ -257,6 +257,19 @@ def test_irr_and_isr_reads(pair):
     assert pair.read(MASTER + 1) == 0
 
 
+def test_what_is_read_stays_chosen_over_another_ocw3(pair):
+    pair.lines[4](True)
+    pair.inta()
+    pair.out(MASTER, 0x0B)
+    assert pair.read(MASTER) == 1 << 4
+    pair.out(MASTER, 0x68)  # special mask mode; no RR
+    assert pair.read(MASTER) == 1 << 4
+    pair.lines[3](True)
+    pair.out(MASTER, 0x0A)
+    pair.out(MASTER, 0x49)  # and out of it, with RIS and without RR
+    assert pair.read(MASTER) == 1 << 3
+
+
 def test_poll_is_an_acknowledge(pair):
     pair.out(MASTER, 0x0C)
     assert pair.read(MASTER) == 0

@@ -194,6 +194,16 @@ def test_loopback_wires_modem_outputs_to_inputs_and_notes_changes(port):
         port[MSR]
 
 
+def test_a_change_of_the_modem_inputs_interrupts_until_it_is_read(port):
+    port[MSR]
+    port[IER] = 8
+    assert not port.irq
+    port[MCR] = LOOP | OUT2
+    assert not port.irq, "loopback takes OUT2, too"
+    port[MCR] = RTS | OUT2
+    assert port.irq and port[MSR] & 0x0F and not port.irq
+
+
 def test_out2_gates_the_interrupt(port):
     port[IER] = 2
     assert port.irq

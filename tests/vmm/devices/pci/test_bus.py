@@ -231,6 +231,11 @@ def test_msix(system):
     entry = 0xFEBF_0010
     system.bus.mmio_write(entry, 8, 0xFEE0_2000)
     system.bus.mmio_write(entry + 8, 4, 0x51)
+    system.bus.mmio_write(entry + 4, 4, 1)
+    system.bus.mmio_write(entry, 4, 0xFEE0_1003)
+    assert system.bus.mmio_read(entry, 8) == 1 << 32 | 0xFEE0_1000, "aligned, and each half is its own"
+    system.bus.mmio_write(entry + 4, 4, 0)
+    system.bus.mmio_write(entry, 4, 0xFEE0_2000)
     assert system.bus.mmio_read(entry, 8) == 0xFEE0_2000 and system.bus.mmio_read(entry + 8, 8) == 1 << 32 | 0x51
     system.write(at + 2, 0xC000, 2)
     system.card.vector(1)

@@ -55,6 +55,53 @@ def test_who_they_are(cls, id, class_and_revision, header):
     assert device.read_config(0x0E, 1) == header and device.read_config(0x2C, 4) == 0x1100_1AF4
 
 
+SPACES = {  # rows of 16 bytes: what they are at reset, and which bits a guest can write
+    I440fx: {
+        0x00: "86 80 37 12 06 00 80 02 02 00 00 06 00 00 00 00 | 00 00 00 00 07 05 00 00 00 00 00 00 ff 00 00 00",
+        0x20: "00 00 00 00 00 00 00 00 00 00 00 00 f4 1a 00 11 | 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00",
+        0x30: "00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 | 00 00 00 00 00 00 00 00 00 00 00 00 ff 00 00 00",
+        0x50: "00 01 00 80 00 00 00 01 10 00 00 00 00 00 00 00 | ff ff ff c8 ff ff ff ff ff 30 33 33 33 33 33 33",
+        0x60: "01 01 01 01 01 01 01 01 00 00 00 00 00 00 00 00 | ff ff ff ff ff ff ff ff c0 00 00 00 00 00 00 00",
+        0x70: "10 00 02 00 00 00 00 00 00 00 00 00 00 00 00 00 | f0 ff 38 00 00 00 00 00 00 00 00 00 00 00 00 00",
+        0x90: "00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 | ff 00 00 0d 00 00 00 00 00 00 00 00 00 00 00 00",
+    },
+    Piix3: {
+        0x00: "86 80 00 70 07 00 00 02 00 00 01 06 00 00 80 00 | 00 00 00 00 07 05 00 00 00 00 00 00 ff 00 00 00",
+        0x20: "00 00 00 00 00 00 00 00 00 00 00 00 f4 1a 00 11 | 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00",
+        0x30: "00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 | 00 00 00 00 00 00 00 00 00 00 00 00 ff 00 00 00",
+        0x40: "00 00 00 00 00 00 00 00 00 00 00 00 4d 00 03 00 | 00 00 00 00 00 00 00 00 00 00 00 00 7f 00 ff 01",
+        0x60: "80 80 80 80 00 00 00 00 00 02 00 00 00 00 00 00 | 8f 8f 8f 8f 00 00 00 00 00 fe 90 00 00 00 00 00",
+        0x70: "80 00 00 00 00 00 0c 0c 02 00 00 00 00 00 00 00 | ef 00 00 00 00 00 ff ff 03 ff 00 00 00 00 00 00",
+        0x80: "00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 | 7f 00 0f 00 00 00 00 00 00 00 00 00 00 00 00 00",
+        0xA0: "08 00 00 00 00 00 00 00 0f 00 00 00 00 00 00 00 | 1f 00 ff 01 ff ff ff ff ff 00 ff 01 ff 00 ff 00",
+    },
+    Piix4Pm: {
+        0x00: "86 80 13 71 00 00 80 02 03 00 80 06 00 00 00 00 | 00 00 00 00 07 05 00 00 00 00 00 00 ff 00 00 00",
+        0x20: "00 00 00 00 00 00 00 00 00 00 00 00 f4 1a 00 11 | 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00",
+        0x30: "00 00 00 00 00 00 00 00 00 00 00 00 00 01 00 00 | 00 00 00 00 00 00 00 00 00 00 00 00 ff 00 00 00",
+        0x40: "01 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 | c0 ff 00 00 ff ff ff ff ff ff ff ff ff ff ff ff",
+        0x50: "00 00 00 00 00 00 00 00 00 00 00 02 00 00 00 00 | ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff",
+        0x60: "00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 | ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff",
+        0x70: "00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 | ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff",
+        0x80: "00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 | 01 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00",
+    },
+}
+
+
+@pytest.mark.parametrize("cls", SPACES)
+def test_what_is_in_configuration_space(cls):
+    """A second writing of the datasheets' register tables (290549-001, 3.2; 290550-002, 2.1; 290562-001, 7.1)."""
+    for at in range(0, 256, 16):
+        first, writable = SPACES[cls].get(at, f"{bytes(16).hex()} | {bytes(16).hex()}").split("|")
+        assert bytes(Chip(cls)[at + i] for i in range(16)) == bytes.fromhex(first)
+        found = bytearray()
+        for offset in range(at, at + 16):
+            ones, zeros = Chip(cls), Chip(cls)
+            ones[offset], zeros[offset] = 0xFF, 0
+            found.append(ones[offset] & ~zeros[offset])
+        assert found == bytes.fromhex(writable), hex(at)
+
+
 # --- 440FX
 
 
@@ -79,7 +126,12 @@ def test_smram_is_locked_until_reset():
 # --- PIIX3
 
 
-@given(st.lists(st.tuples(st.integers(0, PIRQS - 1), st.booleans() | st.integers(0, 255)), max_size=20))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, PIRQS - 1), st.booleans() | st.sampled_from(ROUTABLE) | st.integers(0, 255)),
+        max_size=20,
+    )
+)
 def test_each_pirq_is_the_interrupt_its_route_says(steps):
     chip = Chip(Piix3)
     routes, levels = [0x80] * PIRQS, [False] * PIRQS
@@ -128,6 +180,8 @@ def test_its_ports_are_where_pmbase_says(pm):
     pm.device.write_config(0x40, 4, 0x1_0601)
     pm[0x80] = 0xFF
     assert pm[0x80] == 1 and pm.rig.lines["place of pm"] == 0x600
+    pm.device.write_config(0x40, 4, 0x801)
+    assert pm.rig.lines["place of pm"] == 0x800, "they move at once"
     pm[0x80] = 0
     assert pm.rig.lines["place of pm"] is False
 
