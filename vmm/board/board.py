@@ -16,7 +16,7 @@ from vmm.board.declared import made
 from vmm.board.dma import RamDma
 from vmm.board.pci import PciBus
 from vmm.board.platform import Platform
-from vmm.board.slot import A20, At, Cascade, Fixed, Input, Irq, Irqs, Nmi, Nowhere, Serial, Slot
+from vmm.board.slot import A20, At, Cascade, Fixed, Input, Irq, Irqs, Nmi, Nowhere, Pirq, Serial, Slot
 from vmm.board.slot import Intr as IntrLead
 from vmm.bus import Bus, Window
 from vmm.clock import GuestClock
@@ -26,6 +26,7 @@ from vmm.devices.apic.ioapic import IoApic
 from vmm.devices.apic.messages import EndOfInterrupt, Send
 from vmm.devices.isa.pic import CASCADE, Pic, PicPair
 from vmm.devices.pci.function import Function
+from vmm.devices.pci.piix3 import PIRQS, Piix3
 from vmm.errors import BackendError, RequestError
 from vmm.host.console import Console
 from vmm.ram import Ram
@@ -106,6 +107,7 @@ class Board:
         self._intr = False
         self._a20 = Junction(lambda level: self._pins.set_a20(level))
         self._irqs = [Junction(partial(self._drive_irq, irq)) for irq in range(16)]
+        self._pirqs = [Junction() for _ in range(PIRQS)]
         self._posting: dict[int, bool] = {}
         self.apics = Apics()
         self.pci = PciBus(self.bus)
@@ -124,6 +126,9 @@ class Board:
             if isinstance(device, IoApic):
                 for irq, junction in enumerate(self._irqs):
                     junction.listen(partial(device.set_line, IO_APIC_PINS.get(irq, irq)))
+            elif isinstance(device, Piix3):
+                for pirq, junction in enumerate(self._pirqs):
+                    junction.listen(partial(device.set_pirq, pirq))
 
     @property
     def console(self) -> Console:
@@ -170,6 +175,8 @@ class Board:
                 return self._irqs[number].driver()
             case Cascade(other):
                 return partial(_input(self.devices[other]), CASCADE)
+            case Pirq(number):
+                return self._pirqs[number].driver()
             case Irqs(numbers):
                 drivers = {number: self._irqs[number].driver() for number in numbers}
                 return lambda number, level: drivers[number](level)
@@ -283,7 +290,7 @@ class Board:
     def restored(self) -> None:
         """Every state was assigned: all lines and alarms are driven from them."""
         self._a20.forget()
-        for junction in self._irqs:
+        for junction in (*self._irqs, *self._pirqs):
             junction.forget()
         for device in self.devices.values():
             device.restored()

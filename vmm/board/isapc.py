@@ -4,6 +4,7 @@ address."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from vmm.board.config import ID, RESERVED, MachineConfig
 from vmm.board.kinds import kind
@@ -60,14 +61,30 @@ def with_devices(chips: Iterable[Slot], config: MachineConfig) -> list[Slot]:
         if not ID.fullmatch(device.id) or device.id in (*RESERVED, *(slot.id for slot in found)):
             raise RequestError(f"device {name}: its id is taken, or is no name: {device.id!r}")
         try:
-            slot = kind(device.kind).slot(device)
+            made = kind(device.kind)
+            if made.space == "pci" and not device.place:
+                device = replace(device, place=_free(found))
+            slot = made.slot(device)
             _check(slot, found, config.memory_bytes)
         except RequestError as error:
             raise RequestError(f"device {name}: {error}") from None
         except BackendError as error:
             raise BackendError(f"device {name}: {error}") from None
         found.append(slot)
+    functions = {slot.function: slot for slot in found if slot.function is not None}
+    for at, slot in functions.items():
+        if at & ~7 not in functions:
+            raise RequestError(f"device {slot.id}: slot={at >> 3}.0 is empty: no guest looks further")
     return found
+
+
+def _free(others: list[Slot]) -> str:
+    """The first slot that nothing is in."""
+    taken = {slot.function >> 3 for slot in others if slot.function is not None}
+    free = next((slot for slot in range(1, 32) if slot not in taken), None)
+    if free is None:
+        raise RequestError("no PCI slot is free")
+    return f"slot={free}"
 
 
 def _check(slot: Slot, others: list[Slot], memory_bytes: int) -> None:
@@ -75,6 +92,13 @@ def _check(slot: Slot, others: list[Slot], memory_bytes: int) -> None:
         for base, size in layout(memory_bytes):
             if at.space == "memory" and at.base < base + size and base < at.base + slot.device.banks[at.bank].size:
                 raise RequestError(f"RAM lies at memory={at.base:#x}")
+    if slot.function is not None:
+        functions = {other.function: other.id for other in others if other.function is not None}
+        if not functions:
+            raise RequestError("this board has no PCI: --board pc has")
+        if slot.function in functions:
+            where = f"slot={slot.function >> 3}.{slot.function & 7}"
+            raise RequestError(f"{functions[slot.function]} lies at {where}")
     for lead in slot.wires.values():
         if lead == Irq(CASCADE_IRQ):
             raise RequestError("interrupt 2 is where the second controller is connected")

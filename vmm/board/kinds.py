@@ -6,14 +6,15 @@ A package adds a kind by an entry point of the group `anyhyve.devices`, whose ob
     thermometer = "acme.thermometer:KIND"
 
 How a constructor's argument is wired for a device that is put on a board by its config: one that an option is named
-after takes it, a Line as the interrupt of that number, anything else as it is; all others go by their annotations
-(vmm.wires).
+after takes it, a Line as the interrupt of that number, anything else as it is; a PCI function's `intx` goes where its
+slot leads; all others go by their annotations (vmm.wires).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
 import traceback
 import typing
 from collections.abc import Mapping
@@ -25,27 +26,30 @@ from snapshot.field_types import Range, u8
 from snapshot.schema import schema_of
 from vmm.board import declared, options
 from vmm.board.config import PLACES, DeviceConfig
-from vmm.board.slot import At, Fixed, Irq, Lead, Slot
+from vmm.board.slot import At, Fixed, Irq, Lead, Nowhere, Pirq, Slot
 from vmm.device import Device
 from vmm.devices.isa.debug_exit import DebugExit
 from vmm.devices.isa.debugcon import Debugcon
 from vmm.devices.isa.uart import Uart
+from vmm.devices.pci.function import Function
 from vmm.errors import BackendError, RequestError
 from vmm.wires import Line
 
 GROUP = "anyhyve.devices"
 _PORTS, _MEMORY = 1 << 16, 1 << 40
+_SLOT = re.compile(r"slot=(\d{1,2})(?:\.([0-7]))?")
 
 
 @dataclass(frozen=True)
 class Kind:
     """What a `--device` of this name makes. `banks` says how far each bank lies from the place that is given (`place`
-    by default, such as "port=0x501"), in windows of `width` among the ports or in memory."""
+    by default, such as "port=0x501"), in windows of `width` among the ports or in memory. In `space` "pci" it is a
+    Function, its banks are where the guest puts them, and it is given a slot, by default the first that is free."""
 
     name: str
     device: type[Device[Any]]
     options: type = options.NoOptions
-    space: Literal["port", "memory"] = "port"
+    space: Literal["port", "memory", "pci"] = "port"
     banks: Mapping[str, int] = field(default_factory=lambda: {"": 0})
     width: int = 1
     place: str = ""
@@ -60,26 +64,44 @@ class Kind:
         """What does not fit together in it, if anything: a device could not be made."""
         if (said := declared.wrong(self.device)) is not None:
             return said
-        if unknown := [bank for bank in self.banks if bank not in self.device.banks]:
+        if (self.space == "pci") != issubclass(self.device, Function):
+            return f"{self.device.__name__} is {'no' if self.space == 'pci' else 'a'} PCI function"
+        if self.space != "pci" and (unknown := [bank for bank in self.banks if bank not in self.device.banks]):
             return f"{self.device.__name__} has no bank {unknown[0]!r}"
         hints = typing.get_type_hints(self.device.__init__)
         named = set(options.options_of(self.options))
         if unused := sorted(named - hints.keys()):
             return f"{self.device.__name__} takes no {unused[0]!r}, which is an option"
-        lines = sorted(name for name, hint in hints.items() if hint is Line and name not in named)
+        lines = sorted(name for name, hint in hints.items() if hint is Line and name not in (*named, "intx"))
         return f"no option says which interrupt {lines[0]!r} is" if lines else None
 
     def slot(self, config: DeviceConfig) -> Slot:
         """Raises RequestError for options or a place it cannot have."""
         chosen = options.read(
-            self.options, [(option.name, option.value) for option in config.options], besides=("id", self.space)
+            self.options, [(option.name, option.value) for option in config.options], besides=("id", self._word)
         )
+        if issubclass(self.device, Function):
+            function = self._function(config.place or self.place)
+            intx = Pirq((function >> 3) + self.device.pin - 2 & 3) if self.device.pin else Nowhere()
+            return Slot(config.id, self.device, {**self._wires(chosen), "intx": intx}, function=function)
+        space: Literal["port", "memory"] = "port" if self.space == "port" else "memory"
         base = self._base(config.place or self.place)
         end = max(base + offset + self.device.banks[bank].size for bank, offset in self.banks.items())
-        if end > (_PORTS if self.space == "port" else _MEMORY):
+        if end > (_PORTS if space == "port" else _MEMORY):
             raise RequestError(f"{config.place}: it ends at {end:#x}, beyond the last address")
-        at = tuple(At(base + offset, bank, self.space, self.width) for bank, offset in self.banks.items())
+        at = tuple(At(base + offset, bank, space, self.width) for bank, offset in self.banks.items())
         return Slot(config.id, self.device, self._wires(chosen), at)
+
+    @property
+    def _word(self) -> str:
+        return "slot" if self.space == "pci" else self.space
+
+    def _function(self, place: str) -> int:
+        """From slot=DEVICE[.FUNCTION]."""
+        found = _SLOT.fullmatch(place)
+        if found is None or int(found[1]) > 31:
+            raise RequestError(f"{place}: it is put at slot=DEVICE[.FUNCTION], 0..31 and 0..7")
+        return int(found[1]) << 3 | int(found[2] or 0)
 
     def _wires(self, chosen: Any) -> dict[str, Lead]:
         hints = typing.get_type_hints(self.device.__init__)

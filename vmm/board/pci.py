@@ -18,6 +18,8 @@ class PciBus:
     def put(self, at: int, function: Function[Any]) -> dict[str, Window]:
         """A function is at device << 3 | function. Returns a window for each bank of its BARs, which is nowhere yet."""
         self._functions[at] = function
+        if first := self._functions.get(at & ~7):
+            first.many = any(other & ~7 == at & ~7 for other in self._functions if other & 7)
         windows: dict[str, Window] = {}
         for bar in function.all_windows():
             ends = sorted([*bar.banks.values(), bar.size])

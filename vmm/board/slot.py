@@ -61,6 +61,13 @@ class Irqs:
 
 
 @dataclass(frozen=True)
+class Pirq:
+    """To a PCI interrupt line, 0 for A; what drives it is ORed."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Nowhere:
     """A pin that is not connected."""
 
@@ -94,7 +101,7 @@ class Fixed:
     value: Any
 
 
-Lead = Irq | Irqs | Cascade | Input | Nowhere | Intr | Nmi | A20 | Serial | Fixed
+Lead = Irq | Irqs | Pirq | Cascade | Input | Nowhere | Intr | Nmi | A20 | Serial | Fixed
 
 
 @dataclass(frozen=True)

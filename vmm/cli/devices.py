@@ -57,7 +57,9 @@ def describe(kind: kinds.Kind) -> dict[str, Any]:
 
 def draw(kind: kinds.Kind) -> str:
     """A page of Markdown on all that a kind declares."""
-    place = f"{kind.space}=ADDRESS" + (f", by default {kind.place}" if kind.place else "")
+    place = "slot=DEVICE[.FUNCTION]" if kind.space == "pci" else f"{kind.space}=ADDRESS"
+    default = kind.place or ("the first that is free" if kind.space == "pci" else "")
+    place += f", by default {default}" if default else ""
     lines = [f"## {kind.name}", "", kind.doc, "", f"Put at {place}.", ""]
     if options := options_of(kind.options):
         lines += ["| option | type | default | |", "|---|---|---|---|"]

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import BACKENDS
 from tests.vmm import doorbell
 from tests.vmm.cpu.program import PRELUDE, Program, assemble
+from tests.vmm.machine.each_instruction import cut_at_each
 from vmm.board import kinds
 from vmm.board.config import DeviceConfig, MachineConfig
 from vmm.device import Device
@@ -122,28 +123,9 @@ def test_it_is_a_device_as_others_are():
 
 def cuts(count: int, every: int, folder: Path) -> None:
     """Cut at each of `count` instructions of a run that rings, and run on to the same end."""
-    with boot(RINGING) as machine:
-        machine.run(position=3000)
-        begin = machine.moment()
-        places = []
-        for _ in range(count):
-            machine.run(position=machine.position + 1)
-            places.append(machine.position)
-        end = machine.position + 500
-        machine.rewind(begin)
-        machine.run(position=end)
-        right = machine.digests()
+    with cut_at_each(lambda: boot(RINGING), 3000, count, every, folder) as machine:
         rung = int.from_bytes(machine.ram.read(0x2FFF00, 8), "little")
         assert rung > count // 40, "too few interrupts came"
-        for place in places[::every]:
-            machine.rewind(begin)
-            machine.run(position=place)
-            machine.save(folder / "cut")
-            machine.run(position=end)
-            assert machine.digests() == right, f"stopped at {place}"
-            with Machine.restore(folder / "cut", verify=True) as woken:
-                woken.run(position=end)
-                assert woken.digests() == right, f"saved at {place}"
 
 
 def test_a_cut_around_an_interrupt_of_memory_leaves_no_trace(tmp_path):

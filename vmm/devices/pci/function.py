@@ -95,7 +95,7 @@ class Function(Device[S]):
     class_code: ClassVar[int] = 0xFF0000  # class, subclass, programming interface
     revision: ClassVar[int] = 0
     status: ClassVar[int] = 0  # bits that always read so
-    many: ClassVar[bool] = False  # the device has more functions than this, its first
+    many: bool = False  # the device has more functions than this, its first: whoever puts them on a bus says so
     pin: ClassVar[int] = 0  # 1 for INTA
     bars: ClassVar[Mapping[int, Bar]] = {}
     rom: ClassVar[Bar | None] = None
@@ -218,7 +218,7 @@ def _header(cls: type[Function[Any]]) -> Iterator[Field]:
     yield Field(0x06, 2, _status)
     yield Field.fixed(0x08, 4, cls.class_code << 8 | cls.revision)
     yield Field(0x0C, 1, lambda f: f._pci.cache_line, 0xFF, lambda f, value: _put(f, "cache_line", value))
-    yield Field.fixed(0x0E, 1, cls.many << 7)
+    yield Field(0x0E, 1, lambda f: f.many << 7)
     for index, bar in cls.bars.items():
         yield _bar(index, bar.kind, -bar.size)
         if bar.wide:

@@ -68,7 +68,7 @@ class Piix3(Function[Piix3State]):
     """`irqs` are the ISA interrupts; each that PIRQs can be is driven. The reset control register is bank "reset"."""
 
     State = Piix3State
-    vendor, device, class_code, many = 0x8086, 0x7000, 0x060100, True
+    vendor, device, class_code = 0x8086, 0x7000, 0x060100
     subsystem = 0x1AF4, 0x1100
     status = 0x0200
     own = (
