@@ -10,9 +10,11 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from vmm.board import isapc, kinds
-from vmm.board.config import DEFAULT_EPOCH_NS
+from vmm.board import kinds
+from vmm.board.board import BOARDS, slots
+from vmm.board.config import DEFAULT_EPOCH_NS, MachineConfig
 from vmm.board.slot import Irq
+from vmm.board.slot import Slot as SlotOfBoard
 from vmm.clock import BYTES_PER_NS
 from vmm.cpu import model
 from vmm.guest import image
@@ -29,10 +31,16 @@ def table(head):
     return rows[1].splitlines()
 
 
+CHIPS: dict[str, SlotOfBoard] = {slot.id: slot for name in ("pc", "isapc") for slot in slots(MachineConfig(board=name))}
+
+
 def places(slot):
-    """Ports of a chip, each range once."""
+    """Where a chip's banks are, and its place on the PCI bus."""
     spans = [(at.base, at.base + slot.device.banks[at.bank].size - 1) for at in slot.at]
-    return ", ".join(f"{first:#x}" if first == last else f"{first:#x}-{last:#x}" for first, last in spans)
+    found = [f"{first:#x}" if first == last else f"{first:#x}-{last:#x}" for first, last in spans]
+    if slot.function is not None:
+        found.append(f"slot {slot.function >> 3}.{slot.function & 7}")
+    return ", ".join(found)
 
 
 def said(device):
@@ -42,10 +50,11 @@ def said(device):
 
 
 def board():
-    for slot in isapc.CHIPS:
+    for slot in CHIPS.values():
         irqs = ", ".join(str(lead.number) for lead in slot.wires.values() if isinstance(lead, Irq))
         chip, file = said(slot.device)
-        yield f"| {slot.id} | {chip} | {places(slot)} | {irqs} | {file} |"
+        there = [name for name in BOARDS if slot.id in {other.id for other in slots(MachineConfig(board=name))}]
+        yield f"| {slot.id} | {chip} | {places(slot)} | {irqs} | {', '.join(there)} | {file} |"
 
 
 def devices():
@@ -65,7 +74,7 @@ def test_a_table_is_what_there_is(head, rows):
 
 
 def test_every_chip_says_what_is_absent():
-    for slot in isapc.CHIPS:
+    for slot in CHIPS.values():
         assert "Absent" in (inspect.getmodule(slot.device).__doc__ or ""), slot.id
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,25 @@ class Device(click.ParamType[DeviceConfig]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> DeviceConfig:
         return value if isinstance(value, DeviceConfig) else DeviceConfig.parse(str(value))
+
+
+class BhyveSlot(click.ParamType[DeviceConfig | None]):
+    """A device as bhyve's -s has it: [0:]SLOT[:FUNCTION],KIND[,OPTION=VALUE]. None for one that a board has anyway."""
+
+    name = "slot"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> DeviceConfig | None:
+        if value is None or isinstance(value, DeviceConfig):
+            return value
+        where, _, what = str(value).partition(",")
+        if (found := re.fullmatch(r"(?:0:)?(\d+)(?::(\d+))?", where)) is None or not what:
+            self.fail(f"{value!r} is not SLOT[:FUNCTION],KIND", param, ctx)
+        if what in ("hostbridge", "amd_hostbridge", "lpc"):
+            return None
+        device = DeviceConfig.parse(what)
+        if device.place:
+            self.fail(f"{value!r} says twice where it is", param, ctx)
+        return replace(device, place=f"slot={found[1]}.{found[2] or 0}")
 
 
 class Binding(click.ParamType[tuple[str, str]]):

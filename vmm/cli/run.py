@@ -19,6 +19,7 @@ from vmm.cli.options import (
     FILE,
     NO_FOLDER,
     PARENT,
+    BhyveSlot,
     Binding,
     Device,
     Epoch,
@@ -181,9 +182,11 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar="KIND,OPTION=VALUE",
     help="One more device, such as uart,port=0x2a8,irq=5; `anyhyve devices` lists the kinds.",
 )
+@click.option("-s", "slots", type=BhyveSlot(), multiple=True, metavar="SLOT,KIND",
+              help="As bhyve's: one more PCI device. A hostbridge and an lpc the board has by itself.")  # fmt: skip
 @click.option("--board", type=click.Choice(["isapc", "pc"]),
-              help="Which chips it has: pc has PCI, ACPI, APICs and HPET, on the emulated CPU only yet.  "
-                   "[default: isapc]")  # fmt: skip
+              help="Which chips it has: those of a PC with PCI, ACPI, APICs and HPET, or of a PC/AT.  "
+                   "[default: pc]")  # fmt: skip
 @click.option("--tsc-khz", type=int,
               help=f"Rate of the guest's TSC.  [default: {TSC_KHZ} on emu, the host's own on kvm]")  # fmt: skip
 @_name_option
@@ -191,7 +194,8 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 def run(
     machine_name: str | None, name: str | None, kernel: Path | None, initrd: Path | None,
     append: str | None, memory: int | None, flat: bool, epoch: int | None, tsc_khz: int | None, waking: Path | None,
-    devices: tuple[DeviceConfig, ...], board: str | None, bind: tuple[tuple[str, str], ...], backend: str, **goal: Any
+    devices: tuple[DeviceConfig, ...], slots: tuple[DeviceConfig | None, ...], board: str | None,
+    bind: tuple[tuple[str, str], ...], backend: str, **goal: Any
 ) -> None:  # fmt: skip
     """Boot a guest with its serial console on this terminal. NAME, as bhyve has it, is --name.
 
@@ -211,6 +215,7 @@ def run(
         _only_with_a_kernel(kernel, initrd, append is not None, flat)
     asked = _asked(**goal)
     backend = chosen(backend)
+    devices += tuple(slot for slot in slots if slot is not None)
     if waking is not None:
         with Machine.restore(waking, backend, bind=_bind(bind)) as machine:
             _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz,
@@ -226,7 +231,7 @@ def run(
         epoch_ns=start_ns,
         tsc_khz=rate,
         devices=devices,
-        board=board or "isapc",
+        board=board or "pc",
     )
     with Machine.boot(config, image, backend, bind=_bind(bind)) as machine:
         sys.exit(drive(machine, asked))
