@@ -47,6 +47,7 @@ CPUID: dict[int, tuple[int, int, int, int]] = {
 
 _APIC, _APIC_ENABLED, _ARAT = 1 << 9, 1 << 11, 1 << 2
 _TSC_DEADLINE, _HYPERVISOR = 1 << 24, 1 << 31
+_MACHINE_CHECK = 1 << 7 | 1 << 14  # MCE, MCA
 
 
 def _with_apic() -> dict[int, tuple[int, int, int, int]]:
@@ -55,8 +56,9 @@ def _with_apic() -> dict[int, tuple[int, int, int, int]]:
         **CPUID,
         0: (6, *CPUID[0][1:]),
         # Told that this is a hypervisor's, kernels do not look for the counters of a processor.
-        1: (eax, ebx, ecx | _TSC_DEADLINE | _HYPERVISOR, edx | _APIC),
+        1: (eax, ebx, ecx | _TSC_DEADLINE | _HYPERVISOR, edx | _MACHINE_CHECK | _APIC),
         6: (_ARAT, 0, 0, 0),  # its timer always runs
+        0x80000001: (*CPUID[0x80000001][:3], CPUID[0x80000001][3] | _MACHINE_CHECK),
     }
 
 

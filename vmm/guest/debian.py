@@ -81,17 +81,22 @@ def fetch(folder: Path, init: str | None = None, progress: Callable[[str], None]
         raise GuestError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
-def kernel_files(folder: Path, patterns: Sequence[str], progress: Callable[[str], None] = _silent) -> None:
-    """Make in `folder` the files of the kernel's package that fit `patterns`, unpacked; a kernel as `vmlinuz`. Does
-    nothing where they are there. Raises GuestError."""
-    stamp = hashlib.sha256("\n".join((_RECIPE, *patterns)).encode()).hexdigest()
+def kernel_files(
+    folder: Path, patterns: Sequence[str], progress: Callable[[str], None] = _silent, *,
+    kernels: Sequence[str] = KERNELS,
+) -> None:  # fmt: skip
+    """Make in `folder` the files of the kernel's package that fit `patterns`, unpacked; a kernel as `vmlinuz`. The
+    package is the one of the day that the first known of `kernels` depends on. Does nothing where they are there.
+    Raises GuestError."""
+    of = () if kernels is KERNELS else tuple(kernels)
+    stamp = hashlib.sha256("\n".join((_RECIPE, *of, *patterns)).encode()).hexdigest()
     try:
         if _stamp_of(folder) == stamp:
             return
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _STAMP).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="anyhyve-") as scratch:
-            package = _download_kernel(Path(scratch), progress)
+            package = _download_kernel(Path(scratch), progress, kernels)
             for name, content in _members(package, patterns):
                 name, content = _unpack_module(Path(name).name, content)
                 _replace(folder / ("vmlinuz" if name.startswith("vmlinuz") else name), content)
@@ -194,18 +199,18 @@ def _packer(payload: bytes) -> str:
 
 def _download(scratch: Path, progress: Callable[[str], None]) -> tuple[Path, Path]:
     """The kernel's and busybox's packages as files in `scratch`."""
-    kernel = _download_kernel(scratch, progress)
+    kernel = _download_kernel(scratch, progress, KERNELS)
     progress(f"downloading {BUSYBOX}")
     return kernel, _download_one(scratch / BUSYBOX, BUSYBOX + _suffix(scratch)[0])
 
 
-def _download_kernel(scratch: Path, progress: Callable[[str], None]) -> Path:
+def _download_kernel(scratch: Path, progress: Callable[[str], None], kernels: Sequence[str]) -> Path:
     for tool in ("apt-get", "apt-cache"):
         if shutil.which(tool) is None:
             raise GuestError(f"{tool} is not on this machine: a Debian guest can be fetched on Debian or Ubuntu only")
     progress("looking for a kernel")
     suffix, host = _suffix(scratch)
-    kernel = _newest_kernel(scratch, suffix, host)
+    kernel = _newest_kernel(scratch, suffix, host, kernels)
     progress(f"downloading {kernel}")
     return _download_one(scratch / kernel, kernel + suffix)
 
@@ -216,8 +221,8 @@ def _suffix(scratch: Path) -> tuple[str, str]:
     return "" if host == "amd64" else ":amd64", host
 
 
-def _newest_kernel(scratch: Path, suffix: str, host: str) -> str:
-    for name in KERNELS:
+def _newest_kernel(scratch: Path, suffix: str, host: str, kernels: Sequence[str]) -> str:
+    for name in kernels:
         depends = _run(["apt-cache", "depends", "--no-recommends", "--no-suggests", name + suffix], scratch).stdout
         if found := re.search(r"Depends: (linux-image-[0-9][^\s:]*)", depends):
             return found[1]
@@ -228,7 +233,7 @@ def _newest_kernel(scratch: Path, suffix: str, host: str) -> str:
     if suffix:
         raise GuestError(f"apt knows no amd64 kernel on this {host} machine: "
                          "run dpkg --add-architecture amd64 and apt-get update")  # fmt: skip
-    raise GuestError(f"apt's package lists have none of {', '.join(KERNELS)}: run apt-get update")
+    raise GuestError(f"apt's package lists have none of {', '.join(kernels)}: run apt-get update")
 
 
 def _download_one(folder: Path, package: str) -> Path:

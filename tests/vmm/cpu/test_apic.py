@@ -254,6 +254,8 @@ over:   jmp     done
 
 MSRS = {
     "APIC_BASE": ("mov $0x1b, %ecx; rdmsr", 0xFEE00900),
+    "MCG_CAP": ("mov $0x179, %ecx; rdmsr", 0),
+    "MCG_STATUS": ("mov $0x17a, %ecx; xor %eax, %eax; cdq; wrmsr; rdmsr", 0),
     "what waits": ("mov $0xc0010055, %ecx; rdmsr", 0),
     "a counter": ("mov $0xc0010004, %ecx; mov $7, %eax; cdq; wrmsr; rdmsr", 0),
 }
@@ -261,6 +263,8 @@ REFUSED = {
     "APIC_BASE: reserved": "mov $0x1b, %ecx; rdmsr; or $0x200, %eax; at: wrmsr",
     "APIC_BASE: x2APIC": "mov $0x1b, %ecx; rdmsr; or $0x400, %eax; at: wrmsr",
     "APIC_BASE: beyond the physical address": "mov $0x1b, %ecx; rdmsr; or $0x100, %edx; at: wrmsr",
+    "MCG_CAP cannot be written": "mov $0x179, %ecx; xor %eax, %eax; cdq; at: wrmsr",
+    "MCG_STATUS: what is not": "mov $0x17a, %ecx; mov $1, %eax; cdq; at: wrmsr",
     "what waits cannot be written": "mov $0xc0010055, %ecx; xor %eax, %eax; cdq; at: wrmsr",
     "no such register": "mov $0xc0010020, %ecx; at: rdmsr",
     "x2APIC's": "mov $0x802, %ecx; at: rdmsr",
