@@ -23,6 +23,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from vmm.errors import BackendError
@@ -54,15 +55,15 @@ def _rom() -> bytes:
 
 
 class Qemu:
-    """One QEMU, whose CPU only passes time. Context manager. `program` may be another build's. Every method raises
-    BackendError when it is not here, ends, or does not answer."""
+    """One QEMU, whose CPU only passes time. Context manager. `program` may be another build's; `options` are more
+    words of its command line. Every method raises BackendError when it is not here, ends, or does not answer."""
 
     tick_ns = 10
     now_ns = 0
     _heard = b""
     _gdb: _Gdb | None = None
 
-    def __init__(self, program: str = PROGRAM) -> None:
+    def __init__(self, program: str = PROGRAM, options: Iterable[str] = ()) -> None:
         if shutil.which(program) is None:
             raise BackendError(f"{program} is not here (Debian: qemu-system-x86)")
         with tempfile.TemporaryDirectory(prefix="anyhyve") as folder:
@@ -72,7 +73,7 @@ class Qemu:
                 [program, "-accel", "tcg", "-icount", "shift=0,sleep=off", "-S", "-machine", "pc", "-m", "256",
                  "-nodefaults", "-display", "none", "-serial", "null", "-rtc", "base=2020-01-01,clock=vm",
                  "-bios", f"{folder}/rom", "-qtest", "stdio", "-qtest-log", "/dev/null",
-                 "-gdb", f"unix:{gate},server=on,wait=off"],
+                 "-gdb", f"unix:{gate},server=on,wait=off", *options],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             )  # fmt: skip
             try:

@@ -25,8 +25,8 @@ from vmm.qtest.qemu import Qemu
 
 Stream = Generator[tuple[Command, int], int | None, None]  # an access, and the bits of its answer that count
 ALL = 0xFF
-ROW = re.compile(r"^\| (\w+) \| `(.*?)` \| (0x\w\w) \| (0x\w\w) \| (.*) \|$", re.M)
-ROWS = ROW.findall((ROOT / "docs" / "against-qemu.md").read_text())
+ROW = re.compile(r"^\| (\w+) \| `(.*?)` \| (0x\w+) \| (0x\w+) \| (.*) \|$", re.M)
+ROWS, PC_ROWS = map(ROW.findall, (ROOT / "docs" / "against-qemu.md").read_text().split("\n## Board pc"))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def play(stream: Stream, ours: OurBoard, qemu: Qemu) -> int:
 
 def test_no_row_is_forgotten():
     table = [line for line in (ROOT / "docs" / "against-qemu.md").open() if line.startswith("| ") and "`" in line]
-    assert len(ROWS) == len(table) > 30
+    assert len(ROWS) + len(PC_ROWS) == len(table) > 30 and len(PC_ROWS) > 10
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ class Function(Device[S]):
     class_code: ClassVar[int] = 0xFF0000  # class, subclass, programming interface
     revision: ClassVar[int] = 0
     status: ClassVar[int] = 0  # bits that always read so
+    commands: ClassVar[int] = _COMMAND  # bits of the command register that can be written
     many: bool = False  # the device has more functions than this, its first: whoever puts them on a bus says so
     pin: ClassVar[int] = 0  # 1 for INTA
     bars: ClassVar[Mapping[int, Bar]] = {}
@@ -214,7 +215,7 @@ class _Mastered:
 def _header(cls: type[Function[Any]]) -> Iterator[Field]:
     yield Field.fixed(0x00, 2, cls.vendor)
     yield Field.fixed(0x02, 2, cls.device)
-    yield Field(0x04, 2, lambda f: f._pci.command, _COMMAND, _put_command)
+    yield Field(0x04, 2, lambda f: f._pci.command, cls.commands, _put_command)
     yield Field(0x06, 2, _status)
     yield Field.fixed(0x08, 4, cls.class_code << 8 | cls.revision)
     yield Field(0x0C, 1, lambda f: f._pci.cache_line, 0xFF, lambda f, value: _put(f, "cache_line", value))

@@ -63,5 +63,5 @@ class I440fx(HostBridge[I440fxState]):
     State = I440fxState
     vendor, device, class_code, revision = 0x8086, 0x1237, 0x060000, 2
     subsystem = 0x1AF4, 0x1100  # QEMU's, by which SeaBIOS knows a machine like it
-    status = 0x0280
+    status, commands = 0x0280, 0x0140
     own = (*_FIELDS, Field(_SMRAM, 1, lambda f: f.state.smram, _SMRAM_BITS, _put_smram))

@@ -70,7 +70,7 @@ class Piix3(Function[Piix3State]):
     State = Piix3State
     vendor, device, class_code = 0x8086, 0x7000, 0x060100
     subsystem = 0x1AF4, 0x1100
-    status = 0x0200
+    status, commands = 0x0200, 0x0108
     own = (
         *_FIELDS,
         *map(_route, range(PIRQS)),

@@ -60,7 +60,7 @@ class Piix4Pm(Function[Piix4PmState]):
     State = Piix4PmState
     vendor, device, class_code, revision, pin = 0x8086, 0x7113, 0x068000, 3, 1
     subsystem = 0x1AF4, 0x1100
-    status = 0x0280
+    status, commands = 0x0280, 0x0001
     windows = (Bar(PORTS, {"pm": 0}, io=True, width=2),)
     own = (
         *_FIELDS,
