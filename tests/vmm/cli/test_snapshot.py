@@ -216,10 +216,13 @@ def test_schemas_and_their_check(saved, tmp_path):
 
 
 def test_saving_for_a_release(saved, tmp_path):
-    text(*OWN_GUEST, "--tsc-khz", 1_000_000, "--at", 100_000, "--save", tmp_path / "slow", "--json")
+    older = (*OWN_GUEST, "--board", "isapc", "--at", 100_000, "--json", "--save")
+    text(*older, tmp_path / "slow", "--tsc-khz", 1_000_000)
     text("restore", tmp_path / "slow", "--at", 110_000, "--save", tmp_path / "old", "--for-version", "0.1.0", "--json")
-    assert "machine.tsc_khz" in refusal("restore", saved / "a", "--at", 9_000_000, "--save", tmp_path / "x", "--json",
-                                        "--for-version", "0.1.0")  # fmt: skip
+    text(*older, tmp_path / "fast")
+    later = ("--at", 9_000_000, "--json", "--save", tmp_path / "x", "--for-version")
+    assert "machine.tsc_khz" in refusal("restore", tmp_path / "fast", *later, "0.1.0")
+    assert "which is the state of lapic.0" in refusal("restore", saved / "a", *later, "0.2.0")
     assert "no release '9'" in refusal("restore", saved / "a", "--save", tmp_path / "x", "--for-version", "9")
 
 
