@@ -63,7 +63,7 @@ class DeviceConfig:
 
     id: Annotated[str, MaxSize(32), "name of its part"]
     kind: Annotated[str, MaxSize(64), "what it is: `anyhyve devices` lists the kinds"]
-    place: Annotated[str, MaxSize(64), "where it is: port=0x2a8, memory=0xfed00000, slot=3.1"] = ""
+    place: Annotated[str, MaxSize(64), "where it is: port=0x2a8, memory=0xd0000000, slot=3.1"] = ""
     options: Annotated[tuple[OptionConfig, ...], MaxSize(64), "what is not as by default"] = ()
 
     @classmethod
