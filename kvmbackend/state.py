@@ -192,7 +192,7 @@ def _event(e: Any) -> EventState | None:
         error = e.exception_error_code if e.exception_has_error_code else None
         return EventState(kind="exception", vector=e.exception_nr, error_code=error)
     if e.interrupt_injected:
-        return EventState(kind="software" if e.interrupt_soft else "interrupt", vector=e.interrupt_nr)
+        return EventState(kind="interrupt", vector=e.interrupt_nr)
     if e.nmi_injected or e.nmi_pending:
         return EventState(kind="nmi", vector=2)
     return None
@@ -208,8 +208,10 @@ def _events(state: CpuState) -> abi.VcpuEvents:
         case EventState(kind="exception", vector=vector, error_code=error):
             e.exception_injected, e.exception_nr = 1, vector
             e.exception_has_error_code, e.exception_error_code = error is not None, error or 0
-        case EventState(kind="interrupt" | "software" as kind, vector=vector):
-            e.interrupt_injected, e.interrupt_nr, e.interrupt_soft = 1, vector, kind == "software"
+        case EventState(kind="interrupt", vector=vector):
+            e.interrupt_injected, e.interrupt_nr = 1, vector
+        case EventState(kind="software"):
+            pass  # RIP is still at the INT n, which runs again; KVM tells of none itself
         case EventState(kind="nmi"):
             e.nmi_injected = 1
     return e

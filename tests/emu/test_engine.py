@@ -26,6 +26,12 @@ def test_another_layout_is_refused(monkeypatch, name):
         layout.check_running.__wrapped__()
 
 
+def test_where_no_memory_is_it_reads_ones():
+    engine = layout.checked_engine()
+    assert engine.read_physical(1 << 38, 5) == b"\xff" * 5
+    engine.close()
+
+
 def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(unicorn, "__version__", "2.2.0")
     with pytest.raises(BackendError, match=r"needs unicorn 2\.1\.4, this is 2\.2\.0"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import runpy
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -396,6 +398,13 @@ def test_an_error_is_one_line_that_does_nothing(box, path):
 
 
 DOC = Path(ROOT, "docs", "control.md")
+
+
+def test_the_page_is_made_by_running_the_module(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is imported already
+        runpy.run_module("vmm.control.methods", run_name="__main__")
+    assert capsys.readouterr().out == METHODS.describe() + "\n"
 
 
 def test_the_methods_are_documented():

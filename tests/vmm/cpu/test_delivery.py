@@ -7,6 +7,7 @@ import pytest
 from tests.conftest import BACKENDS
 from tests.vmm.cpu.hosts import host
 from tests.vmm.cpu.program import Program
+from vmm.cpu.protocol import EventState
 from vmm.machine.machine import Stopped, StopReason
 
 RF = 1 << 16
@@ -47,6 +48,43 @@ def test_a_fault_of_delivery(backend, name):
     program = Program(f"lea next(%rip), %r15; {code}; next: jmp done", backend).finish()
     assert [trap[:3] for trap in program.traps] == [(vector, error, program.labels["at"])]
     assert vector == 8 or program.traps[0].rflags & RF
+
+
+@each_backend
+@pytest.mark.parametrize(("limit", "present"), [("0xf", False), ("0", False), ("0", True)])
+def test_a_code_segment_that_is_not_present(backend, limit, present):
+    """Selector 0x38 of a GDT of its own: the old one's, and one more."""
+    source = f"""
+        sgdt    0x200000
+        mov     0x200002, %rsi
+        mov     $0x201000, %edi
+        mov     $7, %ecx
+        rep movsq
+        movabs  $0x0020{"9" if present else "1"}b000000ffff + ({limit} << 48), %rax
+        mov     %rax, 0x201038
+        movw    $0x3f, 0x200000
+        movq    $0x201000, 0x200002
+        lgdt    0x200000
+        movw    $0x38, {_IDT + 16 * 0x21 + 2:#x}
+        lea     next(%rip), %r15
+at:     int     $0x21
+next:   jmp     done
+"""
+    program = Program(source, backend).finish()
+    right = (0x21, 0, program.labels["next"]) if present else (11, 0x38, program.labels["at"])
+    assert [trap[:3] for trap in program.traps] == [right]
+
+
+@each_backend
+def test_a_software_interrupt_that_was_accepted_is_run_again(backend):
+    """RIP is still at the INT n: it is delivered once, as that."""
+    program = Program("pause; lea next(%rip), %r15; at: int $0x31; next: jmp done", backend).pause()
+    state = program.machine.cpus[0].save()
+    state.rip, state.r15 = program.labels["at"], program.labels["next"]
+    state.event = EventState(kind="software", vector=0x31)
+    program.machine.cpus[0].load(state)
+    program.finish()
+    assert [(trap.vector, trap.rip) for trap in program.traps] == [(0x31, program.labels["next"])]
 
 
 @each_backend

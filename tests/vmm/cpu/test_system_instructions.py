@@ -37,6 +37,10 @@ REFUSED = {
     "mxcsr: reserved, FXRSTOR": "fxsave 0x200000; orl $0x40000, 0x200018; at: fxrstor 0x200000",
     "gdtr.base: not canonical": "movabs $0x8000000000000000, %rax; mov %rax, 0x200002; at: lgdt 0x200000",
     "gdtr.base: not canonical in 48 bits": "movabs $0x800000000000, %rax; mov %rax, 0x200002; at: lgdt 0x200000",
+    **{
+        f"beside an MSR there is: {number:#x}": f"mov ${number:#x}, %ecx; at: rdmsr"
+        for number in (0x11, 0x173, 0x177, 0x276, 0x278, 0xC000007F, 0xC0000085, 0xC00000FF, 0xC0000104)
+    },
     "tr: a null selector": "xor %eax, %eax; at: ltr %ax",
 }  # fmt: skip
 _SSE = "mov %cr4, %rax; or $0x600, %rax; mov %rax, %cr4; "
@@ -130,6 +134,8 @@ ACTS = {
     "single step": (_SINGLE_STEP, [1]),
     "breakpoint": (_BREAKPOINT.format(dr7="0x402"), [1]),
     "no breakpoint": (_BREAKPOINT.format(dr7="0x400"), []),
+    "a breakpoint of writes": (_BREAKPOINT.format(dr7="0x10402"), []),
+    "a breakpoint of reads and writes": (_BREAKPOINT.format(dr7="0x30402"), []),
 }
 
 
