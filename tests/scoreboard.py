@@ -24,9 +24,9 @@ from tests import acting
 from tests.fields import forget, paths
 from tests.vmm.cpu.program import Program
 from tests.vmm.cpu.test_state import STATES
-from vmm.board.isapc import CHIPS
 from vmm.cpu.protocol import CpuState, EventState, SegmentState
 from vmm.testing import Subject, device_machine
+from vmm.testing.subject import chips
 
 EXAMPLES = 150
 HOW = settings(
@@ -71,8 +71,8 @@ class Row:
     seconds: float
 
 
-# Of a chip that is on the board more than once, one.
-SUBJECTS = {slot.device.__name__: Subject.named(slot.id) for slot in reversed(CHIPS)}
+# Of a chip that is on a board more than once, one.
+SUBJECTS = {slot.device.__name__: Subject.named(slot.id) for slot in reversed(chips().values())}
 
 
 def seen(machine: type[Any], examples: int = EXAMPLES) -> str | None:

@@ -11,7 +11,6 @@ from tests import acting, known_bugs, scoreboard
 from tests.conftest import ROOT
 from tests.fields import forget, paths
 from tests.vmm.cpu.campaign import Bench
-from vmm.board.isapc import CHIPS
 from vmm.cpu.protocol import CpuState
 from vmm.testing import device_machine
 
@@ -20,7 +19,7 @@ ROWS = re.findall(r"^\| (\w+) \| ([\w.]+) \| ([^|]+) \| ([\d.]+) \|$", TEXT, re.
 
 
 def test_every_field_has_its_row_and_is_found():
-    states = {slot.device.__name__: slot.device.State for slot in CHIPS} | {"CPU": CpuState}
+    states = {name: subject.device.State for name, subject in scoreboard.SUBJECTS.items()} | {"CPU": CpuState}
     fields = {(part, ".".join(path)) for part, state in states.items() for path in paths(state)}
     assert {(part, field) for part, field, _, _ in ROWS} == fields
     assert not [row for row in ROWS if row[2] == scoreboard.MISSED]
