@@ -1,4 +1,5 @@
-"""Boot to shell, whole process, against QEMU TCG: same kernel, initrd, memory, one CPU, alternating in one run."""
+"""Boot to shell, whole process, on both boards and on QEMU TCG: same kernel, initrd, memory, one CPU, taking turns in
+one run."""
 
 from __future__ import annotations
 
@@ -39,32 +40,39 @@ def until_shell(command: list[str]) -> float:
     return wall
 
 
+def contestants(qemu: str, guest: Path, kernel: str, append: str) -> dict[str, list[str]]:
+    files = {"kernel": str(guest / kernel), "initrd": str(guest / "initrd.img"), "append": append}
+    theirs = [qemu, "-accel", "tcg", "-m", "256", "-smp", "1", "-nographic", "-nic", "none", "-no-reboot"]
+    ours = [sys.executable, "-m", "anyhyve", "run", "--memory", "256M", "--until", GOAL.decode()]
+    for name, value in files.items():
+        theirs += [f"-{name}", value]
+        ours += [f"--{name}", value]
+    return {"pc": [*ours, "--board", "pc"], "isapc": [*ours, "--board", "isapc"], "QEMU TCG": theirs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--guest", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--append", default=CMDLINE)
     arguments = parser.parse_args()
-    guest = arguments.guest
     qemu = shutil.which("qemu-system-x86_64")
     if qemu is None:
         sys.exit("bench: no qemu-system-x86_64 here, so there is nothing to compare with")
     table = []
     for kernel in ("vmlinuz", "vmlinux"):
-        common = ["-kernel", str(guest / kernel), "-initrd", str(guest / "initrd.img"), "-append", arguments.append]
-        theirs = [qemu, "-accel", "tcg", "-m", "256", "-smp", "1", "-nographic", "-nic", "none", "-no-reboot", *common]
-        ours = [sys.executable, "-m", "anyhyve", "run", "--memory", "256M", "--until", GOAL.decode(),
-                *(a.replace("-kernel", "--kernel").replace("-initrd", "--initrd").replace("-append", "--append")
-                  if a.startswith("-") else a for a in common)]  # fmt: skip
-        rows = []
-        for i in track(range(arguments.rounds), description=f"booting {kernel}", transient=True):
-            pair = {id(command): until_shell(command) for command in ((ours, theirs) if i % 2 else (theirs, ours))}
-            rows.append((pair[id(ours)], pair[id(theirs)]))
-        us, them = (statistics.median(column) for column in zip(*rows, strict=True))
-        ratios = [a / b for a, b in rows]  # of neighbours in time: the computer's own ups and downs cancel
-        singles = " ".join(f"{ratio:.2f}" for ratio in ratios)
-        table.append((kernel, f"{us:.2f}", f"{them:.2f}", f"{statistics.median(ratios):.2f}", singles))
-    columns = "kernel", "anyhyve s (median)", "QEMU TCG s (median)", "ratio (median)", "ratios of single rounds"
+        commands = contestants(qemu, arguments.guest, kernel, arguments.append)
+        order, rounds = list(commands), []
+        for _ in track(range(arguments.rounds), description=f"booting {kernel}", transient=True):
+            rounds.append({name: until_shell(commands[name]) for name in order})
+            order = order[1:] + order[:1]
+        for name, other in (("pc", "QEMU TCG"), ("pc", "isapc")):
+            us, them = (statistics.median(row[which] for row in rounds) for which in (name, other))
+            ratios = [row[name] / row[other] for row in rounds]  # neighbours in time: ups and downs cancel
+            singles = " ".join(f"{ratio:.2f}" for ratio in ratios)
+            ratio = f"{statistics.median(ratios):.2f}"
+            table.append((kernel, f"{name} / {other}", f"{us:.2f}", f"{them:.2f}", ratio, singles))
+    columns = "kernel", "which", "s (median)", "s of the other", "ratio (median)", "ratios of single rounds"
     show.table(columns, table)
 
 

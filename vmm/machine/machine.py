@@ -30,7 +30,7 @@ from vmm.clock import LAST_NS, ClockState, GuestClock
 from vmm.cpu import backends, validity
 from vmm.cpu.protocol import Cpu, CpuState
 from vmm.errors import RequestError
-from vmm.guest import acpi
+from vmm.guest import acpi, smbios
 from vmm.guest.image import Image
 from vmm.guest.image import load as load_image
 from vmm.guest.origin import KEY as ORIGIN
@@ -39,7 +39,7 @@ from vmm.host.bindings import Bindings
 from vmm.machine.moment import Moment, Moments
 from vmm.machine.run import Goal, RunLoop
 from vmm.machine.stop import Fault, Stop, Stopped, StopReason
-from vmm.ram import Ram
+from vmm.ram import Ram, layout
 from vmm.saving.checkpoint import Checkpoint, write
 from vmm.saving.parts import Part, parts_of
 from vmm.saving.save import Contents, preflight
@@ -206,8 +206,10 @@ class Machine:
     def _start(self, image: Image) -> None:
         self.image = image
         self.board.power_on()
-        if self.board.platform is not None:
-            self.ram.write(acpi.AT, acpi.tables(self.board.platform, acpi.AT))
+        if (platform := self.board.platform) is not None:
+            self.ram.write(acpi.AT, acpi.tables(platform, acpi.AT))
+            memory = layout(self.config.memory_bytes)
+            self.ram.write(smbios.AT, smbios.tables(platform.cpus, memory, smbios.AT))
         self.cpu.load(load_image(image, self.ram))
 
     def assign(self, saved: Saved) -> None:

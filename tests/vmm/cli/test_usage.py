@@ -158,3 +158,8 @@ def test_boards(anyhyve, tmp_path):
     other = anyhyve("run", "-r", tmp_path / "pc", "--board", "isapc")
     assert other.returncode == 1 and b"board: the snapshot has pc, not isapc" in other.stderr
     assert anyhyve(*BOOT, "--board", "q35").returncode == 2
+
+
+def test_a_pc_needs_room_for_its_tables(anyhyve):
+    done = anyhyve("run", "--kernel", OWN, "--flat", "--memory", "512K")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(b"anyhyve: a pc has at least 1M of memory")

@@ -60,6 +60,10 @@ def test_a_pc_of_this_century(debian, tmp_path):
             there = console.run(f"cat /sys/bus/pci/devices/0000:{file}/device /sys/bus/pci/devices/0000:{file}/vendor")
             device, vendor = there.split()
             assert device + vendor[2:] == identity
+        assert (
+            console.run("cd /sys/class/dmi/id; cat sys_vendor product_name bios_vendor; cd")
+            == "anyhyve\nanyhyve pc\nanyhyve\n"
+        )
         console.run("sleep 1")
         machine.save(tmp_path / "shell")
         console.send("poweroff -f\n")
