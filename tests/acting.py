@@ -26,7 +26,8 @@ HEAD = """## What acts
 A field that is saved and loaded can still do nothing. Each field of the CPU is left out of what is *loaded*, once a
 random guest or a small program has come to have something in it; what is seen beside the field itself, and after how
 long. Without some there is no such state, and it is refused by name. The rest does nothing on the emulated CPU: it
-looks at no segment's type once that is loaded, none of its instructions stores an opcode, and no board has an NMI.
+looks at no segment's type once that is loaded, none of its instructions stores an opcode, and these guests' board has
+no NMI, as that of `tests/vmm/cpu/test_apic.py` has.
 
 | field | seen by | seconds |
 |---|---|---|"""

@@ -235,7 +235,7 @@ BUGS = [
         device("rtc")),
 ]  # fmt: skip
 
-ABSENT = """Of what cannot happen here: PCI BARs, capabilities, AHCI, e1000 and xhci have no counterpart on this board;
+ABSENT = """Of what cannot happen here: AHCI, e1000 and xhci have no counterpart on these boards;
 no state can hold a host pointer, for a schema has no such type; a device without state to save cannot be put on the
 board; a save keeps no record of dirty pages that a failed one could spoil; nothing is left over in a state unread, for
 an unknown field is an error."""

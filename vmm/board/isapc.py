@@ -3,8 +3,9 @@ address."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from vmm.board.config import ID, RESERVED, MachineConfig
 from vmm.board.kinds import kind
@@ -53,8 +54,11 @@ def slots(config: MachineConfig) -> list[Slot]:
     return with_devices(CHIPS, config)
 
 
-def with_devices(chips: Iterable[Slot], config: MachineConfig) -> list[Slot]:
-    """A board's own chips, and those of the config. Raises as `slots`."""
+def with_devices(
+    chips: Iterable[Slot], config: MachineConfig, taken: Mapping[str, range] = MappingProxyType({})
+) -> list[Slot]:
+    """A board's own chips, and those of the config. `taken` are ports where a chip will be, by its part. Raises as
+    `slots`."""
     found = list(chips)
     for device in config.devices:
         name = device.id or device.kind
@@ -66,15 +70,18 @@ def with_devices(chips: Iterable[Slot], config: MachineConfig) -> list[Slot]:
                 device = replace(device, place=_free(found))
             slot = made.slot(device)
             _check(slot, found, config.memory_bytes)
+            for at in slot.at:
+                for other, there in taken.items():
+                    _apart("port", other, _range(at, slot) if at.space == "port" else range(0), there)
         except RequestError as error:
             raise RequestError(f"device {name}: {error}") from None
         except BackendError as error:
             raise BackendError(f"device {name}: {error}") from None
         found.append(slot)
     functions = {slot.function: slot for slot in found if slot.function is not None}
-    for at, slot in functions.items():
-        if at & ~7 not in functions:
-            raise RequestError(f"device {slot.id}: slot={at >> 3}.0 is empty: no guest looks further")
+    for function, slot in functions.items():
+        if function & ~7 not in functions:
+            raise RequestError(f"device {slot.id}: slot={function >> 3}.0 is empty: no guest looks further")
     return found
 
 
@@ -104,11 +111,15 @@ def _check(slot: Slot, others: list[Slot], memory_bytes: int) -> None:
             raise RequestError("interrupt 2 is where the second controller is connected")
     for at in slot.at:
         for other in others:
-            for taken in other.at:
-                if at.space == taken.space and _overlap(at, slot, taken, other):
-                    raise RequestError(f"{other.id} lies at {at.space}={at.base:#x}")
+            for there in other.at:
+                if at.space == there.space:
+                    _apart(at.space, other.id, _range(at, slot), _range(there, other))
 
 
-def _overlap(at: At, slot: Slot, taken: At, other: Slot) -> bool:
-    end, taken_end = (a.base + s.device.banks[a.bank].size for a, s in ((at, slot), (taken, other)))
-    return at.base < taken_end and taken.base < end
+def _range(at: At, slot: Slot) -> range:
+    return range(at.base, at.base + slot.device.banks[at.bank].size)
+
+
+def _apart(space: str, other: str, here: range, there: range) -> None:
+    if (first := max(here.start, there.start)) < min(here.stop, there.stop):
+        raise RequestError(f"{other} lies at {space}={first:#x}")

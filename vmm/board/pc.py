@@ -18,11 +18,13 @@ from vmm.devices.hpet import FIRST_PIN, LAST_PIN, Hpet
 from vmm.devices.isa.pic import PicState
 from vmm.devices.pci.i440fx import I440fx
 from vmm.devices.pci.piix3 import ROUTABLE, Piix3, Piix3State
-from vmm.devices.pci.piix4_pm import Piix4Pm, Piix4PmState
+from vmm.devices.pci.piix4_pm import PORTS, Piix4Pm, Piix4PmState
+from vmm.errors import RequestError
 
 _IO_APIC, _HPET = 0xFEC0_0000, 0xFED0_0000
 _PM, _SCI = 0x600, 9
 _PIRQS = (10, 10, 11, 11)
+_TABLES_END = 1 << 20
 _EXT_INT, _NMI = 0x700, 0x400  # of LVT entries
 
 
@@ -51,6 +53,8 @@ def _levels(config: MachineConfig) -> PicState:
 
 def slots(config: MachineConfig) -> list[Slot]:
     """As isapc.slots."""
+    if config.memory_bytes < _TABLES_END:
+        raise RequestError("a pc has at least 1M of memory: its tables lie below that")
     legacy = {slot.id: slot for slot in isapc.CHIPS}
     pins = {f"irq{pin}": Input("ioapic", "set_line", (pin,)) for pin in range(FIRST_PIN, LAST_PIN + 1)}
     configuration = {fw_cfg.CPUS: struct.pack("<H", config.cpus), fw_cfg.MOST_CPUS: struct.pack("<H", config.cpus)}
@@ -71,7 +75,7 @@ def slots(config: MachineConfig) -> list[Slot]:
         Slot("fw_cfg", FwCfg, {"items": Fixed(configuration), "files": Fixed({})}, (ports(0x510),)),
         *(legacy[id] for id in ("debugcon", "biosdebug", "debugexit")),
     ]
-    return isapc.with_devices(chips, config)
+    return isapc.with_devices(chips, config, {"pm": range(_PM, _PM + PORTS)})
 
 
 def platform(config: MachineConfig) -> Platform:

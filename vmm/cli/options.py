@@ -94,7 +94,9 @@ class BhyveSlot(click.ParamType[DeviceConfig | None]):
         where, _, what = str(value).partition(",")
         if (found := re.fullmatch(r"(?:0:)?(\d+)(?::(\d+))?", where)) is None or not what:
             self.fail(f"{value!r} is not SLOT[:FUNCTION],KIND", param, ctx)
-        if what in ("hostbridge", "amd_hostbridge", "lpc"):
+        if int(found[1]) > 31 or int(found[2] or 0) > 7:
+            self.fail(f"{value!r}: slots are 0 to 31, functions 0 to 7", param, ctx)
+        if what.partition(",")[0] in ("hostbridge", "amd_hostbridge", "lpc"):
             return None
         device = DeviceConfig.parse(what)
         if device.place:

@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from snapshot.files import read_file
+from vmm.board.board import BOARDS
+from vmm.board.config import MachineConfig
 from vmm.cli import show
 from vmm.cli.fuzz import finds_option
 from vmm.cli.options import FILE, json_option
@@ -21,8 +23,9 @@ from vmm.qtest.qemu import Qemu
 @finds_option
 @click.option("--qtest", "file", type=FILE, help="Commands, as QEMU's qtest has them.")
 @click.option("--against", type=click.Choice(["qemu"]), help="Play them there too, and find the first difference.")
+@click.option("--board", type=click.Choice(list(BOARDS)), default="pc", show_default=True, help="Of --qtest: on which.")
 @json_option
-def replay(id: str | None, folder: Path, file: Path | None, against: str | None, as_json: bool) -> None:
+def replay(id: str | None, folder: Path, file: Path | None, against: str | None, board: str, as_json: bool) -> None:
     """Play a find again, by its ID: exit status 1 when it still fails. Or play the accesses in a file to the board's
     devices, and print what the reads answer: exit status 1 when the other machine answers otherwise."""
     if (id is None) == (file is None):
@@ -36,10 +39,11 @@ def replay(id: str | None, folder: Path, file: Path | None, against: str | None,
         commands = [command for _, command in qtest.parse(read_file(file).decode())]
     except UnicodeDecodeError:
         raise RequestError(f"{file}: not text") from None
+    ours = qtest.OurBoard(MachineConfig(board=board))
     if against is None:
-        _here(commands, as_json)
+        _here(commands, ours, as_json)
     else:
-        _there(commands, as_json)
+        _there(commands, ours, as_json)
 
 
 def _find(folder: Path, id: str, as_json: bool) -> None:
@@ -62,8 +66,7 @@ def _find(folder: Path, id: str, as_json: bool) -> None:
     sys.exit(0 if raised is None else 1)
 
 
-def _here(commands: list[qtest.Command], as_json: bool) -> None:
-    board = qtest.OurBoard()
+def _here(commands: list[qtest.Command], board: qtest.OurBoard, as_json: bool) -> None:
     answers = [(command, answer) for command in commands if (answer := board.play(command)) is not None]
     if as_json:
         show.as_json([[str(command), answer] for command, answer in answers])
@@ -72,9 +75,9 @@ def _here(commands: list[qtest.Command], as_json: bool) -> None:
         show.line(f"{command}: {answer:#x}")
 
 
-def _there(commands: list[qtest.Command], as_json: bool) -> None:
+def _there(commands: list[qtest.Command], board: qtest.OurBoard, as_json: bool) -> None:
     with Qemu() as qemu:
-        found = qtest.compare(commands, qtest.OurBoard(), qemu)
+        found = qtest.compare(commands, board, qemu)
     if as_json:
         show.as_json(None if found is None else {**vars(found), "command": str(found.command)})
     elif found is None:

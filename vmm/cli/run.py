@@ -185,7 +185,7 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("-s", "slots", type=BhyveSlot(), multiple=True, metavar="SLOT,KIND",
               help="As bhyve's: one more PCI device. A hostbridge and an lpc the board has by itself.")  # fmt: skip
 @click.option("--board", type=click.Choice(["isapc", "pc"]),
-              help="Which chips it has: those of a PC with PCI, ACPI, APICs and HPET, or of a PC/AT.  "
+              help="Which chips it has: isapc those of a PC/AT, pc PCI, ACPI, APICs and HPET besides.  "
                    "[default: pc]")  # fmt: skip
 @click.option("--tsc-khz", type=int,
               help=f"Rate of the guest's TSC.  [default: {TSC_KHZ} on emu, the host's own on kvm]")  # fmt: skip
@@ -215,6 +215,8 @@ def run(
         _only_with_a_kernel(kernel, initrd, append is not None, flat)
     asked = _asked(**goal)
     backend = chosen(backend)
+    if slots and board == "isapc":
+        raise click.UsageError("-s is of PCI, which --board isapc has not.")
     devices += tuple(slot for slot in slots if slot is not None)
     if waking is not None:
         with Machine.restore(waking, backend, bind=_bind(bind)) as machine:
@@ -248,8 +250,14 @@ def _agree(config: MachineConfig, **asked: Any) -> None:
     """Compare what was asked for with the snapshot, which says it all; bhyve -r wants the arguments of the first start.
     Raises RequestError for what does not agree."""
     for field, value in asked.items():
-        if value is not None and value != getattr(config, field):
-            raise RequestError(f"{field}: the snapshot has {getattr(config, field)}, not {value}")
+        if value is None or value == (there := getattr(config, field)):
+            continue
+        if field == "devices":
+            names = ", ".join(device.id for device in there) or "none"
+            raise RequestError(
+                f"devices: the snapshot has {names}, and no others are put on: leave --device and -s out"
+            )
+        raise RequestError(f"{field}: the snapshot has {there}, not {value}")
 
 
 @click.command()

@@ -34,7 +34,7 @@ def _structures(cpus: int, memory: list[tuple[int, int]]) -> list[bytes]:
         _structure(0, 0, struct.pack("<BBHBBQBBBBBB", 1, 2, 0xF000, 3, 0, _NO_CHARACTERISTICS, 0, _IS_VIRTUAL, 0, 0,
                                      0xFF, 0xFF), _MAKER, "1", "01/01/2020"),
         _structure(1, 0x100, struct.pack("<BBBB16sBBB", 1, 2, 0, 0, bytes(16), 6, 0, 0), _MAKER, _PRODUCT),
-        _structure(3, 0x300, struct.pack("<BBBBBBBBBIBBBBB", 1, 1, 0, 0, 0, 3, 3, 3, _UNKNOWN, 0, 0, 0, 0, 0, 0), _MAKER),
+        _structure(3, 0x300, struct.pack("<BBBBBBBBBIBBBBB", 1, 1, 0, 0, 0, 3, 3, 3, _UNKNOWN, *[0] * 6), _MAKER),
     ]  # fmt: skip
     found += [_processor(number) for number in range(cpus)]
     found.append(_structure(16, 0x1000, struct.pack("<BBBIHHQ", 1, 3, 3, 0x8000_0000, 0xFFFE, 1, total_kb << 10)))

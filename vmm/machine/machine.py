@@ -401,10 +401,17 @@ class Machine:
     ) -> None:
         """Raises what `save` would raise as far as it can be told now: RequestError, BackendError, SnapshotError."""
         preflight(path, parent, self.ram, force=force)
-        if versions is not None:
-            for part in self.parts:
-                if (state := schema_of(part.State).name) not in versions:
-                    raise RequestError(f"that release has no {state}, which is the state of {part.name}")
+        self._must_know(versions)
+
+    def _must_know(self, versions: Mapping[str, int] | None) -> None:
+        """Raises RequestError for a part whose state those versions have not."""
+        if versions is None:
+            return
+        for part in self.parts:
+            if (state := schema_of(part.State).name) not in versions:
+                if part.name in {device.id for device in self.config.devices}:
+                    raise RequestError(f"that release has no {state}, which is the state of device {part.name}")
+                raise RequestError(f"that release has no board {self.config.board!r}: it wakes those of --board isapc")
 
     def _contents(
         self, path: Path, packed: bool, parent: Path | None, versions: Mapping[str, int] | None, meta: Json
@@ -416,6 +423,7 @@ class Machine:
             # Behind a triple fault the engine's CPU may stand between two states.
             if isinstance(state, CpuState) and (why := validity.refusal(state)) is not None:
                 raise RequestError(f"cannot save to {path}: no CPU can be in this state: {why}")
+        self._must_know(versions)
         if (origin := self.know_origin()) is not None and (meta is None or isinstance(meta, dict)):
             meta = {**(meta or {}), ORIGIN: origin.to_json()}
         return Contents(path, states, self.ram, packed, parent, versions, meta)

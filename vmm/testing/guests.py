@@ -28,7 +28,8 @@ class Guest:
 
     def __init__(self, backend: str, image: Image, config: pytest.Config, cache: Boots) -> None:
         self._backend, self._image, self._config, self._cache = backend, image, config, cache
-        self._machine = MachineConfig(memory_bytes=int(config.getini("vm_memory")) << 20)
+        memory = int(config.getini("vm_memory")) << 20
+        self._machine = MachineConfig(memory_bytes=memory, board=config.getini("vm_board"))
         self._failed: str | None = None
         code = cache.code(STARTED_NS)
         self._key = boots.key(self._machine, image, backend, config.getini("vm_ready"), code)

@@ -135,6 +135,7 @@ def vm_factory(request: pytest.FixtureRequest, vm_backend: str) -> Iterator[Call
                 machine = Machine.restore(snapshot, backend or vm_backend)
             else:
                 config.setdefault("memory_bytes", int(request.config.getini("vm_memory")) << 20)
+                config.setdefault("board", request.config.getini("vm_board"))
                 guest = request.getfixturevalue("vm_image") if image is None else image
                 machine = Machine.boot(MachineConfig(**config), guest, backend or vm_backend)
             made.append(open_machines.enter_context(machine))

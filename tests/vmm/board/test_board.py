@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapshot.field_types import Range
+from tests.vmm.devices.pci.card import Card
 from vmm.board import isapc, kinds
 from vmm.board.alarms import Alarms
 from vmm.board.board import Board, BoardState
@@ -23,7 +24,7 @@ from vmm.clock import GuestClock
 from vmm.device import Device
 from vmm.devices.isa.debugcon import Debugcon
 from vmm.devices.isa.pit import Pit
-from vmm.errors import BackendError
+from vmm.errors import BackendError, RequestError
 from vmm.ram import Ram
 from vmm.registers import reads, span
 from vmm.saving.parts import parts_of
@@ -237,4 +238,78 @@ def test_a_device_of_another_package_that_cannot_be_made(monkeypatch, device, wh
     config = MachineConfig(devices=named([DeviceConfig.parse("theirs,port=0x300")]))
     with pytest.raises(BackendError, match=f"^device theirs0: {why}$"):
         Board(config, GuestClock(1_000_000))
+    kinds.kind.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("board", "spec", "why"),
+    [
+        ("pc", "uart,port=0x400,irq=5", "biosdebug lies at port=0x402"),
+        ("pc", "uart,port=0xcf2,irq=5", "piix3 lies at port=0xcf9"),
+        ("pc", "uart,port=0x63f,irq=5", "pm lies at port=0x63f"),
+        ("isapc", "uart,port=0xcf8,irq=5", "reset lies at port=0xcf8"),
+    ],
+)
+def test_where_a_device_is_in_the_way(board, spec, why):
+    config = MachineConfig(board=board, devices=named([DeviceConfig.parse(spec)]))
+    with pytest.raises(RequestError, match=f"^device uart0: {why}$"):
+        Board(config, GuestClock(1_000_000))
+
+
+@pytest.mark.parametrize(
+    ("places", "why"),
+    [
+        (["slot=1"], "device card0: piix3 lies at slot=1.0"),
+        (["slot=3", "slot=3.0"], "device card1: card0 lies at slot=3.0"),
+        (["slot=3.1"], "device card0: slot=3.0 is empty: no guest looks further"),
+        (["slot=32"], "device card0: slot=32: it is put at slot=DEVICE.*"),
+        (["slot=3.8"], "device card0: slot=3.8: it is put at slot=DEVICE.*"),
+        (["port=0x300"], "device card0: port=0x300: it is put at slot=DEVICE.*"),
+        ([""] * 31, "device card30: no PCI slot is free"),
+    ],
+)
+def test_slots_that_cannot_be(cards, places, why):
+    with pytest.raises(RequestError, match=f"^{why}$"):
+        Board(cards(places), GuestClock(1_000_000))
+
+
+def test_slots(cards):
+    """The first that are free, and several functions of one device."""
+    board = Board(cards(["", "slot=5", "slot=5.2", ""]), GuestClock(1_000_000))
+    found = {slot.id: slot.function for slot in board.slots if slot.id.startswith("card")}
+    assert found == {"card0": 2 << 3, "card1": 5 << 3, "card2": 5 << 3 | 2, "card3": 3 << 3}
+    for at, many in ((0, 0), (1 << 3, 0x80), (2 << 3, 0), (5 << 3, 0x80), (5 << 3 | 2, 0)):
+        assert board.pci.read(at, 0x0E, 1) == many
+    assert board.pci.read(9 << 3, 0, 4) == 0xFFFF_FFFF
+
+
+def test_lines_of_slots_are_shared_and_turned(cards):
+    """Slots 2 and 6 have the same lines, 3 the next one."""
+    board = Board(cards(["slot=2", "slot=6", "slot=3"]), GuestClock(1_000_000))
+    board.restored()
+    devices: dict[str, Any] = dict(board.devices)
+    piix3 = devices["piix3"]
+    for id, levels in (("card0", 0b0010), ("card1", 0b0010), ("card2", 0b0110)):
+        devices[id].interrupt(True)
+        assert piix3.state.levels == levels
+    devices["card0"].interrupt(False)
+    assert piix3.state.levels == 0b0110, "the other one still holds it"
+
+
+def test_no_pci_no_slot(cards):
+    config = replace(cards(["slot=3"]), board="isapc")
+    with pytest.raises(RequestError, match=r"^device card0: this board has no PCI: --board pc has$"):
+        Board(config, GuestClock(1_000_000))
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    monkeypatch.setattr(kinds, "OURS", (*kinds.OURS, Kind("card", Card, space="pci")))
+    kinds.kind.cache_clear()
+
+    def config(places):
+        devices = named([DeviceConfig(id="", kind="card", place=place) for place in places])
+        return MachineConfig(board="pc", devices=devices)
+
+    yield config
     kinds.kind.cache_clear()

@@ -89,7 +89,7 @@ def test_what_is_no_device(text, why):
     [
         ("uart", "device uart0: it is put at port=ADDRESS"),
         ("uart,port=0x3f8", "device uart0: com1 lies at port=0x3f8"),
-        ("uart,port=0x3f1", "device uart0: com1 lies at port=0x3f1"),
+        ("uart,port=0x3f1", "device uart0: com1 lies at port=0x3f8"),
         ("uart,port=0x10000", "not within 0..0xffff"),
         ("uart,port=here", "port=here: not an address"),
         ("uart,memory=0xfed00000", "it is put at port=ADDRESS, not memory="),

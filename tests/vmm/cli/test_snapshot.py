@@ -222,7 +222,7 @@ def test_saving_for_a_release(saved, tmp_path):
     text(*older, tmp_path / "fast")
     later = ("--at", 9_000_000, "--json", "--save", tmp_path / "x", "--for-version")
     assert "machine.tsc_khz" in refusal("restore", tmp_path / "fast", *later, "0.1.0")
-    assert "which is the state of lapic.0" in refusal("restore", saved / "a", *later, "0.2.0")
+    assert "no board 'pc': it wakes those of --board isapc" in refusal("restore", saved / "a", *later, "0.2.0")
     assert "no release '9'" in refusal("restore", saved / "a", "--save", tmp_path / "x", "--for-version", "9")
 
 
