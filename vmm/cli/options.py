@@ -145,6 +145,11 @@ backend_option = click.option(
     metavar="emu|kvm|auto",
     help="Which CPU; auto is kvm where this host's can run a guest, and says which it took.",
 )
+board_option = click.option(
+    "--board",
+    type=click.Choice(["isapc", "pc"]),
+    help="Which chips there are: isapc has a PC/AT's, pc has PCI, ACPI, APICs and HPET besides.  [default: pc]",
+)
 allow_option = click.option(
     "--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved."
 )

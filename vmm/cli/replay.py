@@ -8,11 +8,10 @@ from pathlib import Path
 import click
 
 from snapshot.files import read_file
-from vmm.board.board import BOARDS
 from vmm.board.config import MachineConfig
 from vmm.cli import show
 from vmm.cli.fuzz import finds_option
-from vmm.cli.options import FILE, json_option
+from vmm.cli.options import FILE, board_option, json_option
 from vmm.errors import BackendError, RequestError
 from vmm.qtest import board as qtest
 from vmm.qtest.qemu import Qemu
@@ -23,9 +22,11 @@ from vmm.qtest.qemu import Qemu
 @finds_option
 @click.option("--qtest", "file", type=FILE, help="Commands, as QEMU's qtest has them.")
 @click.option("--against", type=click.Choice(["qemu"]), help="Play them there too, and find the first difference.")
-@click.option("--board", type=click.Choice(list(BOARDS)), default="pc", show_default=True, help="Of --qtest: on which.")
+@board_option
 @json_option
-def replay(id: str | None, folder: Path, file: Path | None, against: str | None, board: str, as_json: bool) -> None:
+def replay(
+    id: str | None, folder: Path, file: Path | None, against: str | None, board: str | None, as_json: bool
+) -> None:
     """Play a find again, by its ID: exit status 1 when it still fails. Or play the accesses in a file to the board's
     devices, and print what the reads answer: exit status 1 when the other machine answers otherwise."""
     if (id is None) == (file is None):
@@ -39,7 +40,7 @@ def replay(id: str | None, folder: Path, file: Path | None, against: str | None,
         commands = [command for _, command in qtest.parse(read_file(file).decode())]
     except UnicodeDecodeError:
         raise RequestError(f"{file}: not text") from None
-    ours = qtest.OurBoard(MachineConfig(board=board))
+    ours = qtest.OurBoard(MachineConfig(board=board or "pc"))
     if against is None:
         _here(commands, ours, as_json)
     else:

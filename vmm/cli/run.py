@@ -28,6 +28,7 @@ from vmm.cli.options import (
     Seconds,
     allow_option,
     backend_option,
+    board_option,
     chosen,
     force_option,
     json_option,
@@ -184,9 +185,7 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("-s", "slots", type=BhyveSlot(), multiple=True, metavar="SLOT,KIND",
               help="As bhyve's: one more PCI device. A hostbridge and an lpc the board has by itself.")  # fmt: skip
-@click.option("--board", type=click.Choice(["isapc", "pc"]),
-              help="Which chips it has: isapc those of a PC/AT, pc PCI, ACPI, APICs and HPET besides.  "
-                   "[default: pc]")  # fmt: skip
+@board_option
 @click.option("--tsc-khz", type=int,
               help=f"Rate of the guest's TSC.  [default: {TSC_KHZ} on emu, the host's own on kvm]")  # fmt: skip
 @_name_option
