@@ -34,6 +34,8 @@ def replay(
     if file is None:
         if against:
             raise click.UsageError("--against compares accesses: give the find's own --qtest FILE")
+        if board:
+            raise click.UsageError("--board does nothing without --qtest.")
         _find(folder, str(id), as_json)
         return
     try:
