@@ -105,7 +105,9 @@ class Origin:
             data = b"" if file is None else file.find(places)
             if data is None:
                 where = " nor ".join(map(str, places))
-                raise RequestError(f"to start again it needs {file}, which is neither given nor in {where}")
+                raise RequestError(
+                    f"to start again it needs {file}, which is neither given (--kernel, --initrd) nor in {where}"
+                )
             found.append(data)
         names = self.kernel.name, "" if self.initrd is None else self.initrd.name
         return Image(found[0], found[1], self.append, self.flat, names)

@@ -147,6 +147,7 @@ def _backend(config: pytest.Config) -> str:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     version = importlib.metadata.version
     parts = [f"backend {_backend(config)}", f"unicorn {version('unicorn')}", f"CPU {boots.processor()}"]
+    parts.append(f"board {config.getini('vm_board')}")
     if (every_ms := config.getoption("--vm-roundtrip")) is not None:
         parts.append(f"a round trip every {every_ms:g} guest ms")
     return [f"anyhyve {version('anyhyve')}: " + ", ".join(parts), f"anyhyve: {config.stash[CACHE]}"]
