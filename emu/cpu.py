@@ -309,7 +309,10 @@ class EmuCpu(Cpu):
 
     def _take_nmi(self) -> Shutdown | None:
         assert self._apic is not None
-        if self._engine.hflags.value & HF_INHIBIT_IRQ or not self._apic.take_nmi():
+        if self._engine.hflags.value & HF_INHIBIT_IRQ:
+            return None
+        if not self._apic.take_nmi():
+            self._nmi = False  # it is something else that waits at the APIC
             return None
         self._halted, self._event = False, EventState(kind="nmi", vector=2)
         return self._deliver()

@@ -92,7 +92,7 @@ class KvmCpu(Cpu):
         if self._apic is not None:
             self._show_apic(self._apic)
         if self._halted:
-            if not ((self._pin and run8[_IF]) or (self._nmi and not state.nmi_waits(self._vcpu))):
+            if not ((self._pin and run8[_IF]) or (self._nmi and self._hand_over_nmi())):
                 if self._kicked:
                     self._kicked = False
                     return Kicked()
@@ -156,7 +156,7 @@ class KvmCpu(Cpu):
             self._stepper.interrupt(vector)
         if entered:
             if self._nmi and not interrupted:
-                self._offer_nmi()
+                self._hand_over_nmi()
             self._stepper.enter(arrive)
         else:
             start = self.registers()[_RIP]
@@ -232,8 +232,8 @@ class KvmCpu(Cpu):
         exits, ring, keeper, apic = self._exits, self._ring32, self._time, self._apic
         port_in, port_out = self._bus.port_in, self._bus.port_out
         while True:
-            if self._nmi:
-                self._offer_nmi()
+            if self._nmi and not self._hand_over_nmi() and self._nmi:
+                self._alarm.set(_LOOK_NS)  # KVM does not tell of an IRET
             if self._cr8 and apic is not None and apic.waits_for_task_priority():
                 self._alarm.set(_LOOK_NS)  # not every KVM tells of a CR8 that is lowered
             if self._pin and not run8[_IMMEDIATE_EXIT]:
@@ -305,13 +305,16 @@ class KvmCpu(Cpu):
             run8[_READY] = 0
         run8[_WINDOW] = self._pin
 
-    def _offer_nmi(self) -> None:
-        """Hand an NMI over where the CPU can take it, else look again soon: KVM does not tell of an IRET."""
+    def _hand_over_nmi(self) -> bool:
+        """Hand an NMI over where the CPU can take it. False: not now."""
         assert self._apic is not None
         if state.nmi_waits(self._vcpu):
-            self._alarm.set(_LOOK_NS)
-        elif self._apic.take_nmi():
-            ioctl(self._vcpu, abi.NMI, 0)
+            return False
+        if not self._apic.take_nmi():
+            self._nmi = False  # it is something else that waits at the APIC
+            return False
+        ioctl(self._vcpu, abi.NMI, 0)
+        return True
 
     def _take_cr8(self, apic: Apic) -> None:
         """The guest may have written CR8."""
