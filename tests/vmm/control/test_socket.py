@@ -189,8 +189,8 @@ def test_who_does_not_read_keeps_nobody_waiting(box):
         with pytest.raises(TimeoutError):
             while True:
                 wire.sendall(b'{"jsonrpc":"2.0","id":1,"method":"devices"}\n' * 100)
-        for _ in range(2 * server.MAX_EVENTS):
-            box.vm.tell("warning", text="x" * 100)
+        for _ in range(2 * server.MAX_EVENTS):  # two megabytes: more than the ways to it hold, whatever came before
+            box.vm.tell("warning", text="x" * 4000)
         before = box.call("status")["position"]
         eventually(lambda: box.call("status")["position"] > before)
         (slow,) = [each for each in box._server._clients if each.events]
