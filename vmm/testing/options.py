@@ -91,7 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, (right, what) in _CHECKS.items():
         try:
             good = right(config.getini(name))
-        except (ValueError, re.error):
+        except (ValueError, LookupError, re.error):
             good = False
         if not good:
             raise pytest.UsageError(f"{name} = {config.getini(name)}: not {what}")

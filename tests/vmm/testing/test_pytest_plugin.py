@@ -275,6 +275,7 @@ def test_what_a_guest_has_said_to_one_test_the_next_does_not_see(project):
         ("vm_cache_mib", "0"),
         ("vm_memory", "much"),
         ("vm_memory", "0"),
+        ("vm_board", "q35"),
         ("vm_patience", "nan"),
         ("vm_patience", "-1"),
         ("vm_ready", "("),
