@@ -45,7 +45,7 @@ _DEFAULTS = {
 }
 _CHECKS: dict[str, tuple[Callable[[str], object], str]] = {
     "vm_memory": (lambda given: 1 <= int(given) < 1 << 24, "a number of MiB"),
-    "vm_board": (BOARDS.__getitem__, f"one of {', '.join(BOARDS)}"),
+    "vm_board": (BOARDS.__getitem__, f"a board there is: {', '.join(BOARDS)}"),
     "vm_cache_mib": (lambda given: 1 <= int(given) < 1 << 40, "a number of MiB"),
     "vm_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
     "vm_wall_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
