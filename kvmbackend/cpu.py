@@ -147,6 +147,8 @@ class KvmCpu(Cpu):
         """One instruction as another CPU ran it, which came to RIP `arrive`: after an interrupt, into a handler."""
         self._time.step()
         self._kicked, self._run8[_IMMEDIATE_EXIT] = False, 0  # where it stops is the other CPU's affair
+        if self._apic is not None:
+            self._show_apic(self._apic)
         if self._stepper is None:
             self._stepper = Stepper(self._vm, self._ram, self._alarm, self._serve, self.save)
         if interrupted:
@@ -163,6 +165,8 @@ class KvmCpu(Cpu):
             self._halted = not self._stepper.instruction(sysret)
             if arrive != start and rep.is_done(self, self._ram.read, start):
                 self._stepper.instruction(False)
+        if self._apic is not None:
+            self._take_cr8(self._apic)
         self._take_posted()
 
     def save(self) -> CpuState:
@@ -338,6 +342,7 @@ class KvmCpu(Cpu):
             self._mmio()
         else:
             self._rare(reason)
+            self._run8[_IMMEDIATE_EXIT] = 0  # IA32_APIC_BASE is shown before the next step
 
     def _any_io(self) -> None:
         """Port I/O of any count: string instructions come in pieces."""

@@ -81,6 +81,39 @@ def test_two_cpus_agree(backend, snapshot):
         assert after[reason] > before[reason], reason
 
 
+@each_backend
+def test_two_cpus_agree_about_their_apics(backend, tmp_path):
+    """Its MSRs, its registers in memory and CR8, by step: each leaves a guest on KVM in a way of its own."""
+    source = """
+        mov     $0xfee00000, %ebx
+        movl    $0x1ff, 0xf0(%rbx)
+        movl    $0x40034, 0x320(%rbx)
+        pause
+        mov     $0x1b, %ecx
+        rdmsr
+        wrmsr
+        mov     $0x6e0, %ecx
+        xor     %eax, %eax
+        xor     %edx, %edx
+        wrmsr
+        rdmsr
+        mov     $3, %esi
+        mov     %rsi, %cr8
+        mov     0x80(%rbx), %edi
+        movl    $0x50, 0x80(%rbx)
+        mov     %cr8, %rsi
+1:      inc     %r8
+        jmp     1b
+"""
+    program = Program(source, "emu", board="pc").pause()
+    program.machine.save(tmp_path / "apic")
+    program.machine.close()
+    with Lockstep(tmp_path / "apic", "emu", backend) as lockstep:
+        assert lockstep.run(30) is None
+        seen = lockstep.leader.cpu.save()
+    assert (seen.rdi, seen.rsi) == (0x30, 5)
+
+
 def test_a_fault_nobody_planted(crossing, tmp_path):
     """SYSCALL of QEMU 7.2's processor loses the arithmetic flags: R11 has them, RFLAGS has not."""
     if host() != "qemu-svm":
