@@ -50,6 +50,12 @@ PRELUDE = """
         or      $1, %eax
         wrmsr
         .endm
+        .macro  gate    vector, label           # its handler is at a label, and no trap
+        lea     \\label(%rip), %rax
+        mov     %ax, 0x301000 + 16 * \\vector
+        shr     $16, %rax
+        mov     %ax, 0x301000 + 16 * \\vector + 6
+        .endm
         .macro  pic     vectors                 # the first controller's, with the timer's line alone open
         mov     $0x11, %al
         out     %al, $0x20

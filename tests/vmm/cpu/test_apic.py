@@ -173,16 +173,7 @@ def test_an_nmi_wakes(backend):
     source = """
         movl    $0xb, DIVIDE(%rbx)
         movl    $0x400, LINT0(%rbx)
-        mov     $0x11, %al
-        out     %al, $0x20
-        mov     $0x38, %al
-        out     %al, $0x21
-        mov     $4, %al
-        out     %al, $0x21
-        mov     $1, %al
-        out     %al, $0x21
-        mov     $0xfe, %al
-        out     %al, $0x21
+        pic     0x38
         mov     $0x30, %al                      # the 8254's counter 0, once
         out     %al, $0x43
         mov     $200, %al
@@ -200,11 +191,7 @@ over:   jmp     done
 def test_an_nmi_waits_for_the_end_of_the_one_before(backend):
     """The second comes in the handler of the first: at its IRET, not before."""
     source = """
-        mov     $0x301020, %edi                 # vector 2
-        lea     handler(%rip), %rax
-        mov     %ax, (%rdi)
-        shr     $16, %rax
-        mov     %ax, 6(%rdi)
+        gate    2, handler
         xor     %ebp, %ebp
         movl    $SELF + NMI, ICR(%rbx)
         nop
@@ -292,11 +279,7 @@ def test_what_waits_at_the_apic_is_carried_over(backend, other, tmp_path, reques
     if other != "emu":
         request.getfixturevalue("kvm")
     source = f"""
-        mov     $0x301020, %edi
-        lea     handler(%rip), %rax
-        mov     %ax, (%rdi)
-        shr     $16, %rax
-        mov     %ax, 6(%rdi)
+        gate    2, handler
         mov     $4, %eax
         mov     %rax, %cr8
         movl    $SELF + 0x31, ICR(%rbx)

@@ -20,12 +20,6 @@ KIND = kinds.Kind("card", Card, space="pci")
 BUSY = """
         .equ    EOI, 0xb0
         .equ    COUNTS, 0x2fff00                # eight bytes a vector, from 0x30 on
-        .macro  gate    vector, label
-        lea     \\label(%rip), %rax
-        mov     %ax, 0x301000 + 16 * \\vector
-        shr     $16, %rax
-        mov     %ax, 0x301000 + 16 * \\vector + 6
-        .endm
         .macro  config  register, value         # of the card
         mov     $0x80001800 + \\register, %eax
         mov     $0xcf8, %edx
