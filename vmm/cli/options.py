@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from snapshot.errors import Refused, check_path
-from vmm.board.config import DeviceConfig
+from vmm.board.config import GIVEN_BOARD, DeviceConfig
 from vmm.cli import show
 from vmm.cpu import backends
 from vmm.saving.saved import ALLOWABLE
@@ -148,7 +148,8 @@ backend_option = click.option(
 board_option = click.option(
     "--board",
     type=click.Choice(["isapc", "pc"]),
-    help="Which chips there are: isapc has a PC/AT's, pc has PCI, ACPI, APICs and HPET besides.  [default: pc]",
+    help="Which chips there are: isapc has a PC/AT's, pc has PCI, ACPI, APICs and HPET besides.  "
+    f"[default: {GIVEN_BOARD}]",
 )
 allow_option = click.option(
     "--allow", multiple=True, type=click.Choice(ALLOWABLE), help="What may differ from what was saved."

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from snapshot.files import read_file
-from vmm.board.config import MachineConfig
+from vmm.board.config import GIVEN_BOARD, MachineConfig
 from vmm.cli import show
 from vmm.cli.fuzz import finds_option
 from vmm.cli.options import FILE, board_option, json_option
@@ -42,7 +42,7 @@ def replay(
         commands = [command for _, command in qtest.parse(read_file(file).decode())]
     except UnicodeDecodeError:
         raise RequestError(f"{file}: not text") from None
-    ours = qtest.OurBoard(MachineConfig(board=board or "pc"))
+    ours = qtest.OurBoard(MachineConfig(board=board or GIVEN_BOARD))
     if against is None:
         _here(commands, ours, as_json)
     else:

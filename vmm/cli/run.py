@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from snapshot.errors import SnapshotError
-from vmm.board.config import DEFAULT_EPOCH_NS, DeviceConfig, MachineConfig, named
+from vmm.board.config import DEFAULT_EPOCH_NS, GIVEN_BOARD, DeviceConfig, MachineConfig, named
 from vmm.cli import show
 from vmm.cli.drive import SILENCE_S, Asked, drive
 from vmm.cli.options import (
@@ -232,7 +232,7 @@ def run(
         epoch_ns=start_ns,
         tsc_khz=rate,
         devices=devices,
-        board=board or "pc",
+        board=board or GIVEN_BOARD,
     )
     with Machine.boot(config, image, backend, bind=_bind(bind)) as machine:
         sys.exit(drive(machine, asked))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmm.board.board import BOARDS
+from vmm.board.config import GIVEN_BOARD
 from vmm.errors import BackendError
 from vmm.guest.lost import LOST
 from vmm.host.shown import shown
@@ -36,7 +37,7 @@ _INI = {
 _DEFAULTS = {
     "vm_append": "console=ttyS0 mitigations=off",
     "vm_memory": "256",
-    "vm_board": "pc",
+    "vm_board": GIVEN_BOARD,
     "vm_ready": "shell ready",
     "vm_patience": "60",
     "vm_wall_patience": "300",
