@@ -10,10 +10,10 @@ from typing import Any
 
 from emu.delivery import Delivery
 from emu.engine import EXIT_SHUTDOWN, Engine
-from vmm.clock import Word
+from vmm.clock import BYTES_PER_NS, RDTSC_NS, Word
 
 _TIME, _LIMIT, _REFUSED = Word.TIME.value, Word.LIMIT.value, Word.REFUSED.value
-_STEPPING = Word.STEPPING.value
+_SKIPPED_NS, _STEPPING = Word.SKIPPED_NS.value, Word.STEPPING.value
 
 
 class Callbacks:
@@ -64,6 +64,8 @@ class Callbacks:
             return 0
         tsc = self._tsc()
         engine.regs[0], engine.regs[2] = tsc & 0xFFFFFFFF, tsc >> 32
+        self._words[_SKIPPED_NS] += RDTSC_NS
+        self._words[_TIME] += RDTSC_NS * BYTES_PER_NS
         return 1
 
     def rdtscp(self, _uc: Any, _data: Any) -> int:

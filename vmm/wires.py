@@ -136,7 +136,7 @@ class CpuPins(Protocol):
 
 class Junction:
     """Drivers on one wire: it is high while any of them is, as open collectors are. Every listener is told the level
-    each time one of them drives."""
+    each time one of them changes its own."""
 
     def __init__(self, *listeners: Line) -> None:
         self._levels: list[bool | None] = []  # None: not driven since everything was forgotten
@@ -151,6 +151,8 @@ class Junction:
         levels.append(None)
 
         def drive(level: bool) -> None:
+            if levels[own] is level:
+                return
             levels[own] = level
             # While a driver is still unknown the wire can rise but not fall: another may be holding it up.
             if level or None not in levels:

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from emu import engine
+from vmm import clock
 from vmm.clock import Word
 from vmm.cpu.model import PHYS_BITS
 
@@ -35,6 +36,8 @@ def symbols() -> dict[str, int]:
         "HF_INHIBIT_IRQ": engine.HF_INHIBIT_IRQ,
         "PHYS_BITS": PHYS_BITS,
         "MOST_DELIVERIES": engine.MOST_DELIVERIES,
+        "RDTSC_NS": clock.RDTSC_NS,
+        "BYTES_PER_NS": clock.BYTES_PER_NS,
     }
 
 

@@ -113,6 +113,7 @@ invalid_opcode:
         ret
 
 # UC_HOOK_INSN RDTSC/RDTSCP(uc, words) -> handled: EDX:EAX = guest time in ticks + offset; RDTSCP also ECX = TSC_AUX.
+# Then the time that reading it takes passes.
 # With CR4.TSD at CPL > 0 it declines, and the engine raises #GP.
         .globl  rdtsc, rdtscp
 rdtscp: mov     env(%rip), %rcx
@@ -137,6 +138,8 @@ rdtsc:  mov     env(%rip), %rcx
         mov     %rdx, ENV_REGS + 8 * 0(%rcx)
         shr     $32, %rax
         mov     %rax, ENV_REGS + 8 * 2(%rcx)
+        addq    $RDTSC_NS, WORD_SKIPPED_NS(%rsi)
+        addq    $RDTSC_NS * BYTES_PER_NS, WORD_TIME(%rsi)
         mov     $1, %eax
         ret
 

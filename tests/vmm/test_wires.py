@@ -28,6 +28,8 @@ def test_a_junction_is_the_or_of_its_drivers(drives):
             assert len(seen) == told
             continue
         drivers[driver](level)
+        if known.get(driver) is level:
+            assert len(seen) == told, "it is as it was"
         known[driver] = level
         if any(known.values()) and level:
             assert seen[-1] is True

@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import BACKENDS
 from tests.vmm.cpu.program import Program
+from vmm.clock import BYTES_PER_NS, RDTSC_NS
 from vmm.cpu import model as cpu_model
 from vmm.machine.machine import Machine, Stopped, StopReason
 
@@ -376,6 +377,14 @@ def test_tsc_is_guest_time_and_can_be_set(backend):
         if program.result >= 1 << 32:
             break
     assert 1 << 32 <= program.result < (1 << 32) + moment
+
+
+@pytest.mark.parametrize("portable", ["", "1"])
+@pytest.mark.parametrize("read", ["rdtsc", "rdtscp"])
+def test_reading_the_tsc_costs_guest_time(read, portable, monkeypatch):
+    monkeypatch.setenv("ANYHYVE_PORTABLE", portable)
+    program = Program(f"{read}; mov %eax, %ebx; {read}; sub %ebx, %eax; jmp done").finish()
+    assert program.result == RDTSC_NS * BYTES_PER_NS, "a tick is a quarter of a ns, and both are in one block"
 
 
 def test_native_and_portable_callbacks_run_alike(monkeypatch):
