@@ -358,8 +358,8 @@ class KvmCpu(Cpu):
     def _mmio(self) -> None:
         self._exits["mmio"] += 1
         address, size = self._run64[_EXIT64], self._run32[_EXIT32 + 4]
-        data = self._run8[abi.RUN_EXIT + 8 : abi.RUN_EXIT + 8 + size]
-        if self._run8[abi.RUN_EXIT + 20]:
+        data = self._run8[abi.RUN_MMIO_DATA : abi.RUN_MMIO_DATA + size]
+        if self._run8[abi.RUN_MMIO_WRITE]:
             self._bus.mmio_write(address, size, int.from_bytes(data, "little"))
         else:
             data[:] = self._bus.mmio_read(address, size).to_bytes(size, "little")

@@ -82,15 +82,19 @@ class Stepper:
         self._alarm.enter()
         self._alarm.set(_PATIENCE_NS)
         end = monotonic_ns() + _PATIENCE_NS
+        stored = False
         try:
             while True:
                 try:
                     ioctl(self._vm.vcpu, abi.RUN, 0)
                 except InterruptedError:
+                    if stored:
+                        return True
                     self._alarm.quiet()
                     if monotonic_ns() >= end:
                         return False
                     continue  # a kick
+                stored = self._come_back(False)
                 reason = self._run32[abi.RUN_REASON // 4]
                 if reason == wanted:
                     return True
@@ -99,9 +103,19 @@ class Stepper:
                 self._serve(reason)
                 if reason == abi.EXIT_INTERNAL_ERROR and wanted == abi.EXIT_DEBUG:
                     return True  # the emulated CPU has run it
+                if reason == abi.EXIT_MMIO and wanted == abi.EXIT_DEBUG and self._vm.run[abi.RUN_MMIO_WRITE]:
+                    # Behind a store to a device KVM forgets the trap, and takes that of the next instruction. So the
+                    # store is finished, of which there may be more pieces, and no more is run.
+                    stored = self._come_back(True)
         finally:
+            self._come_back(False)
             self._alarm.set(0)
             self._alarm.leave()
+
+    def _come_back(self, at_once: bool) -> bool:
+        """Have KVM finish what it exited for, and run no instruction, or let it run."""
+        self._vm.run[abi.RUN_IMMEDIATE_EXIT] = at_once
+        return at_once
 
     def _r11_tf(self, on: bool) -> None:
         """SYSRET takes RFLAGS, and with it TF, from R11: without it there the trap would not come."""

@@ -83,8 +83,7 @@ def test_two_cpus_agree(backend, snapshot):
 
 @each_backend
 def test_two_cpus_agree_about_their_apics(backend, tmp_path):
-    """Its MSRs, a read of its memory and CR8, by step: each leaves a guest on KVM in a way of its own. (KVM takes no
-    step's trap behind a write of memory that is none: there it comes an instruction late.)"""
+    """Its MSRs, its memory read and written, and CR8, by step: each leaves a guest on KVM in a way of its own."""
     source = """
         mov     $0xfee00000, %ebx
         movl    $0x1ff, 0xf0(%rbx)
@@ -101,6 +100,8 @@ def test_two_cpus_agree_about_their_apics(backend, tmp_path):
         mov     $3, %esi
         mov     %rsi, %cr8
         mov     0x80(%rbx), %edi
+        movl    $0x50, 0x80(%rbx)
+        mov     %cr8, %rsi
 1:      inc     %r8
         jmp     1b
 """
@@ -110,7 +111,7 @@ def test_two_cpus_agree_about_their_apics(backend, tmp_path):
     with Lockstep(tmp_path / "apic", "emu", backend) as lockstep:
         assert lockstep.run(30) is None
         seen = lockstep.leader.cpu.save()
-    assert seen.rdi == 0x30
+    assert seen.rdi == 0x30 and seen.rsi == 5
 
 
 def test_a_fault_nobody_planted(crossing, tmp_path):
