@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 GUEST := guests/debian
 
+# The tests start a thousand processes: each would compile every module anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: venv demo test test-full mutants test-kvm-emulated bench lint guest clean
 
 .venv/done: pyproject.toml
@@ -20,8 +23,9 @@ guest: .venv/done
 demo: guest
 	$(BIN)/python -m bench.demo --guest $(GUEST)
 
-# A worker for each processor; a file's tests stay together, for they share what takes long to make.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# A worker for each processor; a file's tests stay together, for they share what takes long to make. The files come in
+# the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: guest
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
