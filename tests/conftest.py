@@ -38,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
     left_out.pytest_configure(config)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: a program that is told of it would ignore it, too
         signal.signal(signal.SIGHUP, lambda *_: None)  # one that is not ignored is as by default in our children
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background command: Ctrl-C would be unheard, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # which has its environment from here
         caches = tempfile.mkdtemp(prefix="anyhyve-tests-")
         os.environ["XDG_CACHE_HOME"] = caches  # the user's own has nothing of ours in it, nor we of theirs
