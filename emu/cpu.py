@@ -28,18 +28,19 @@ from __future__ import annotations
 import mmap
 import os
 import platform
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import unicorn
 from unicorn import x86_const as x86
 
-from emu import layout, msr, state
-from emu.engine import HF_INHIBIT_IRQ, INTERRUPT_VIRQ, MOST_DELIVERIES
-from emu.hooks import Hooks
+from emu import layout, state
+from emu.core import Core
+from emu.engine import HF_INHIBIT_IRQ, INTERRUPT_VIRQ, MOST_DELIVERIES, Kept
 from emu.native import replaced
 from vmm.clock import BYTES_PER_NS, LAST_NS, GuestClock, Word
 from vmm.cpu import model as cpu_model
+from vmm.cpu import startup
 from vmm.cpu.protocol import (
     Cpu,
     CpuState,
@@ -67,71 +68,68 @@ PORTABLE = "ANYHYVE_PORTABLE"  # set in the environment: use Python callbacks th
 
 @dataclass(frozen=True)
 class _Mark:
-    context: Any
+    kept: Kept
     saved: CpuState
-    armed: bool
     tsc_offset: int
+
+    @property
+    def armed(self) -> bool:
+        return bool(self.kept.dr7 & 0xFF)
 
 
 class EmuCpu(Cpu):
-    """One emulated CPU over shared RAM."""
+    """One emulated CPU over shared RAM. What only its core and the hooks use: `bus`, `apic`, `paused`, and while it is
+    not on the engine `kept`, its registers, with `tsc_offset`, `counts` and `exceptions`."""
 
-    def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> None:
-        if native_refusal() is None:
-            replaced.replace()
-        self._engine = engine = layout.checked_engine()
-        self._clock = clock
-        self._words = clock.words
-        self._words[_EXCEPTIONS] = 0
-        self._words[_TSC_SCALE] = (clock.tsc_khz << 32) // (BYTES_PER_NS * 1_000_000)
-        self._ram, self._ram_shown = ram, ram.changes
-        self._intr = intr
+    def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock, first: Cpu | None = None, /) -> None:
+        self.bus, self.apic = bus, intr.apic
+        self.kept = Kept()
+        self.paused: Callable[[], None] | None = None
+        self.tsc_offset = self.exceptions = 0
+        self._clock, self._words, self._intr = clock, clock.words, intr
         self._pin = False
+        self._waits_at_apic = False  # an NMI, an INIT or a start-up message does
         self._halted = False
         self._event: EventState | None = None
-        self._kicked = False
         self._stop_at: int | None = None
-        self._apic = intr.apic
-        self._nmi = False  # one waits at the local APIC
-        msrs = msr.Msrs(engine, self._tsc, self._write_tsc, self._apic)
-        self._hooks = hooks = Hooks(engine, clock, bus, msrs, self._tsc, self._acknowledge, self._apic)
-        engine.hide_features(cpu_model.CPUID[1][2], cpu_model.CPUID[1][3])
-        for region in ram.regions:
-            engine.map_ram(region.base, region.size, region.address)
-        for base, size in ram.holes(1 << cpu_model.PHYS_BITS):
-            engine.map_hole(base, size, hooks.mmio_read, hooks.mmio_write)
-        engine.show_windows(ram.shown())
-        engine.intercept(hooks.acknowledge, msr.BASES)
-        hooks.install(native=native_refusal() is None)
+        if first is None:
+            self._core = core = Core(self, ram, bus, clock, native_refusal() is None)
+        else:
+            assert isinstance(first, EmuCpu)
+            self._core = core = first._core
+            self.kept.copy(core.new)
+        self.counts = dict.fromkeys(core.hooks.counts, 0)
+        self._engine, self._hooks = core.engine, core.hooks
 
     # --- the protocol
 
     def run(self, limit: int) -> Exit:
-        words, clock = self._words, self._clock
+        words, clock, core, engine = self._words, self._clock, self._core, self._engine
         ended: Shutdown | Crashed | None
+        core.put_on(self)
         if self._event is not None and (ended := self._deliver()) is not None:
             return ended
         if clock.prepaid and (stopped := self._finish_block()) is not None:
             return stopped
         while True:
-            if self._ram_shown != self._ram.changes:
-                self._show_windows()
+            if core.ram_changed():
+                core.show_windows()
             if self._stop_at is not None and clock.position >= self._stop_at:
                 return Reached()
-            if self._kicked:
-                self._kicked = False
+            if core.kicked:
+                core.kicked = False
                 return Kicked()
             if words[_TIME] >= limit:
                 return Expired()
-            if self._nmi and not self._engine.nmi_blocked and (ended := self._take_nmi()) is not None:
+            if self._waits_at_apic and (ended := self._attend()) is not None:
                 return ended
             if self._halted:
-                if not (self._pin and self._engine.eflags.value & _IF):
-                    return Halted(bool(self._engine.eflags.value & _IF))
+                if not (self._pin and engine.eflags.value & _IF):
+                    return Halted(bool(engine.eflags.value & _IF))
                 self._halted = False
             goal = _FOREVER if self._stop_at is None else words[_TIME] + self._stop_at - clock.position
             # While an NMI is blocked, the handler of the one before ends at some block's end.
-            look = min(limit, words[_TIME] + 1) if self._nmi else limit
+            look = min(limit, words[_TIME] + 1) if self._waits_at_apic else limit
             nearest = min(look, goal)
             if (ended := self._enter(nearest)) is not None:
                 return ended
@@ -151,27 +149,54 @@ class EmuCpu(Cpu):
                     return stopped
 
     def kick(self) -> None:
-        self._kicked = True
+        self._core.kicked = True
         self._words[_LIMIT] = 0
 
     def intr(self, level: bool) -> None:
         self._pin = level
+        if self._core.on is not self:
+            return
         if level:
             self._words[_LIMIT] = 0  # stop at the next boundary, where it can be taken
         else:
             self._engine.interrupt_request.value &= ~INTERRUPT_VIRQ
 
-    def nmi(self, level: bool) -> None:
-        self._nmi = level
-        if level:
+    def apic_event(self, level: bool) -> None:
+        self._waits_at_apic = level
+        if level and self._core.on is self:
             self._words[_LIMIT] = 0
 
+    def can_run(self) -> bool:
+        if not self._halted:
+            return True
+        on = self._core.on is self
+        flags = self._engine.eflags.value if on else self.kept.eflags
+        if self._pin and flags & _IF:
+            return True
+        if not self._waits_at_apic or self.apic is None:
+            return False
+        return self.apic.begins_anew() or not (self._engine.nmi_blocked if on else self.kept.nmi_blocked)
+
+    def listens(self) -> bool:
+        flags = self._engine.eflags.value if self._core.on is self else self.kept.eflags
+        return bool(flags & _IF)
+
+    def count_pauses(self, counted: Callable[[], None] | None) -> None:
+        self.paused = counted
+        if self._core.on is self:
+            self._engine.intercept_pauses(counted is not None)
+
+    def pause(self) -> None:
+        """It ran a PAUSE, which is counted."""
+        if self.paused is not None:
+            self.paused()
+
     def tsc(self) -> int:
-        return self._tsc()
+        return self._core.ticks() + self._offset & _FOREVER
 
     def tsc_reaches(self, value: int) -> int | None:
-        ticks = value - self._words[_TSC_OFFSET] & _FOREVER
-        if ticks <= self._ticks():
+        ticks = value - self._offset & _FOREVER
+        if ticks <= self._core.ticks():
             return self._clock.now_ns()
         quarters = -(-(ticks << 32) // self._words[_TSC_SCALE])
         when_ns = -(-quarters // BYTES_PER_NS)
@@ -185,30 +210,40 @@ class EmuCpu(Cpu):
 
     def registers(self) -> tuple[int, ...]:
         engine = self._engine
-        return (*engine.regs, engine.eip.value, engine.uc.reg_read(x86.UC_X86_REG_RFLAGS) & 0xFFFFFFFF)
+        with self._core.shown(self):
+            return (*engine.regs, engine.eip.value, engine.uc.reg_read(x86.UC_X86_REG_RFLAGS) & 0xFFFFFFFF)
 
     def save(self) -> CpuState:
-        saved = state.save(self._engine, self._tsc(), self._halted, self._event)
-        if self._apic is not None:
-            saved.cr8 = self._apic.task_priority()
+        with self._core.shown(self):
+            saved = state.save(self._engine, self.tsc(), self._halted, self._event)
+        if self.apic is not None:
+            saved.cr8 = self.apic.task_priority()
         return saved
 
     def load(self, saved: CpuState) -> None:
+        self._core.put_on(self)
         self._event = saved.event
         self._halted = saved.halted
         self._set_tsc(saved.tsc)
         state.load(self._engine, saved)
+        self._engine.intercept_pauses(self.paused is not None)
 
     def mark(self) -> object:
-        return _Mark(self._engine.context(), self.save(), self._engine.breakpoints_armed, self._words[_TSC_OFFSET])
+        with self._core.shown(self):
+            return _Mark(self._engine.kept_registers(), self.save(), self._offset)
 
     def reset(self, mark: object) -> None:
         assert isinstance(mark, _Mark)
-        if mark.armed or self._engine.breakpoints_armed:
+        on = self._core.on is self
+        if mark.armed or (self._engine.breakpoints_armed if on else self.kept.dr7 & 0xFF):
             self.load(mark.saved)
             return
-        self._engine.restore_context(mark.context)
-        self._words[_TSC_OFFSET] = mark.tsc_offset
+        if on:
+            self._engine.restore_registers(mark.kept)
+            self._engine.intercept_pauses(self.paused is not None)
+        else:
+            self.kept.copy(mark.kept)
+        self._offset = mark.tsc_offset
         self._event, self._halted = mark.saved.event, mark.saved.halted
 
     @staticmethod
@@ -226,10 +261,12 @@ class EmuCpu(Cpu):
         self._engine.discard_code(start, end)
 
     def exits(self) -> dict[str, int]:
-        return self._hooks.counts | {"exception": self._words[_EXCEPTIONS]}
+        on = self._core.on is self
+        counts, exceptions = (self._hooks.counts, self._words[_EXCEPTIONS]) if on else (self.counts, self.exceptions)
+        return counts | {"exception": exceptions}
 
     def close(self) -> None:
-        self._engine.close()
+        self._core.close()
 
     # --- running
 
@@ -244,7 +281,7 @@ class EmuCpu(Cpu):
             engine.interrupt_request.value &= ~INTERRUPT_VIRQ
         words[_REFUSED] = 0
         words[_LIMIT] = limit
-        if self._kicked and not inside:
+        if self._core.kicked and not inside:
             words[_LIMIT] = 0
         hooks.counts["stop"] += 1
         crash = None
@@ -277,7 +314,7 @@ class EmuCpu(Cpu):
         words, clock, engine = self._words, self._clock, self._engine
         while clock.prepaid:
             # Where the block has moved memory, what it sees is decided at its end: it is not cut before that.
-            if self._stop_at is not None and clock.position >= self._stop_at and self._ram_shown == self._ram.changes:
+            if self._stop_at is not None and clock.position >= self._stop_at and not self._core.ram_changed():
                 return Reached()
             # The first entry is refused and tells the instruction's size; the second runs it.
             end, left = words[_TIME], self._blocks_left()
@@ -303,16 +340,21 @@ class EmuCpu(Cpu):
         counts = self._hooks.counts
         return int(self._words[_EXCEPTIONS]) + counts["msr"] + counts["system"]
 
-    def _show_windows(self) -> None:
-        self._ram_shown = self._ram.changes
-        self._engine.show_windows(self._ram.shown())
-
-    def _take_nmi(self) -> Shutdown | None:
-        assert self._apic is not None
-        if self._engine.hflags.value & HF_INHIBIT_IRQ:
+    def _attend(self) -> Shutdown | None:
+        """Do what waits at the local APIC, as far as it can be done now."""
+        apic, engine = self.apic, self._engine
+        assert apic is not None
+        if apic.begins_anew():
+            if apic.take_init():
+                begun = startup.init(self.save())
+                self.load(replace(begun, halted=apic.number != 0))
+            if (vector := apic.take_sipi()) is not None:
+                self.load(startup.start_up(self.save(), vector))
             return None
-        if not self._apic.take_nmi():
-            self._nmi = False  # it is something else that waits at the APIC
+        if engine.nmi_blocked or engine.hflags.value & HF_INHIBIT_IRQ:
+            return None
+        if not apic.take_nmi():
+            self._waits_at_apic = False  # it is something else
             return None
         self._halted, self._event = False, EventState(kind="nmi", vector=2)
         return self._deliver()
@@ -331,8 +373,8 @@ class EmuCpu(Cpu):
                 delivered = delivery.hardware(event.vector)
         return None if delivered else Shutdown()
 
-    def _acknowledge(self) -> int:
-        """The interrupt is taken: INTA."""
+    def acknowledge(self) -> int:
+        """The interrupt is taken: INTA. Returns the vector."""
         # The engine does this behind the delivery, which may fault: there would be a second INTA.
         self._engine.interrupt_request.value &= ~INTERRUPT_VIRQ
         self._hooks.counts["interrupt"] += 1
@@ -344,20 +386,25 @@ class EmuCpu(Cpu):
 
     # --- time-stamp counter: guest time in the TSC's ticks, plus what the guest wrote
 
-    def _tsc(self) -> int:
-        return self._ticks() + self._words[_TSC_OFFSET] & _FOREVER
-
-    def _write_tsc(self, value: int) -> None:
+    def write_tsc(self, value: int) -> None:
         """As the guest does: what waits for a value of it waits for another time."""
         self._set_tsc(value)
-        if self._apic is not None:
-            self._apic.tsc_moved()
+        if self.apic is not None:
+            self.apic.tsc_moved()
 
     def _set_tsc(self, value: int) -> None:
-        self._words[_TSC_OFFSET] = value - self._ticks() & _FOREVER
+        self._offset = value - self._core.ticks() & _FOREVER
 
-    def _ticks(self) -> int:
-        return self._words[_TIME] * self._words[_TSC_SCALE] >> 32
+    @property
+    def _offset(self) -> int:
+        return self._words[_TSC_OFFSET] if self._core.on is self else self.tsc_offset
+
+    @_offset.setter
+    def _offset(self, value: int) -> None:
+        if self._core.on is self:
+            self._words[_TSC_OFFSET] = value
+        else:
+            self.tsc_offset = value
 
 
 def native_refusal() -> str | None:

@@ -87,6 +87,8 @@ _ENV = {
     "uc": 0x1B58,
 }
 
+_REGISTERS = _ENV["uc"]  # bytes, up to what is the engine's own
+
 INTERRUPT_VIRQ = 0x100
 HF_INHIBIT_IRQ = 1 << 3
 # The flags that the engine takes from RFLAGS itself whenever it looks for code: here too, nothing would clear them.
@@ -106,9 +108,11 @@ _CFLAGS_NONE = 0xFFFFFFFF
 _EXECUTE = 0  # what a breakpoint waits for, in DR7
 _MASK64 = (1 << 64) - 1
 _DR7_NONE = 0x400  # no breakpoint: the one bit that is always set
+EXIT_PAUSE = 0x177
 EXIT_MSR = 0x17C
 EXIT_SHUTDOWN = 0x17F
 _INTERCEPT = sum(1 << (code - 0x160) for code in (EXIT_MSR, EXIT_IDTR, EXIT_GDTR, EXIT_LDTR, EXIT_TR))
+_INTERCEPT_PAUSE = 1 << EXIT_PAUSE - 0x160
 _INTERCEPT_CR_READ, _INTERCEPT_CR_WRITE, _INTERCEPT_DR = 0x100, 0x119, 0xFF  # CR8; CR0, CR3, CR4, CR8; all
 
 # The engine's leftover SVM code reads a VMCB by physical address: MSR permission map at +0x48, interrupt vector at
@@ -165,6 +169,9 @@ class Engine:
         self._memory_mapping = self._pointer(self._handle + _UC_MEMORY_MAPPING)
         self._mem_read = self._lib.uc_mem_read
         self._mem_read.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t]
+        self._rw_debug = self._lib.cpu_memory_rw_debug_x86_64
+        self._rw_debug.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_bool]
+        self._two_bytes = ctypes.c_uint16()
         self._invalidate = self._lib.tb_invalidate_phys_range_x86_64
         self._invalidate.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]
         self.cpu = self._pointer(self._handle + _UC_CPU)
@@ -459,15 +466,38 @@ class Engine:
         pointer.value = code["store_filter"]
         return True
 
-    def context(self) -> Any:
-        """All registers, in the engine's own layout: for this engine only."""
-        return self.uc.context_save()
+    def intercept_pauses(self, on: bool) -> None:
+        """Send PAUSE to HOOK_INTR too, or not."""
+        if on:
+            self._intercept.value |= _INTERCEPT_PAUSE
+        else:
+            self._intercept.value &= ~_INTERCEPT_PAUSE
 
-    def restore_context(self, context: Any) -> None:
+    def kept_registers(self) -> Kept:
+        """A copy of all registers."""
+        kept = Kept()
+        ctypes.memmove(kept.memory, self.env, _REGISTERS)
+        kept.dr7 = self.dr[7]
+        return kept
+
+    def restore_registers(self, kept: Kept) -> None:
         """No breakpoint may be armed, now or then: an armed one is a host pointer beside the register."""
-        self.uc.context_restore(context)
+        ctypes.memmove(self.env, kept.memory, _REGISTERS)
         self.settle_down()
         self.flush_tlb()
+
+    def swap_registers(self, gone: Kept, come: Kept) -> None:
+        """Keep all registers in `gone`, and have those of `come`. What is translated of addresses stays: to be read
+        only, or `flush_tlb` comes next."""
+        dr7, a20 = self.dr[7], self.a20_mask.value
+        if dr7 & 0xFF:
+            self._lib.cpu_x86_update_dr7_x86_64(ctypes.c_void_p(self.env), ctypes.c_uint32(_DR7_NONE))
+        ctypes.memmove(gone.memory, self.env, _REGISTERS)
+        gone.dr7 = dr7
+        ctypes.memmove(self.env, come.memory, _REGISTERS)
+        self.a20_mask.value = a20  # there is one gate
+        if (dr7 | come.dr7) & 0xFF:
+            self.set_debug_registers((self.dr[0], self.dr[1], self.dr[2], self.dr[3]), come.dr7)
 
     def raise_fault(self, vector: int, error_code: int) -> None:
         """Set up a fault for the INTR hook to deliver, in place of what it was called for."""
@@ -532,6 +562,12 @@ class Engine:
             return b"\xff" * size
         return data.raw
 
+    def two_bytes(self, linear: int) -> int:
+        """What is at a linear address, as the CPU's page tables lead there; 0 where nothing is mapped."""
+        self._two_bytes.value = 0
+        self._rw_debug(self.cpu, linear, ctypes.addressof(self._two_bytes), 2, False)
+        return self._two_bytes.value
+
     def start(self, rip: int) -> None:
         """Run from `rip` until a hook stops it or the CPU halts. Raises unicorn.UcError."""
         self.uc.emu_start(rip, 0)
@@ -561,6 +597,31 @@ class Engine:
             delattr(self, name)
         del self.uc
         self._keep.clear()
+
+
+class Kept:
+    """All registers of a CPU that is not on the engine, as it has them. No breakpoint is armed in there: `dr7` says
+    which are to be."""
+
+    def __init__(self) -> None:
+        self.memory = (ctypes.c_uint8 * _REGISTERS)()
+        self.dr7 = _DR7_NONE
+        self._eflags = ctypes.c_uint64.from_buffer(self.memory, _ENV["eflags"])
+        self._hflags2 = ctypes.c_uint32.from_buffer(self.memory, _ENV["hflags2"])
+
+    @property
+    def eflags(self) -> int:
+        """But for those of arithmetic."""
+        return self._eflags.value
+
+    @property
+    def nmi_blocked(self) -> bool:
+        return bool(self._hflags2.value & HF2_NMI)
+
+    def copy(self, other: Kept) -> None:
+        """Be as another."""
+        ctypes.memmove(self.memory, other.memory, _REGISTERS)
+        self.dr7 = other.dr7
 
 
 class Segment(ctypes.Structure):

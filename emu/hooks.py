@@ -13,9 +13,11 @@ from typing import Any
 from unicorn import x86_const as x86
 
 from emu import callbacks, msr, system, system_calls
+from emu.asked import Asked
 from emu.delivery import Delivery
 from emu.engine import (
     EXIT_MSR,
+    EXIT_PAUSE,
     EXIT_SHUTDOWN,
     HOOK_BLOCK,
     HOOK_INSN,
@@ -23,12 +25,12 @@ from emu.engine import (
     HOOK_INTR,
     Engine,
 )
-from emu.instruction import Instruction
+from emu.instruction import Instruction, retire_pause
 from emu.linear import GP, FaultError
 from emu.native.code import Code
 from vmm.clock import BYTES_PER_NS, GuestClock, Word
 from vmm.cpu import model as cpu_model
-from vmm.cpu.protocol import Apic, IoBus, Shutdown
+from vmm.cpu.protocol import IoBus, Shutdown
 
 _TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value
 
@@ -38,7 +40,7 @@ _TIME, _SKIPPED_NS = Word.TIME.value, Word.SKIPPED_NS.value
 _ACCESS_NS = 1000
 _ACCESS_TIME = _ACCESS_NS * BYTES_PER_NS
 
-_COUNTED = ("port_in", "port_out", "mmio", "msr", "system", "interrupt", "syscall", "halt", "stop")
+_COUNTED = ("port_in", "port_out", "mmio", "msr", "system", "interrupt", "syscall", "halt", "stop", "pause")
 
 _IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
 _OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p)
@@ -49,21 +51,19 @@ _BLOCK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint3
 
 
 class Hooks:
-    """The hooks of one engine. `acknowledge()` is the INTA cycle: the vector. `counts` is how often the guest's code
-    was left, by reason. `ended` is why a hook stopped the engine: a triple fault, or what it raised."""
+    """The hooks of one engine, for the CPU of `core` that is on it; ports are the same for all of them. `counts` is how
+    often the guest's code was left, by reason. `ended` is why a hook stopped the engine: a triple fault, or what it
+    raised."""
 
-    def __init__(
-        self, engine: Engine, clock: GuestClock, bus: IoBus, msrs: msr.Msrs, tsc: Callable[[], int],
-        acknowledge: Callable[[], int], apic: Apic | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, engine: Engine, clock: GuestClock, bus: IoBus, core: Asked) -> None:
         self.delivery = Delivery(engine, clock.words)
-        self._engine, self._clock, self._words, self._bus, self._msrs = engine, clock, clock.words, bus, msrs
-        self._tsc, self._apic = tsc, apic
+        self._engine, self._clock, self._words, self._bus, self._core = engine, clock, clock.words, bus, core
+        self._msrs = msr.Msrs(engine, core)
         self.ended: Shutdown | BaseException | None = None
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.mmio_read: Callable[[int, int], int] = self._guarded(self._mmio_read)
         self.mmio_write: Callable[[int, int, int], None] = self._guarded(self._mmio_write)
-        self.acknowledge: Callable[[], int] = self._guarded(acknowledge)
+        self.acknowledge: Callable[[], int] = self._guarded(lambda: core.on.acknowledge())
 
     def end(self) -> Shutdown:
         """Give what the run ended with, once: raise what a hook raised."""
@@ -109,7 +109,7 @@ class Hooks:
 
     def _install_portable(self) -> None:
         calls = callbacks.Callbacks(
-            self._engine, self._words, self.delivery, self._guarded(self._on_intercept), self._tsc
+            self._engine, self._words, self.delivery, self._guarded(self._on_intercept), self._core.tsc
         )
         for kind, prototype, function, instruction in (
             (HOOK_INTR, _NUMBER, calls.interrupt, None),
@@ -174,12 +174,12 @@ class Hooks:
     def _mmio_read(self, address: int, size: int) -> int:
         self.counts["mmio"] += 1
         self._clock.skip(_ACCESS_NS)
-        return self._bus.mmio_read(address, size)
+        return self._core.on.bus.mmio_read(address, size)
 
     def _mmio_write(self, address: int, size: int, value: int) -> None:
         self.counts["mmio"] += 1
         self._clock.skip(_ACCESS_NS)
-        self._bus.mmio_write(address, size, value)
+        self._core.on.bus.mmio_write(address, size, value)
 
     # --- exceptions and intercepts
 
@@ -195,9 +195,13 @@ class Hooks:
             if number == EXIT_MSR:
                 self.counts["msr"] += 1
                 self._access_msr()
+            elif number == EXIT_PAUSE:
+                self.counts["pause"] += 1
+                retire_pause(engine)
+                self._core.on.pause()
             else:
                 self.counts["system"] += 1
-                system.perform(engine, number, self._apic)
+                system.perform(engine, number, self._core.on.apic)
         except FaultError as fault:
             engine.raise_fault(fault.vector, fault.error_code)
             return 1
@@ -226,8 +230,12 @@ class Hooks:
 
     def _on_cpuid(self, _uc: Any, _data: Any) -> int:
         regs = self._engine.regs
-        base = None if self._apic is None else self._apic.base()
-        regs[0], regs[3], regs[1], regs[2] = cpu_model.cpuid(regs[0] & 0xFFFFFFFF, regs[1] & 0xFFFFFFFF, base)
+        apic, leaf, subleaf = self._core.on.apic, regs[0] & 0xFFFFFFFF, regs[1] & 0xFFFFFFFF
+        if apic is None:
+            answer = cpu_model.cpuid(leaf, subleaf)
+        else:
+            answer = cpu_model.cpuid(leaf, subleaf, apic.base(), apic.number, apic.cpus)
+        regs[0], regs[3], regs[1], regs[2] = answer
         return 1
 
     def _on_syscall(self, _uc: Any, _data: Any) -> int:

@@ -15,10 +15,11 @@ _WITHOUT_MODRM = frozenset((0x06, 0x30, 0x32))  # CLTS, WRMSR, RDMSR
 _GENERAL = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
 _PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 _INT3, _INTO = 0xCC, 0xCE
+_NOP, _PAUSE = 0x90, 0x90F3  # PAUSE is a NOP with a prefix
 
 
 class Instruction:
-    """The instruction at RIP: its opcode behind 0F, ModRM, length, and operand."""
+    """The instruction at RIP, PAUSE or one of 0F: its opcode behind that, ModRM, length, and operand."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -32,7 +33,7 @@ class Instruction:
         self.opcode, self.modrm = code[at + 1], code[at + 2]
         self.rm = self.modrm & 7 | (self.rex & 1) << 3
         self.size_prefix = 0x66 in code[:at]
-        self.length = at + (2 if self.opcode in _WITHOUT_MODRM else 3)
+        self.length = at + (1 if code[at] == _NOP else 2 if self.opcode in _WITHOUT_MODRM else 3)
 
     def retire(self) -> None:
         """Move RIP behind it."""
@@ -88,6 +89,15 @@ class Instruction:
     def short_operand(self) -> bool:
         """Of 16 bits, outside 64-bit mode."""
         return self.size_prefix == code32(self._engine)
+
+
+def retire_pause(engine: Engine) -> None:
+    """Move RIP behind the PAUSE it is at, in haste where it has no more prefixes than it needs."""
+    rip = engine.eip.value
+    if engine.two_bytes(_linear(engine, rip)) == _PAUSE and rip + 2 & 0xFFFF_FFFF > 1:
+        engine.eip.value = rip + 2
+    else:
+        Instruction(engine).retire()
 
 
 def length_behind(engine: Engine, block: int) -> int:

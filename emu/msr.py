@@ -7,11 +7,9 @@ vol. 2, RDMSR).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from emu.asked import Asked
 from emu.engine import Engine
 from vmm.cpu import apic_msrs
-from vmm.cpu.protocol import Apic
 from vmm.cpu.validity import EFER_BITS, canonical, pat_refused
 
 BASES = (0xC0000100, 0xC0000101, 0xC0000102)  # the engine reads them, and writes what the machine code lets pass
@@ -22,12 +20,8 @@ _CANONICAL = (*BASES, 0xC0000082, 0xC0000083)
 class Msrs:
     """`read` and `write` answer None/False for #GP(0)."""
 
-    def __init__(
-        self, engine: Engine, tsc: Callable[[], int], set_tsc: Callable[[int], None], apic: Apic | None
-    ) -> None:
-        self._engine, self._apic = engine, apic
-        self._tsc = tsc
-        self._set_tsc = set_tsc
+    def __init__(self, engine: Engine, core: Asked) -> None:
+        self._engine, self._core = engine, core
         self._fields = {
             0xC0000081: engine.u64("star"),
             0xC0000082: engine.u64("lstar"),
@@ -41,10 +35,11 @@ class Msrs:
         if number in self._fields:
             return self._fields[number].value
         if number == 0x10:
-            return self._tsc()
+            return self._core.tsc()
         if number in (0x174, 0x175, 0x176, 0xC0000080):
             return self._engine.read_msr(number)
-        return None if self._apic is None else apic_msrs.read(self._apic, number)
+        apic = self._core.on.apic
+        return None if apic is None else apic_msrs.read(apic, number)
 
     def write(self, number: int, value: int) -> bool:
         if number in _CANONICAL and not canonical(value):
@@ -56,7 +51,7 @@ class Msrs:
         if number in self._fields:
             self._fields[number].value = value & 0xFFFFFFFF if number == 0xC0000084 else value
         elif number == 0x10:
-            self._set_tsc(value)
+            self._core.on.write_tsc(value)
         elif number in BASES:
             self._engine.write_msr(number, value)
         elif number == 0xC0000080:
@@ -67,5 +62,6 @@ class Msrs:
         elif number in (0x174, 0x175, 0x176):
             self._engine.write_msr(number, value & 0xFFFFFFFF)  # 32 bits on the model's vendor (APM vol. 2, 6.1.2)
         else:
-            return self._apic is not None and apic_msrs.write(self._apic, number, value)
+            apic = self._core.on.apic
+            return apic is not None and apic_msrs.write(apic, number, value)
         return True

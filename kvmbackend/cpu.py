@@ -52,7 +52,8 @@ _LEAST_NS = 100_000  # of a run: a timer that is faster than a run costs leaves 
 class KvmCpu(Cpu):
     """One CPU of KVM's over shared RAM."""
 
-    def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> None:
+    def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock, first: Cpu | None = None, /) -> None:
+        assert first is None, "vmm.cpu.backends.check_cpus"
         self._ram, self._bus, self._intr, self._clock = ram, bus, intr, clock
         self._apic = intr.apic
         self._vm = vm = Vm(ram, self._apic is not None)
@@ -116,8 +117,17 @@ class KvmCpu(Cpu):
     def intr(self, level: bool) -> None:
         self._pin = level
 
-    def nmi(self, level: bool) -> None:
+    def apic_event(self, level: bool) -> None:
         self._nmi = level
+
+    def can_run(self) -> bool:
+        return not self._halted or bool(self._pin and self._run8[_IF]) or self._nmi
+
+    def listens(self) -> bool:
+        return bool(self._run8[_IF])
+
+    def count_pauses(self, counted: Callable[[], None] | None) -> None:
+        pass  # KVM does not tell of them
 
     def tsc(self) -> int:
         return self._time.tsc()

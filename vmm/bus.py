@@ -70,13 +70,18 @@ class Window:
 
 class Space:
     """Ports or memory: addresses from 0 to `end`. `readers` and `writers` are the ways worked out already, by
-    address << 4 | size: one integer hash, no tuple built on the hot way."""
+    address << 4 | size: one integer hash, no tuple built on the hot way. What lies in `beneath` is seen where no window
+    of its own is."""
 
-    def __init__(self, end: int) -> None:
+    def __init__(self, end: int, beneath: Space | None = None) -> None:
         self.end = end
         self.readers: dict[int, Reader] = {}
         self.writers: dict[int, Writer] = {}
         self._windows: list[Window] = []  # the one on top first
+        self._beneath = beneath
+        self._above: list[Space] = []
+        if beneath is not None:
+            beneath._above.append(self)
 
     def window(self, device: Device[Any], bank: str = "", *, size: int | None = None, width: int = 1) -> Window:
         """One more window, below all there are, mapped nowhere. `size` in bytes, by default to the end of the bank's
@@ -89,6 +94,8 @@ class Space:
         """A window moved: every access is worked out anew."""
         self.readers.clear()
         self.writers.clear()
+        for above in self._above:
+            above.forget()
 
     def top(self, address: int) -> Window | None:
         """The window that is seen at `address`."""
@@ -96,7 +103,7 @@ class Space:
             base = window.base
             if base is not None and base <= address < base + window.size:
                 return window
-        return None
+        return None if self._beneath is None else self._beneath.top(address)
 
     # --- an access that was not worked out yet
 
@@ -185,11 +192,12 @@ def _piece(window: Window, kind: str, offset: int, at: int, size: int) -> _Piece
 
 
 class Bus:
-    """Port and memory-mapped I/O of one machine. Implements the CPU's `IoBus`."""
+    """Port and memory-mapped I/O of one machine; with `machine`, as a CPU of it sees that, whose own windows in memory
+    lie on top. Implements the CPU's `IoBus`."""
 
-    def __init__(self) -> None:
-        self.ports = Space(1 << 16)
-        self.memory = Space(1 << 64)
+    def __init__(self, machine: Bus | None = None) -> None:
+        self.ports: Space = Space(1 << 16) if machine is None else machine.ports
+        self.memory: Space = Space(1 << 64, None if machine is None else machine.memory)
         self._readers, self._writers = self.ports.readers, self.ports.writers
         self._memory_readers, self._memory_writers = self.memory.readers, self.memory.writers
 

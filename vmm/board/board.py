@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, assert_never
 
@@ -16,7 +16,7 @@ from vmm.board.declared import made
 from vmm.board.dma import RamDma
 from vmm.board.pci import PciBus
 from vmm.board.platform import Platform
-from vmm.board.slot import A20, At, Cascade, Fixed, Input, Irq, Irqs, Nmi, Nowhere, Pirq, Serial, Slot
+from vmm.board.slot import A20, At, Cascade, Event, Fixed, Input, Irq, Irqs, Nowhere, Pirq, Serial, Slot
 from vmm.board.slot import Intr as IntrLead
 from vmm.bus import Bus, Window
 from vmm.clock import GuestClock
@@ -50,6 +50,7 @@ from vmm.wires import (
 )
 
 BOARDS = {"isapc": isapc.slots, "pc": pc.slots}
+MOST_CPUS = {"pc": 64}  # else one
 
 
 @state("board", version=1)
@@ -65,16 +66,21 @@ def slots(config: MachineConfig) -> list[Slot]:
     BackendError for a kind of device that is not here."""
     if config.board not in BOARDS:
         raise RequestError(f"there is no board {config.board!r} here; there are {', '.join(BOARDS)}")
-    if config.cpus != 1:
-        raise RequestError(f"a machine has one CPU here, not {config.cpus}")
+    most = MOST_CPUS.get(config.board, 1)
+    if not 1 <= config.cpus <= most:
+        has = "one CPU" if most == 1 else f"1 to {most} CPUs"
+        raise RequestError(f"board {config.board} has {has}, not {config.cpus}")
     return BOARDS[config.board](config)
+
+
+def _nobody() -> None: ...
 
 
 class NoPins:
     """Where no CPU is."""
 
     def intr(self, level: bool) -> None: ...
-    def nmi(self, level: bool) -> None: ...
+    def apic_event(self, level: bool) -> None: ...
     def tsc(self) -> int:
         return 0
 
@@ -95,6 +101,7 @@ class Board:
         kind whose code fails."""
         self.clock = clock
         self.bus = Bus()
+        self.buses = tuple(Bus(self.bus) for _ in range(config.cpus))  # what each CPU sees
         self.state = BoardState()
         self.alarms = Alarms(self._kick)
         self.consoles: dict[str, Console] = {"com1": Console(), "debug": Console()}
@@ -103,9 +110,10 @@ class Board:
         self.windows: dict[tuple[str, str], Window] = {}  # by slot and bank
         self.slots = slots(config)
         self._config, self._ram = config, ram
-        self._pins: CpuPins = NoPins()
-        self._intr = False
-        self._a20 = Junction(lambda level: self._pins.set_a20(level))
+        self._pins: Sequence[CpuPins] = [NoPins()] * config.cpus
+        self._intr = [False] * config.cpus
+        self._woken: Callable[[], None] = _nobody
+        self._a20 = Junction(lambda level: self._pins[0].set_a20(level))
         self._irqs = [Junction(partial(self._drive_irq, irq)) for irq in range(16)]
         self._pirqs = [Junction() for _ in range(PIRQS)]
         self._posting: dict[int, bool] = {}
@@ -136,9 +144,9 @@ class Board:
         return self.consoles["com1"]
 
     @property
-    def intr(self) -> Intr:
-        """What is behind the first CPU's interrupt pins."""
-        return self.apics.locals[0] if self.apics.locals else self.pics
+    def intrs(self) -> Sequence[Intr]:
+        """What is behind each CPU's interrupt pins."""
+        return self.apics.locals or (self.pics,)
 
     @property
     def platform(self) -> Platform | None:
@@ -163,8 +171,9 @@ class Board:
             assert isinstance(device, Function)
             found = self.pci.put(slot.function, device)
             self.windows |= {(slot.id, bank): window for bank, window in found.items()}
+        bus = self.bus if slot.cpu is None else self.buses[slot.cpu]
         for at in slot.at:
-            space = self.bus.ports if at.space == "port" else self.bus.memory
+            space = bus.ports if at.space == "port" else bus.memory
             window = self.windows[slot.id, at.bank] = space.window(device, at.bank, width=at.width)
             window.map(at.base)
 
@@ -185,9 +194,9 @@ class Board:
             case Nowhere():
                 return lambda level: None
             case IntrLead():
-                return self._drive_intr
-            case Nmi():
-                return lambda level: self._pins.nmi(level)
+                return partial(self._drive_intr, slot.cpu or 0)
+            case Event():
+                return partial(self._drive_event, slot.cpu or 0)
             case A20():
                 return self._a20.driver()
             case Serial(far_end):
@@ -217,13 +226,13 @@ class Board:
         if annotation is Msi:
             return self.apics.message
         if annotation is Tsc:
-            return BoardTsc(lambda: self._pins)
+            return BoardTsc(lambda: self._pins[slot.cpu or 0])
         if annotation is Configuration:
             return self.pci
         if annotation is Placement:
             return partial(self._place, slot.id)
         if annotation is Dma:
-            return RamDma(lambda: self._ram, lambda start, end: self._pins.discard_code(start, end))
+            return RamDma(lambda: self._ram, lambda start, end: self._pins[0].discard_code(start, end))
         if annotation is ResetRequest:
             return self.request_reset
         if annotation is ExitRequest:
@@ -239,10 +248,15 @@ class Board:
         chip, pin = (self.pics.slave, irq - 8) if irq >= 8 else (self.pics.master, irq)
         chip.set_line(pin, level)
 
-    def _drive_intr(self, level: bool) -> None:
-        if level != self._intr:
-            self._intr = level
-            self._pins.intr(level)
+    def _drive_intr(self, cpu: int, level: bool) -> None:
+        if level != self._intr[cpu]:
+            self._intr[cpu] = level
+            self._pins[cpu].intr(level)
+            self._woken()
+
+    def _drive_event(self, cpu: int, level: bool) -> None:
+        self._pins[cpu].apic_event(level)
+        self._woken()
 
     def _place(self, slot: str, bank: str, base: int | None) -> None:
         window = self.windows[slot, bank]
@@ -254,29 +268,30 @@ class Board:
     def _drive_posting(self, at: At, level: bool) -> None:
         if self._posting.get(at.base, False) != level:
             self._posting[at.base] = level
-            self._pins.defer_writes(at.base, level)
+            self._pins[0].defer_writes(at.base, level)
 
     def _kick(self) -> None:
-        self._pins.kick()
+        for pins in self._pins:
+            pins.kick()
 
     def request_reset(self) -> None:
         self.state.request = "reset"
-        self._pins.kick()
+        self._kick()
 
     def request_exit(self, status: int) -> None:
         self.state.request = "exit"
         self.state.exit_status = status & 0xFFFFFFFF
-        self._pins.kick()
+        self._kick()
 
     # --- whole state
 
-    def attach(self, pins: CpuPins, ram: Ram | None) -> None:
-        """A CPU, to which nothing has been driven yet, is on the other ends of the wires, and the machine's RAM behind
-        it. To be followed by `restored()`."""
-        self._pins, self._ram = pins, ram
+    def attach(self, pins: Sequence[CpuPins], ram: Ram | None, woken: Callable[[], None] = _nobody) -> None:
+        """CPUs, to which nothing has been driven yet, are on the other ends of the wires, and the machine's RAM behind
+        them. `woken` is called when what one waits for has come, or is gone. To be followed by `restored()`."""
+        self._pins, self._ram, self._woken = pins, ram, woken
         if ram is not None:
-            ram.on_change = pins.kick
-        self._intr = False
+            ram.on_change = self._kick
+        self._intr = [False] * len(pins)
         self._posting.clear()
 
     def power_on(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from vmm.board import isapc
 from vmm.board.config import MachineConfig
 from vmm.board.platform import Platform
-from vmm.board.slot import At, Cascade, Fixed, Input, Intr, Irq, Irqs, Nmi, Nowhere, Slot, ports
+from vmm.board.slot import At, Cascade, Event, Fixed, Input, Intr, Irq, Irqs, Lead, Nowhere, Slot, ports
 from vmm.devices import fw_cfg
 from vmm.devices.apic.ioapic import IoApic
 from vmm.devices.apic.lapic import BASE as LAPIC
@@ -39,6 +39,16 @@ def _virtual_wire(config: MachineConfig) -> LapicState:
     return LapicState(software=True, lint0=_EXT_INT, lint1=_NMI)
 
 
+def _waiting(config: MachineConfig) -> LapicState:
+    return LapicState(waits=True)
+
+
+def _local_apic(number: int, cpus: int) -> Slot:
+    wires: dict[str, Lead] = {"number": Fixed(number), "cpus": Fixed(cpus), "intr": Intr(), "event": Event()}
+    power_on = _waiting if number else _virtual_wire
+    return Slot(f"lapic.{number}", Lapic, wires, (_registers(LAPIC),), power_on, cpu=number)
+
+
 def _routes(config: MachineConfig) -> Piix3State:
     return Piix3State(routes=bytes(_PIRQS))
 
@@ -59,9 +69,7 @@ def slots(config: MachineConfig) -> list[Slot]:
     pins = {f"irq{pin}": Input("ioapic", "set_line", (pin,)) for pin in range(FIRST_PIN, LAST_PIN + 1)}
     configuration = {fw_cfg.CPUS: struct.pack("<H", config.cpus), fw_cfg.MOST_CPUS: struct.pack("<H", config.cpus)}
     chips = [
-        Slot(
-            "lapic.0", Lapic, {"number": Fixed(0), "intr": Intr(), "event": Nmi()}, (_registers(LAPIC),), _virtual_wire
-        ),
+        *(_local_apic(number, config.cpus) for number in range(config.cpus)),
         Slot("ioapic", IoApic, {}, (_registers(_IO_APIC),)),
         replace(legacy["pic0"], wires={"output": Input("lapic.0", "set_lint0"), "master": Fixed(True)}),
         replace(legacy["pic1"], wires={"output": Cascade("pic0"), "master": Fixed(False)}, power_on=_levels),

@@ -74,12 +74,12 @@ class Nowhere:
 
 @dataclass(frozen=True)
 class Intr:
-    """To the INTR pin of the first CPU."""
+    """To the INTR pin of the slot's CPU, which is the first where it is no CPU's."""
 
 
 @dataclass(frozen=True)
-class Nmi:
-    """To where the first CPU looks for what waits at its local APIC."""
+class Event:
+    """To where the slot's CPU looks for what waits at its local APIC."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class Fixed:
     value: Any
 
 
-Lead = Irq | Irqs | Pirq | Cascade | Input | Nowhere | Intr | Nmi | A20 | Serial | Fixed
+Lead = Irq | Irqs | Pirq | Cascade | Input | Nowhere | Intr | Event | A20 | Serial | Fixed
 
 
 @dataclass(frozen=True)
 class Slot:
     """`id` is the name of its part in a snapshot; `wires` by argument of the constructor; `power_on` makes the state it
     has at guest time zero, from the machine's config, where that is not the class' default; `function` is where it is
-    on the PCI bus, device << 3 | function."""
+    on the PCI bus, device << 3 | function; `cpu` is the CPU it is a part of, which alone sees it in memory."""
 
     id: str
     device: type[Device[Any]]
@@ -116,3 +116,4 @@ class Slot:
     at: tuple[At, ...] = ()
     power_on: Callable[[Any], Any] | None = None
     function: int | None = None
+    cpu: int | None = None

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from snapshot.errors import SnapshotError
-from vmm.board.config import DEFAULT_EPOCH_NS, GIVEN_BOARD, DeviceConfig, MachineConfig, named
+from vmm.board.config import DEFAULT_EPOCH_NS, GIVEN_BOARD, MAX_CPUS, DeviceConfig, MachineConfig, named
 from vmm.cli import show
 from vmm.cli.drive import SILENCE_S, Asked, drive
 from vmm.cli.options import (
@@ -170,6 +170,7 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--initrd", type=FILE, help="Initial RAM disk.")
 @click.option("--append", default="console=ttyS0", show_default=True, help="Kernel command line.")
 @click.option("-m", "--memory", type=Memory(), help=f"Guest RAM.  [default: {DEFAULT_MEMORY >> 20}M]")
+@click.option("-c", "--cpus", type=click.IntRange(1, MAX_CPUS), help="How many CPUs: to 64 on board pc.  [default: 1]")
 @click.option("--flat", is_flag=True, help="The kernel is raw 64-bit code for address 1 MiB.")
 @click.option("--epoch", type=Epoch(),
               help=f"Guest wall clock at start: Unix seconds, or `now`.  [default: {_EPOCH:%Y-%m-%d}]")  # fmt: skip
@@ -192,7 +193,8 @@ def _wake_options(command: Callable[..., None]) -> Callable[..., None]:
 @_goal
 def run(
     machine_name: str | None, name: str | None, kernel: Path | None, initrd: Path | None,
-    append: str | None, memory: int | None, flat: bool, epoch: int | None, tsc_khz: int | None, waking: Path | None,
+    append: str | None, memory: int | None, cpus: int | None, flat: bool, epoch: int | None, tsc_khz: int | None,
+    waking: Path | None,
     devices: tuple[DeviceConfig, ...], slots: tuple[DeviceConfig | None, ...], board: str | None,
     bind: tuple[tuple[str, str], ...], backend: str, **goal: Any
 ) -> None:  # fmt: skip
@@ -219,7 +221,7 @@ def run(
     devices += tuple(slot for slot in slots if slot is not None)
     if waking is not None:
         with Machine.restore(waking, backend, bind=_bind(bind)) as machine:
-            _agree(machine.config, memory_bytes=memory, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz,
+            _agree(machine.config, memory_bytes=memory, cpus=cpus, epoch_ns=epoch and epoch * 10**9, tsc_khz=tsc_khz,
                    devices=named(devices) or None, board=board)  # fmt: skip
             _give_image(machine, kernel, initrd, append, flat or None)
             sys.exit(drive(machine, asked))
@@ -229,6 +231,7 @@ def run(
     start_ns = DEFAULT_EPOCH_NS if epoch is None else epoch * 10**9
     config = _config(
         memory_bytes=DEFAULT_MEMORY if memory is None else memory,
+        cpus=cpus or 1,
         epoch_ns=start_ns,
         tsc_khz=rate,
         devices=devices,

@@ -45,9 +45,9 @@ def snapshot() -> None:
 def show(file: Path, as_json: bool) -> None:
     """Print every field of a snapshot, by the schema in the file, and the code at RIP."""
     with Chain(file) as chain:
-        code = _code(chain)
+        codes = {part.name: _code(chain, part) for part in with_state(chain.parts, CpuState)}
         if as_json:
-            view.as_json(_tree(chain, code))
+            view.as_json(_tree(chain, codes))
             return
         for name, part in chain.parts.items():
             view.line(f"{name}  ({part.schema['name']} version {part.schema['version']})")
@@ -58,13 +58,14 @@ def show(file: Path, as_json: bool) -> None:
             view.line(f"{image.name}: {image.size >> 10} KiB at {image.base:#x}, {blocks}")
         for reader in chain.readers[1:]:
             view.line(f"on parent {reader.identity.hex()[:16]}")
-        if code:
-            view.line("code at RIP:")
-            for line in code:
-                view.line(f"  {line}")
+        for name, code in codes.items():
+            if code:
+                view.line("code at RIP:" if len(codes) == 1 else f"code at RIP of {name}:")
+                for line in code:
+                    view.line(f"  {line}")
 
 
-def _tree(chain: Chain, code: list[str]) -> dict[str, Any]:
+def _tree(chain: Chain, codes: dict[str, list[str]]) -> dict[str, Any]:
     leaf = chain.readers[0]
     return {
         "identity": chain.identity.hex(),
@@ -75,7 +76,8 @@ def _tree(chain: Chain, code: list[str]) -> dict[str, Any]:
             for r in chain.rams
         ],
         "meta": chain.meta,
-        "code": code,
+        "code": next(iter(codes.values()), []),  # of the first CPU
+        "codes": codes,
     }
 
 
@@ -89,11 +91,11 @@ def _value(value: Json) -> str:
     return f"{value:#x}" if type(value) is int and value > 9 else json.dumps(value)
 
 
-def _code(chain: Chain, count: int = 6) -> list[str]:
-    """The next instructions of the first CPU; none where it is not the CPU we know, or its code is not in RAM."""
+def _code(chain: Chain, part: Part, count: int = 6) -> list[str]:
+    """The next instructions of a CPU; none where it is not the CPU we know, or its code is not in RAM."""
     try:
-        state: CpuState = decode_part(next(with_state(chain.parts, CpuState)), CpuState)
-    except (StopIteration, SnapshotError):
+        state: CpuState = decode_part(part, CpuState)
+    except SnapshotError:
         return []
 
     def read(address: int, size: int) -> bytes:

@@ -47,6 +47,7 @@ CPUID: dict[int, tuple[int, int, int, int]] = {
 
 _APIC, _APIC_ENABLED, _ARAT = 1 << 9, 1 << 11, 1 << 2
 _TSC_DEADLINE, _HYPERVISOR = 1 << 24, 1 << 31
+_HTT, _CMP_LEGACY = 1 << 28, 1 << 1  # there are several cores
 _MACHINE_CHECK = 1 << 7 | 1 << 14  # MCE, MCA
 
 
@@ -65,12 +66,23 @@ def _with_apic() -> dict[int, tuple[int, int, int, int]]:
 CPUID_WITH_APIC = _with_apic()  # of a CPU that has a local APIC, which is enabled
 
 
-def cpuid(leaf: int, subleaf: int, apic_base: int | None = None) -> tuple[int, int, int, int]:
+def cpuid(
+    leaf: int, subleaf: int, apic_base: int | None = None, number: int = 0, cpus: int = 1
+) -> tuple[int, int, int, int]:
     """EAX, EBX, ECX, EDX. Leaves beyond the highest answer zero, as AMD's do. `apic_base` is IA32_APIC_BASE of a CPU
-    that has a local APIC."""
+    that has a local APIC, `number` its id; `cpus` are the cores of one package (APM vol. 3, E.4.7)."""
     eax, ebx, ecx, edx = (CPUID if apic_base is None else CPUID_WITH_APIC).get(leaf, (0, 0, 0, 0))
-    if leaf == 1 and apic_base is not None and not apic_base & _APIC_ENABLED:
-        edx &= ~_APIC
+    if leaf == 1 and apic_base is not None:
+        ebx |= number << 24
+        if not apic_base & _APIC_ENABLED:
+            edx &= ~_APIC
+    if cpus > 1:
+        if leaf == 1:
+            ebx, edx = ebx | cpus << 16, edx | _HTT
+        elif leaf == 0x80000001:
+            ecx |= _CMP_LEGACY
+        elif leaf == 0x80000008:
+            ecx |= cpus - 1 | (cpus - 1).bit_length() << 12
     return eax, ebx, ecx, edx
 
 

@@ -7,6 +7,7 @@ re-executes; so the backend finishes the instruction itself, through the bus it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
@@ -65,6 +66,9 @@ class IoBus(Protocol):
 class Apic(Protocol):
     """What a CPU has of its local APIC besides the registers in memory (SDM vol. 3, 11.4.4, 11.5.4.1, 11.8.6)."""
 
+    number: int  # of the CPU,
+    cpus: int  # of how many
+
     def base(self) -> int: ...  # IA32_APIC_BASE
     def set_base(self, value: int) -> bool: ...  # False: #GP
     def deadline_msr(self) -> int: ...  # IA32_TSC_DEADLINE
@@ -74,6 +78,9 @@ class Apic(Protocol):
     def set_task_priority(self, value: int) -> None: ...
     def waits_for_task_priority(self) -> bool: ...  # an interrupt does, for a lower one
     def take_nmi(self) -> bool: ...  # whether one waits: it waits no more
+    def begins_anew(self) -> bool: ...  # an INIT, or a start-up message that is waited for, is there
+    def take_init(self) -> bool: ...
+    def take_sipi(self) -> int | None: ...  # its vector
 
 
 class Intr(Protocol):
@@ -214,6 +221,9 @@ class Cpu(CpuPins, Protocol):
     interrupt is taken. `kick` is the only method another thread may call."""
 
     def run(self, limit: int) -> Exit: ...  # to that guest time, in quarters of a ns: absolute, so no stop moves it
+    def can_run(self) -> bool: ...  # it does not halt, or something that wakes it is there
+    def listens(self) -> bool: ...  # an interrupt would wake it
+    def count_pauses(self, counted: Callable[[], None] | None) -> None: ...  # called at each PAUSE, if it can tell
     def stop_at(self, position: int | None) -> None: ...  # run() returns Reached at the first boundary not before it
     def registers(self) -> tuple[int, ...]: ...  # those of REGISTERS: what of save() costs little
     def mark(self) -> object: ...  # the state, in this backend's own shape, for `reset` of this very CPU

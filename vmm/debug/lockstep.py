@@ -56,6 +56,7 @@ class Divergence:
     memory: list[tuple[int, bytes, bytes]]  # guest-physical address, leader's bytes, follower's
     io: list[str]  # the last accesses before it, oldest first
     before: CpuState
+    cpu: int = 0  # whose instruction it is
     pair: list[Path] = field(default_factory=list)  # both machines saved just before it
 
 
@@ -156,6 +157,7 @@ class Lockstep:
         self._plant = plant
         self._io: deque[str] = deque(maxlen=16)
         self._troubles: dict[int, str] = {}
+        self._leads: list[_Leading] = []  # by CPU
         self._follow: _Following | None = None
         self.leader = Machine.restore(file, leader, bind=_NOBODY, make_cpu=self._make_leading)
         try:
@@ -166,12 +168,15 @@ class Lockstep:
             self.close()
             raise
 
-    def _make_leading(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> Cpu:
-        cpu = backends.factory("emu")(ram, TracedBus(bus, self._io.append), intr, clock)
-        self._lead = _Leading(cpu, clock)
-        return cast(Cpu, self._lead)
+    def _make_leading(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock, first: Cpu | None = None, /) -> Cpu:
+        beside = None if first is None else self._leads[0]._cpu
+        cpu = backends.factory("emu")(ram, TracedBus(bus, self._io.append), intr, clock, beside)
+        self._leads.append(_Leading(cpu, clock))
+        return cast(Cpu, self._leads[-1])
 
-    def _make_following(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock) -> Cpu:
+    def _make_following(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock, first: Cpu | None = None, /) -> Cpu:
+        if first is not None:
+            raise RequestError("lockstep with kvm is of machines with one CPU")
         self._follow = _Following(cast(Steppable, backends.factory("kvm")(ram, bus, intr, clock)), clock)
         return cast(Cpu, self._follow)
 
@@ -203,7 +208,8 @@ class Lockstep:
         return self._describe()
 
     def _describe(self) -> Divergence:
-        before, count = self.leader.cpu.save(), self.count
+        cpu, count = self._next_cpu(), self.count
+        before = self.leader.cpus[cpu].save()
         code = paging.read_virtual(before, self.leader.ram.read, before.cs.base + before.rip, 15)
         found = Divergence(
             instruction=count,
@@ -214,10 +220,14 @@ class Lockstep:
             memory=[],
             io=[],
             before=before,
+            cpu=cpu,
         )
         self._step()
         found.io = list(self._io)
-        found.fields = _apart(self.leader.cpu.save(), self.follower.cpu.save())
+        for number, (ours, theirs) in enumerate(zip(self.leader.cpus, self.follower.cpus, strict=True)):
+            own = "cpu" if len(self.leader.cpus) == 1 else f"cpu.{number}"
+            apart = _apart(ours.save(), theirs.save())
+            found.fields |= {name.replace("cpu", own, 1): pair for name, pair in apart.items()}
         for name, pair in self._devices():
             if pair[0] != pair[1]:
                 found.fields[name] = pair
@@ -239,8 +249,14 @@ class Lockstep:
         """Run `count` instructions on both; True as soon as their registers differ."""
         return any(self._step() for _ in range(count) if self.stopped is None)
 
+    def _next_cpu(self) -> int:
+        """The number of the CPU whose instruction is next."""
+        self.leader.turns.choose()
+        return self.leader.turns.state.current
+
     def _step(self) -> bool:
-        lead, leader, follower = self._lead, self.leader, self.follower
+        leader, follower, cpu = self.leader, self.follower, self._next_cpu()
+        lead = self._leads[cpu]
         before = lead.registers()
         lead.calls.clear()
         goal = leader.position + 1
@@ -261,7 +277,7 @@ class Lockstep:
             self._plant(follower, self.count)
         if stop != Stopped(StopReason.POSITION):
             self.stopped = stop
-        return self._apart(before) or (stop != other and not isinstance(stop, Fault))
+        return self._apart(cpu, before) or (stop != other and not isinstance(stop, Fault))
 
     def _trouble(self, rip: int) -> str:
         """What single-stepping has to know of the instruction at an address.
@@ -270,7 +286,7 @@ class Lockstep:
         3, 6.8.3). `sysret`: it takes TF from R11. Decoded once an address: code that changes there is a chance taken.
         """
         if rip not in self._troubles:
-            state = replace(self.leader.cpu.save(), rip=rip)
+            state = replace(self.leader.turns.current.save(), rip=rip)
             code = paging.read_virtual(state, self.leader.ram.read, state.cs.base + rip, 4)
             code = code[1:] if code[:1] and 0x40 <= code[0] <= 0x4F and paging.code_bits(state) == 64 else code
             mov_ss = code[:1] == b"\x8e" and len(code) > 1 and code[1] >> 3 & 7 == 2
@@ -278,25 +294,26 @@ class Lockstep:
             self._troubles[rip] = "shadow" if shadow else "sysret" if code[:2] == b"\x0f\x07" else ""
         return self._troubles[rip]
 
-    def _apart(self, before: tuple[int, ...]) -> bool:
-        """Whether the registers differ, once what may differ was made equal."""
-        ours, theirs = self._lead.registers(), self.follower.cpu.registers()
+    def _apart(self, cpu: int, before: tuple[int, ...]) -> bool:
+        """Whether a CPU's registers differ, once what may differ was made equal."""
+        leading, following = self.leader.cpus[cpu], self.follower.cpus[cpu]
+        ours, theirs = leading.registers(), following.registers()
         if ours[:_RFLAGS] == theirs[:_RFLAGS] and (ours[_RFLAGS] ^ theirs[_RFLAGS]) & ~_RF == 0:
             return False
-        state = self.leader.cpu.save()
+        state = leading.save()
         at = replace(state, rip=before[_RIP], rflags=before[_RFLAGS])
         code = paging.read_virtual(at, self.leader.ram.read, state.cs.base + before[_RIP], 15)
-        other = self.follower.cpu.save()
+        other = following.save()
         excused = _excuse(code, state, other, before)
         if excused != other:
-            self.follower.cpu.load(excused)
+            following.load(excused)
         return any(getattr(state, name) != getattr(excused, name) for name in REGISTERS)
 
     # --- comparing and going back
 
     def equal(self) -> bool:
         """Whether both machines are equal in all that can be compared."""
-        if _apart(self.leader.cpu.save(), self.follower.cpu.save()):
+        if any(_apart(a.save(), b.save()) for a, b in zip(self.leader.cpus, self.follower.cpus, strict=True)):
             return False
         if any(ours != theirs for _, (ours, theirs) in self._devices()):
             return False

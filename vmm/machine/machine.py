@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -27,8 +28,9 @@ from snapshot.schema import encode, schema_of
 from vmm.board.board import Board
 from vmm.board.config import MachineConfig, named
 from vmm.clock import LAST_NS, ClockState, GuestClock
-from vmm.cpu import backends, validity
+from vmm.cpu import backends, startup, validity
 from vmm.cpu.protocol import Cpu, CpuState
+from vmm.cpu.turns import Turns, TurnState
 from vmm.errors import RequestError
 from vmm.guest import acpi, smbios
 from vmm.guest.image import Image
@@ -81,10 +83,11 @@ class Machine:
         self._moments = Moments(self)
         self._bindings = Bindings(self.board.consoles, {} if bind is None else bind)
         try:
-            self.cpu: Cpu = self._make_cpu(ram, self.board.bus, self.board.intr, self.clock)
-            self.loop = RunLoop(self.board, self.clock, self.cpu, self._check)
+            self.cpus: tuple[Cpu, ...] = self._make_cpus(ram)
+            self.turns = Turns(self.cpus, self.clock)
+            self.loop = RunLoop(self.board, self.clock, self.cpus, self.turns, self._check)
             self.loop.awaits_input = self._bindings.takes_input
-            self.board.attach(self.cpu, ram)
+            self.board.attach(self.cpus, ram, self.turns.woken)
             self.board.restored()
             for hook in made:
                 hook(self)
@@ -107,6 +110,7 @@ class Machine:
         """A fresh machine with the guest loaded. Raises GuestError, RequestError or BackendError."""
         config = replace(config, devices=named(config.devices), bound=tuple(sorted(bind or ())))
         parts_of(config)  # nothing is made of a config that cannot be
+        backends.check_cpus(backend, config.cpus)
         machine = cls(config, backend, Ram.fresh(config.memory_bytes), bind=bind, make_cpu=make_cpu)
         try:
             machine._start(image)
@@ -175,18 +179,19 @@ class Machine:
             raise
         exits = self.exits()
         try:
-            cpu = self._make_cpu(ram, self.board.bus, self.board.intr, self.clock)
+            cpus = self._make_cpus(ram)
         except BaseException:
             chain.close()
             ram.close()
             raise
         self._leave_file()
         self._past_exits = exits
-        before = self.cpu, self.ram
-        self.cpu, self.ram = cpu, ram
-        self.board.attach(cpu, ram)
+        before: tuple[Cpu | Ram, ...] = (*self.cpus, self.ram)
+        self.cpus, self.ram = cpus, ram
+        self.turns.replace(cpus)
+        self.board.attach(cpus, ram, self.turns.woken)
         self.assign(saved)
-        self.loop.replace(self.cpu)
+        self.loop.replace(cpus)
         self._scrub = Scrub(chain, self.loop.attention)
         for gone in before:
             gone.close()
@@ -203,6 +208,18 @@ class Machine:
             if verify:
                 chain.verify_ram()
 
+    def _make_cpus(self, ram: Ram) -> tuple[Cpu, ...]:
+        """Raises BackendError, RequestError."""
+        cpus: list[Cpu] = []
+        try:
+            for bus, intr in zip(self.board.buses, self.board.intrs, strict=True):
+                cpus.append(self._make_cpu(ram, bus, intr, self.clock, cpus[0] if cpus else None))
+        except BaseException:
+            for cpu in cpus:
+                cpu.close()
+            raise
+        return tuple(cpus)
+
     def _start(self, image: Image) -> None:
         self.image = image
         self.board.power_on()
@@ -210,7 +227,9 @@ class Machine:
             self.ram.write(acpi.AT, acpi.tables(platform, acpi.AT))
             memory = layout(self.config.memory_bytes)
             self.ram.write(smbios.AT, smbios.tables(platform.cpus, memory, smbios.AT))
-        self.cpu.load(load_image(image, self.ram))
+        for cpu in self.cpus[1:]:
+            cpu.load(replace(startup.reset(), halted=True))  # until a start-up message comes
+        self.cpus[0].load(load_image(image, self.ram))
 
     def assign(self, saved: Saved) -> None:
         """Make all state but RAM that of `saved`, whose pieces it then owns."""
@@ -266,8 +285,9 @@ class Machine:
     # --- state
 
     @property
-    def cpus(self) -> tuple[Cpu, ...]:
-        return (self.cpu,)
+    def cpu(self) -> Cpu:
+        """The first."""
+        return self.cpus[0]
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -328,6 +348,7 @@ class Machine:
                 region.view[start:end] = bytes(end - start)
             self.cpu.discard_code(region.base, region.base + region.size)
         self.clock.load(ClockState())
+        self.turns.state = TurnState()
         self.board.reset()
         self._start(image)
         self.origin = None  # the image may be another than the one before
@@ -453,8 +474,11 @@ class Machine:
     # --- the end
 
     def exits(self) -> dict[str, int]:
-        """How often the CPU left the guest's code, by reason."""
-        return {reason: count + self._past_exits.get(reason, 0) for reason, count in self.cpu.exits().items()}
+        """How often the CPUs left the guest's code, by reason."""
+        counts = Counter(self._past_exits)
+        for cpu in self.cpus:
+            counts.update(cpu.exits())
+        return dict(counts)
 
     def _must_be_open(self) -> None:
         if not self._open:
@@ -471,7 +495,8 @@ class Machine:
             self._leave_file()
             self._moments.close()
             self._bindings.close()
-            self.cpu.close()
+            for cpu in self.cpus:
+                cpu.close()
             self.ram.close()
 
     def _leave_file(self) -> None:

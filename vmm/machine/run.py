@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from vmm.board.board import Board
 from vmm.clock import BYTES_PER_NS, LAST_NS, GuestClock
 from vmm.cpu.protocol import Cpu, Crashed, Expired, Halted, Kicked, Reached, Shutdown
+from vmm.cpu.turns import Turns
 from vmm.errors import GuestError
 from vmm.machine.interrupt import Interrupt
 from vmm.machine.stop import Fault, Stop, Stopped, StopReason
@@ -55,8 +56,10 @@ class RunLoop:
     """Not thread-safe, but for `post`. `check` is called at each safe point, with how often in seconds it is to look at
     what costs something, and raises for what must end the run."""
 
-    def __init__(self, board: Board, clock: GuestClock, cpu: Cpu, check: Callable[[float], None]) -> None:
-        self.cpu = cpu
+    def __init__(
+        self, board: Board, clock: GuestClock, cpus: Sequence[Cpu], turns: Turns, check: Callable[[float], None]
+    ) -> None:
+        self.cpus, self._turns = cpus, turns
         self.pace_real = False  # guest time is held back to the clock on the wall
         self.awaits_input = False  # somebody may type: an idle guest with no timer is not at its end
         self.hooks: list[Hook] = []
@@ -79,13 +82,15 @@ class RunLoop:
         self._until_s = None if goal.seconds is None else time.monotonic() + goal.seconds
         self._lost_ns = None
         self._shown_ns = self._clock.now_ns()
-        self.cpu.stop_at(goal.position)
+        for cpu in self.cpus:
+            cpu.stop_at(goal.position)
         self._board.console.watch(goal.until, goal.since, goal.lost)
 
-    def replace(self, cpu: Cpu) -> None:
-        """Go on with another CPU."""
-        self.cpu = cpu
-        cpu.stop_at(self._goal.position)
+    def replace(self, cpus: Sequence[Cpu]) -> None:
+        """Go on with other CPUs."""
+        self.cpus = cpus
+        for cpu in cpus:
+            cpu.stop_at(self._goal.position)
         self.attention()  # a kick may have gone to the one before
 
     def go_on(self) -> Stop:
@@ -99,7 +104,7 @@ class RunLoop:
         return stop
 
     def _go_on(self, interrupt: Interrupt) -> Stop:
-        board, clock, until_ns = self._board, self._clock, self._goal.until_ns
+        board, clock, turns, until_ns = self._board, self._clock, self._turns, self._goal.until_ns
         self.time_moved()
         while (stop := self._safe_point(interrupt)) is None:
             deadline = board.alarms.next_ns
@@ -113,7 +118,7 @@ class RunLoop:
             for hook in self.hooks:
                 limit_ns = min(limit_ns, hook.due_ns())
             try:
-                exit = self.cpu.run(limit_ns * BYTES_PER_NS)
+                exit = turns.choose().run(min(limit_ns * BYTES_PER_NS, turns.limit()))
             except Exception:
                 self._check(0)  # what a guest does that has lost its RAM is not its fault, nor the engine's
                 raise
@@ -126,7 +131,9 @@ class RunLoop:
                     return Stopped(StopReason.POSITION)
                 case Halted(interruptible):
                     # What was written before it, and came late, is looked at first: see the next safe point.
-                    if not board.console.found and (stop := self._idle(interruptible, deadline)) is not None:
+                    if board.console.found or turns.another_can_run():
+                        continue
+                    if (stop := self._idle(interruptible or turns.any_listens(), deadline)) is not None:
                         return stop
                 case Shutdown():
                     if not board.console.found:  # see Halted
@@ -154,7 +161,8 @@ class RunLoop:
     def attention(self) -> None:
         """From any thread: come to a safe point soon."""
         if not self._closed:
-            self.cpu.kick()
+            for cpu in self.cpus:
+                cpu.kick()
 
     def time_moved(self) -> None:
         """Guest time did not go on with the clock on the wall: pacing begins anew from here."""
@@ -240,7 +248,7 @@ class RunLoop:
         return True
 
     def _idle(self, interruptible: bool, deadline: int | None) -> Stop | None:
-        """The CPU halted: time skips to the next event."""
+        """The CPUs halt: time skips to the next event."""
         if not interruptible and not self._board.apics.make_nmis():
             return Stopped(StopReason.HALTED, why="with interrupts off")
         if deadline is None:

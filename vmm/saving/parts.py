@@ -17,6 +17,7 @@ from vmm.board.board import Board, BoardState, slots
 from vmm.board.config import MachineConfig
 from vmm.clock import ClockState, GuestClock
 from vmm.cpu.protocol import Cpu, CpuState
+from vmm.cpu.turns import TurnState
 
 
 class Whole(Protocol):
@@ -30,6 +31,8 @@ class Whole(Protocol):
     def board(self) -> Board: ...
     @property
     def cpus(self) -> Sequence[Cpu]: ...
+    @property
+    def turns(self) -> Holder: ...
 
 
 class Holder(Protocol):
@@ -65,6 +68,7 @@ def parts_of(config: MachineConfig) -> list[Part]:
         Part("config", MachineConfig, lambda machine: machine.config, lambda machine, state: None),
         Part.held("board", BoardState, lambda machine: machine.board),
         Part("clock", ClockState, lambda machine: machine.clock.save(), lambda machine, s: machine.clock.load(s)),
+        *([Part.held("smp", TurnState, lambda machine: machine.turns)] if config.cpus > 1 else []),
         *(Part(f"cpu.{i}", CpuState, partial(_save_cpu, i), partial(_load_cpu, i)) for i in range(config.cpus)),
         *(Part.held(slot.id, slot.device.State, partial(_device, slot.id)) for slot in slots(config)),
     ]

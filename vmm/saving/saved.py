@@ -15,6 +15,7 @@ from vmm.board.config import MAX_MEMORY, MachineConfig
 from vmm.clock import LARGEST_BLOCK, ClockState
 from vmm.cpu import backends, validity
 from vmm.cpu.protocol import CpuState
+from vmm.cpu.turns import TurnState
 from vmm.errors import BackendError, GuestError, RequestError
 from vmm.ram import Region, layout
 from vmm.saving.parts import parts_of
@@ -53,6 +54,8 @@ class Saved:
         for state in states.values():
             if isinstance(state, CpuState) and (why := validity.refusal(state)) is not None:
                 raise SnapshotError(f"no CPU can be in this state: {why}")
+            if isinstance(state, TurnState) and state.current >= config.cpus:
+                raise SnapshotError(f"smp.current: there is no CPU {state.current}")
             if isinstance(state, ClockState) and state.prepaid > min(LARGEST_BLOCK, state.position):
                 raise SnapshotError(f"clock.prepaid: {state.prepaid} bytes are more than a block can be, or than ran")
         if found:
@@ -75,6 +78,7 @@ def admit(saved: Saved, backend: str, allow: Collection[str] = ()) -> Saved:
     for word in allow:
         if word not in ALLOWABLE:
             raise RequestError(f"nothing is called {word!r} that may differ; there is {', '.join(ALLOWABLE)}")
+    backends.check_cpus(backend, saved.config.cpus)
     cpu = backends.factory(backend)
     for state in saved.cpus:
         if (why := cpu.refusal(state)) is not None:

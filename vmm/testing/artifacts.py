@@ -48,14 +48,18 @@ def leave(machine: Machine, folder: Path, name: str) -> Iterator[str]:
 
 
 def _trace(machine: Machine, snapshot: Path) -> Iterator[str]:
-    state: CpuState = machine.cpu.save()
     yield f"position {machine.position}, guest time {machine.clock.now_ns() / 1e9:.9f} s, backend {machine.backend}"
-    yield from (f"{name:7} {getattr(state, name):#018x}" for name in REGISTERS)
-    yield ""
+    for number, cpu in enumerate(machine.cpus):
+        state: CpuState = cpu.save()
+        if len(machine.cpus) > 1:
+            yield f"cpu.{number}{', whose turn it is' if cpu is machine.turns.current else ''}"
+        yield from (f"{name:7} {getattr(state, name):#018x}" for name in REGISTERS)
+        yield ""
     nobody = dict.fromkeys(machine.config.bound, "null")
     # On the emulated CPU, whichever it was: that one goes step by step.
     with Machine.restore(snapshot, bind=nobody) as woken:
         for _ in range(_STEPS):
-            yield from (f"{woken.position:>12}  {line}" for line in ahead(woken.cpu.save(), woken.ram.read, 1))
+            state = woken.turns.current.save()
+            yield from (f"{woken.position:>12}  {line}" for line in ahead(state, woken.ram.read, 1))
             if woken.run(position=woken.position + 1) != Stopped(StopReason.POSITION):
                 return

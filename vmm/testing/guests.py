@@ -29,7 +29,8 @@ class Guest:
     def __init__(self, backend: str, image: Image, config: pytest.Config, cache: Boots) -> None:
         self._backend, self._image, self._config, self._cache = backend, image, config, cache
         memory = int(config.getini("vm_memory")) << 20
-        self._machine = MachineConfig(memory_bytes=memory, board=config.getini("vm_board"))
+        cpus = int(config.getini("vm_cpus"))
+        self._machine = MachineConfig(memory_bytes=memory, board=config.getini("vm_board"), cpus=cpus)
         self._failed: str | None = None
         code = cache.code(STARTED_NS)
         self._key = boots.key(self._machine, image, backend, config.getini("vm_ready"), code)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmm.board.board import BOARDS
-from vmm.board.config import GIVEN_BOARD
+from vmm.board.config import GIVEN_BOARD, MAX_CPUS
 from vmm.errors import BackendError
 from vmm.guest.lost import LOST
 from vmm.host.shown import shown
@@ -28,6 +28,7 @@ _INI = {
     "vm_append": "guest: kernel command line",
     "vm_memory": "guest: MiB of RAM",
     "vm_board": "guest: which chips there are: pc or isapc",
+    "vm_cpus": "guest: how many CPUs",
     "vm_ready": "regular expression for the console's line at which the guest is up",
     "vm_patience": "guest seconds to wait for what the console is to show",
     "vm_wall_patience": "the same in seconds of this computer's clock: no wait is longer",
@@ -38,6 +39,7 @@ _DEFAULTS = {
     "vm_append": "console=ttyS0 mitigations=off",
     "vm_memory": "256",
     "vm_board": GIVEN_BOARD,
+    "vm_cpus": "1",
     "vm_ready": "shell ready",
     "vm_patience": "60",
     "vm_wall_patience": "300",
@@ -47,6 +49,7 @@ _DEFAULTS = {
 _CHECKS: dict[str, tuple[Callable[[str], object], str]] = {
     "vm_memory": (lambda given: 1 <= int(given) < 1 << 24, "a number of MiB"),
     "vm_board": (BOARDS.__getitem__, f"a board there is: {', '.join(BOARDS)}"),
+    "vm_cpus": (lambda given: 1 <= int(given) <= MAX_CPUS, "a number of CPUs"),
     "vm_cache_mib": (lambda given: 1 <= int(given) < 1 << 40, "a number of MiB"),
     "vm_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),
     "vm_wall_patience": (lambda given: 0 < float(given) < math.inf, "a number of seconds"),

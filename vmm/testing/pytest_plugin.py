@@ -136,6 +136,7 @@ def vm_factory(request: pytest.FixtureRequest, vm_backend: str) -> Iterator[Call
             else:
                 config.setdefault("memory_bytes", int(request.config.getini("vm_memory")) << 20)
                 config.setdefault("board", request.config.getini("vm_board"))
+                config.setdefault("cpus", int(request.config.getini("vm_cpus")))
                 guest = request.getfixturevalue("vm_image") if image is None else image
                 machine = Machine.boot(MachineConfig(**config), guest, backend or vm_backend)
             made.append(open_machines.enter_context(machine))

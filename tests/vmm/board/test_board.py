@@ -105,7 +105,7 @@ class Pins:
 def test_another_cpu_is_told_all_there_is():
     board = Board(MachineConfig(memory_bytes=1 << 20), GuestClock(1_000_000))
     first, second = Pins(), Pins()
-    board.attach(first, None)
+    board.attach([first], None)
     board.power_on()
     for port, value in ((0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1), (0x21, 0)):
         board.bus.port_out(port, 1, value)
@@ -113,7 +113,7 @@ def test_another_cpu_is_told_all_there_is():
     board.bus.port_out(0x3F9, 1, 0x02)
     assert ("intr", True) in first.seen and ("defer_writes", 0x3F8, False) in first.seen
     count = len(first.seen)
-    board.attach(second, None)
+    board.attach([second], None)
     board.restored()
     assert ("intr", True) in second.seen and ("set_a20", True) in second.seen and len(first.seen) == count
     assert ("defer_writes", 0x2F8, True) in second.seen and ("defer_writes", 0x3F8, True) not in second.seen

@@ -51,7 +51,7 @@ def test_what_an_older_version_cannot_say_is_named():
 def test_what_this_program_cannot_build_is_named():
     with pytest.raises(RequestError, match="there is no board 'q35' here; there are isapc"):
         parts_of(MachineConfig(board="q35"))
-    with pytest.raises(RequestError, match="one CPU here, not 2"):
+    with pytest.raises(RequestError, match="board isapc has one CPU, not 2"):
         parts_of(MachineConfig(cpus=2))
 
 

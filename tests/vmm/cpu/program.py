@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from vmm.cpu.backends import MakeCpu
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
@@ -187,10 +188,13 @@ def echo_program(port: int) -> str:
 class Program:
     """A program on a machine."""
 
-    def __init__(self, source: str, backend: str = "emu", memory: int = 16 << 20, board: str = "isapc") -> None:
+    def __init__(
+        self, source: str, backend: str = "emu", memory: int = 16 << 20, board: str = "isapc", cpus: int = 1,
+        make_cpu: MakeCpu | None = None,
+    ) -> None:  # fmt: skip
         code, self.labels = assemble(PRELUDE + source)
-        config = MachineConfig(memory_bytes=memory, board=board)
-        self.machine = Machine.boot(config, Image(code, flat=True), backend)
+        config = MachineConfig(memory_bytes=memory, board=board, cpus=cpus)
+        self.machine = Machine.boot(config, Image(code, flat=True), backend, make_cpu=make_cpu)
 
     def finish(self) -> Program:
         stop = self.machine.run()

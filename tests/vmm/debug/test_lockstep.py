@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import BACKENDS, OWN
 from tests.vmm.cpu.hosts import host
 from tests.vmm.cpu.program import Program
+from tests.vmm.cpu.several import SEVERAL
 from vmm.debug.lockstep import Lockstep
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
@@ -172,3 +173,36 @@ def test_an_interrupt_that_came_while_they_were_off(tmp_path):
     with Lockstep(tmp_path / "s", "emu", "emu") as lockstep:
         assert lockstep.run(30_000) is None
         assert lockstep.leader.exits()["interrupt"] > 0
+
+
+SEVERAL_AT_WORK = """
+        start   3
+        pause
+        jmp     ap
+ap:     sti
+1:      lock incq TABLE(, %rdi, 8)
+        rep nop
+        test    $7, %dil
+        jnz     1b
+        ipi     $0, $0xc0038
+        jmp     1b
+"""
+
+
+def test_two_machines_with_three_cpus(tmp_path):
+    """In lockstep they agree; a fault in one CPU is found at its instruction, and which CPU's it is."""
+    program = Program(SEVERAL + SEVERAL_AT_WORK, board="pc", cpus=3).pause()
+    program.machine.save(tmp_path / "three")
+    program.machine.close()
+    with Lockstep(tmp_path / "three", "emu", "emu") as lockstep:
+        assert lockstep.run(6000) is None
+        assert len({cpu.save().rip for cpu in lockstep.leader.cpus}) > 1
+
+    def plant(machine, count):
+        if count == 4321:
+            cpu = machine.cpus[2]
+            cpu.load(dataclasses.replace(cpu.save(), r9=7))
+
+    with Lockstep(tmp_path / "three", "emu", "emu", plant) as lockstep:
+        found = lockstep.run(6000)
+        assert found is not None and found.fields["cpu.2.r9"] == (0, 7)

@@ -363,8 +363,8 @@ def test_a_stop_in_the_block_that_moves_memory_leaves_no_trace():
         program.machine.board.bus.memory.window(Mover(window), width=4).map(0xD000_0000)
         for stop in stops:
             program.machine.run(position=stop)
-            shown = program.machine.cpu._ram_shown == program.machine.ram.changes  # type: ignore[attr-defined]
-            assert shown or not program.machine.clock.prepaid
+            changed = program.machine.cpu._core.ram_changed()  # type: ignore[attr-defined]
+            assert not changed or not program.machine.clock.prepaid
         return program.finish().result, int.from_bytes(window.view[:4], "little")
 
     looking = Program(source)

@@ -67,21 +67,22 @@ class LapicState:
     nmi: Annotated[bool, "an NMI waits for the CPU"] = False
     init: Annotated[bool, "an INIT waits for the CPU"] = False
     sipi: Annotated[u8 | None, "a start-up message waits for the CPU: its vector"] = None
+    waits: Annotated[bool, "the CPU waits for a start-up message, and runs nothing"] = False
 
 
 class Lapic(Device[LapicState]):
-    """The local APIC of CPU `number`, and all its interrupts: implements the CPU's `Intr`. Registers of four bytes,
-    sixteen apart. `intr` is the CPU's INTR pin; `event` says that an NMI, an INIT or a start-up message waits for it;
-    `send` and `eoi` are the bus to other APICs."""
+    """The local APIC of CPU `number` of `cpus`, and all its interrupts: implements the CPU's `Intr`. Registers of four
+    bytes, sixteen apart. `intr` is the CPU's INTR pin; `event` says that an NMI, an INIT or a start-up message waits
+    for it; `send` and `eoi` are the bus to others."""
 
     State = LapicState
 
     def __init__(
         self, number: int, clock: Clock, alarm: Alarm, intr: Line, send: Send, eoi: EndOfInterrupt, inta: Inta,
-        event: Line, place: Placement, tsc: Tsc,
+        event: Line, place: Placement, tsc: Tsc, cpus: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.number = number
+        self.number, self.cpus = number, cpus
         self._clock, self._alarm, self._tsc = clock, alarm, tsc
         self._intr, self._event, self._inta = intr, event, inta
         self._send, self._eoi, self._place = send, eoi, place
@@ -141,7 +142,7 @@ class Lapic(Device[LapicState]):
             return False
         if s.enabled and not value & 0x800:
             self.state = s = LapicState(lint0_level=s.lint0_level, lint1_level=s.lint1_level, nmi=s.nmi, init=s.init,
-                                        sipi=s.sipi)  # fmt: skip
+                                        sipi=s.sipi, waits=s.waits)  # fmt: skip
         s.enabled, s.page = bool(value & 0x800), value >> 12
         self.restored()
         return True
@@ -172,21 +173,30 @@ class Lapic(Device[LapicState]):
 
     @outside
     def take_init(self) -> bool:
-        """Whether an INIT waits; then the APIC is as INIT leaves it (11.4.7.3), and the CPU waits for a SIPI."""
+        """Whether an INIT waits; then the APIC is as INIT leaves it (11.4.7.3), and a CPU that is not the first waits
+        for a start-up message (8.4.2)."""
         s = self.state
         if not s.init:
             return False
         self.state = LapicState(enabled=s.enabled, page=s.page, lint0_level=s.lint0_level, lint1_level=s.lint1_level,
-                                sipi=s.sipi)  # fmt: skip
+                                sipi=s.sipi if self.number else None, waits=self.number != 0)  # fmt: skip
         self.restored()
         return True
 
     @outside
     def take_sipi(self) -> u8 | None:
-        """The vector of a start-up message that waits; it waits no more."""
-        vector, self.state.sipi = self.state.sipi, None
-        self._drive()
+        """The vector of the start-up message that the CPU waits for, and that is there: it waits no more."""
+        s = self.state
+        vector = s.sipi if s.waits else None
+        if vector is not None:
+            s.sipi, s.waits = None, False
+            self._drive()
         return vector
+
+    def begins_anew(self) -> bool:
+        """Whether an INIT is to be done, or a start-up message that is waited for."""
+        s = self.state
+        return s.init or (s.waits and s.sipi is not None)
 
     # --- pins and messages
 
@@ -202,7 +212,7 @@ class Lapic(Device[LapicState]):
         """Drive LINT1: NMI."""
         s = self.state
         rises, s.lint1_level = level and not s.lint1_level, level
-        if rises and not s.enabled:
+        if rises and not s.enabled and not s.waits:
             s.nmi = True
             self._drive()
         self._local(s.lint1 & ~_LEVEL, rises)
@@ -221,13 +231,13 @@ class Lapic(Device[LapicState]):
                     s.irr = _with(s.irr, vector)
                     s.tmr = _with(s.tmr, vector) if level else _without(s.tmr, vector)
                     self._drive()
-            case 4:  # NMI
+            case 4 if not s.waits:  # NMI
                 s.nmi = True
                 self._drive()
             case 5:  # INIT
                 s.init, s.sipi = True, None
                 self._drive()
-            case 6:  # start-up
+            case 6 if s.init or s.waits:  # start-up: of no effect on a CPU that runs (8.4.3)
                 s.sipi = vector
                 self._drive()
 
@@ -485,11 +495,13 @@ class Lapic(Device[LapicState]):
     def _drive(self) -> None:
         s = self.state
         self._intr(self.pending())
-        self._event(s.nmi or s.init or s.sipi is not None)
+        self._event(s.nmi or self.begins_anew())
 
     def reset(self) -> None:
         s = self.state
-        self.state = LapicState(lint0_level=s.lint0_level, lint1_level=s.lint1_level)  # the inputs are others' outputs
+        self.state = LapicState(  # the inputs are others' outputs
+            lint0_level=s.lint0_level, lint1_level=s.lint1_level, waits=self.number != 0
+        )
         self.restored()
 
     def restored(self) -> None:

@@ -248,7 +248,8 @@ def test_only_what_is_fixed_has_a_level(chip):
 @pytest.mark.parametrize("mode", [0, 1, 4, 5, 6])
 def test_the_cpu_is_told_at_once(chip, mode):
     chip.device.accept(mode, 0x41, False)
-    assert (chip.intr, chip.rig.lines["event"]) == (mode in (0, 1), mode in (4, 5, 6))
+    told = (mode in (0, 1), mode in (4, 5))  # no CPU waits for a start-up message
+    assert (chip.intr, chip.rig.lines["event"]) == told
 
 
 def test_a_level_on_lint0(chip):
@@ -325,8 +326,29 @@ def test_init_and_start_up():
     chip.device.accept(5, 0, False)
     assert chip.rig.lines["event"] and chip.device.take_init() and not chip.device.take_init()
     assert chip[TPR] == 0 and chip[SVR] == 0xFF and chip[ID] == 3 << 24
+    assert not chip.rig.lines["event"]
+    chip.device.accept(4, 0, False)
+    assert not chip.rig.lines["event"], "it waits for nothing but a start-up message"
     chip.device.accept(6, 0x9A, False)
-    assert chip.device.take_sipi() == 0x9A and chip.device.take_sipi() is None
+    assert chip.rig.lines["event"] and chip.device.begins_anew()
+    assert chip.device.take_sipi() == 0x9A and chip.device.take_sipi() is None and not chip.rig.lines["event"]
+    chip.device.accept(6, 0x9B, False)
+    assert not chip.device.begins_anew() and chip.device.take_sipi() is None, "it runs"
+
+
+def test_a_start_up_message_behind_an_init_is_kept_until_that_is_done():
+    chip = Chip(3)
+    chip.device.accept(5, 0, False)
+    chip.device.accept(6, 0x9A, False)
+    assert chip.device.take_sipi() is None and chip.device.take_init() and chip.device.take_sipi() == 0x9A
+
+
+def test_init_of_the_first_cpu():
+    """It begins at its reset vector, and waits for nobody (8.4.2)."""
+    chip = Chip(0)
+    chip.device.accept(5, 0, False)
+    chip.device.accept(6, 0x9A, False)
+    assert chip.device.take_init() and chip.device.take_sipi() is None and not chip.rig.lines["event"]
 
 
 def test_a_devices_message():

@@ -1,0 +1,118 @@
+"""Debian's unmodified kernels on several CPUs of board "pc"."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+from tests.vmm.machine.test_debian_pc import CMDLINE, warnings
+from vmm.errors import GuestError
+from vmm.guest.debian import extract_vmlinux, kernel_files
+from vmm.guest.image import Image
+from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
+from vmm.testing.cuts import cut_anywhere
+from vmm.testing.expect import Expect
+
+pytestmark = pytest.mark.debian
+SHELL = 4_560_000_000  # bytes of code to its shell, near enough to draw positions from
+CPUS = 4
+
+
+def boot(folder, cpus=CPUS, kernel="vmlinux", more=""):
+    image = Image.from_files(folder / kernel, folder / "initrd.img", f"{CMDLINE} {more}")
+    return Machine.boot(MachineConfig(memory_bytes=256 << 20, board="pc", cpus=cpus), image)
+
+
+def counted(console, name):
+    """A row of /proc/interrupts, by CPU."""
+    text = console.run("cat /proc/interrupts")
+    row = next(line for line in text.splitlines() if line.strip().startswith(f"{name}:"))
+    return [int(word) for word in row.split()[1:] if word.isdigit()]
+
+
+def test_four_cpus(debian, tmp_path):
+    """They are brought up, get their timers' and each other's interrupts, can be taken down, and the machine is saved
+    and woken as one."""
+    with boot(debian) as machine:
+        console = Expect(machine)
+        console.expect("shell ready")
+        assert console.run("nproc") == "4\n"
+        assert not warnings(console.run("dmesg -r"))
+        assert all(count > 50 for count in counted(console, "LOC")) and len(counted(console, "LOC")) == CPUS
+        assert sum(counted(console, "RES")) > 20 and sum(counted(console, "CAL")) > 50
+        machine.save(tmp_path / "four")
+        position = machine.position
+    with Machine.restore(tmp_path / "four") as machine:
+        assert machine.position == position
+        console = Expect(machine)
+        console.run("echo 0 > /sys/devices/system/cpu/cpu2/online")
+        assert console.run("nproc; grep -c ^processor /proc/cpuinfo") == "3\n3\n"
+        console.run("echo 1 > /sys/devices/system/cpu/cpu2/online")
+        assert console.run("nproc") == "4\n"
+        console.run("echo l > /proc/sysrq-trigger")
+        assert sum(counted(console, "NMI")) >= CPUS - 1
+        for cpu in range(CPUS):
+            assert console.run(f"taskset {1 << cpu:x} grep -c processor /proc/cpuinfo") == "4\n"
+        console.send("poweroff -f\n")
+        assert machine.run(until_ns=machine.clock.now_ns() + 5_000_000_000) == Stopped(StopReason.EXIT, 0)
+
+
+def test_a_guest_that_resets(debian):
+    """All begin again, and the others wait for the first."""
+    with boot(debian) as machine:
+        assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
+        Expect(machine).send("reboot -f\n")
+        assert machine.run(until_ns=machine.clock.now_ns() + 5_000_000_000) == Stopped(StopReason.RESET)
+        machine.restart()
+        assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
+        assert Expect(machine).run("nproc") == "4\n"
+
+
+TWICE = """
+import sys
+from pathlib import Path
+from tests.vmm.machine.test_debian_smp import boot
+with boot(Path(sys.argv[1])) as machine:
+    machine.run(until="shell ready")
+    print(machine.position, machine.digests())
+"""
+
+
+def test_two_processes_boot_alike(debian):
+    first, second = (
+        subprocess.run([sys.executable, "-c", TWICE, debian], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert first == second != ""
+
+
+@pytest.mark.no_roundtrip("it cuts by itself")
+@pytest.mark.parametrize("points", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_cut_over_the_boot(debian, tmp_path, points):
+    report = cut_anywhere(partial(boot, debian), end=SHELL, points=points, folder=tmp_path, seed="smp", fresh=10)
+    assert report.points == points
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [2, 8])
+@pytest.mark.parametrize("package", ["", "linux-image-amd64", "linux-image-rt-amd64"])
+def test_other_kernels_and_numbers(debian, package, cpus):
+    kernel = (debian / "vmlinux").read_bytes()
+    if package:
+        folder = debian.parent / package
+        try:
+            kernel_files(folder, ["boot/vmlinuz-*"], kernels=[package])
+        except GuestError as error:
+            pytest.skip(f"no {package}: {error}")
+        kernel = extract_vmlinux((folder / "vmlinuz").read_bytes())
+    image = Image(kernel, initrd=(debian / "initrd.img").read_bytes(), cmdline=CMDLINE)
+    with Machine.boot(MachineConfig(memory_bytes=512 << 20, board="pc", cpus=cpus), image) as machine:
+        console = Expect(machine, seconds=240)
+        console.expect("shell ready")
+        assert console.run("nproc") == f"{cpus}\n"
+        assert not warnings(console.run("dmesg -r"))
+        console.send("poweroff -f\n")
+        assert machine.run() == Stopped(StopReason.EXIT, 0)

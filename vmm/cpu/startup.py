@@ -1,0 +1,28 @@
+"""What INIT and a start-up message make of a CPU (SDM vol. 3, table 10-1 and 9.4)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vmm.cpu.model import CPUID
+from vmm.cpu.protocol import CpuState, SegmentState
+
+_CACHE = 3 << 29  # CR0.CD and CR0.NW, which INIT leaves as they are
+_KEPT = ("star", "lstar", "cstar", "sfmask", "kernel_gs_base", "sysenter_cs", "sysenter_esp", "sysenter_eip", "pat",
+         "tsc_aux", "tsc", "fpu")  # fmt: skip
+
+
+def reset() -> CpuState:
+    """A CPU behind RESET: its family, model and stepping are in EDX."""
+    return CpuState(rdx=CPUID[1][0])
+
+
+def init(before: CpuState) -> CpuState:
+    """A CPU behind INIT: as behind RESET, but for its model-specific registers, time-stamp counter, FPU and caches."""
+    kept = {name: getattr(before, name) for name in _KEPT}
+    return replace(reset(), cr0=before.cr0 & _CACHE | 0x10, **kept)
+
+
+def start_up(before: CpuState, vector: int) -> CpuState:
+    """A CPU that waited for it and gets a start-up message: it begins at 4096 times the vector, in real mode."""
+    return replace(before, cs=SegmentState(selector=vector << 8, base=vector << 12, type=11), rip=0, halted=False)
