@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
 
 import pytest
@@ -9,7 +11,9 @@ import unicorn
 
 from emu import engine as engine_module
 from emu import layout
+from emu.instruction import length_behind
 from vmm.errors import BackendError
+from vmm.ram import Shown
 
 UNSEEN = {
     "error_code", "exception_is_int", "exception_next_eip", "vm_vmcb",
@@ -29,6 +33,44 @@ def test_another_layout_is_refused(monkeypatch, name):
 def test_where_no_memory_is_it_reads_ones():
     engine = layout.checked_engine()
     assert engine.read_physical(1 << 38, 5) == b"\xff" * 5
+    engine.close()
+
+
+def test_a_window_is_where_it_was_moved_to_and_nowhere_else():
+    """RAM of a device's, shown in the hole; where it was devices answer again, and no other memory is given up."""
+    engine, seen = layout.checked_engine(), []
+    ram = mmap.mmap(-1, 1 << 20)
+    ram[:4] = b"main"
+    there = ctypes.addressof(ctypes.c_char.from_buffer(ram))
+
+    def answer(address, size):
+        seen.append(address)
+        return 0x5A5A5A5A5A5A5A5A & (1 << 8 * size) - 1
+
+    engine.map_ram(0, 1 << 20, there)
+    engine.map_hole(0xC000_0000, 0x4000_0000, answer, lambda *_: None)
+    own = mmap.mmap(-1, 4096)
+    own[:4] = b"shown"[:4]
+    window = ctypes.addressof(ctypes.c_char.from_buffer(own))
+    for base in (0xD000_0000, 0xD000_1000, 0xD400_0000, 0xD000_0000):
+        engine.show_windows([Shown(base, 4096, window, True)])
+        shown = {at: engine.read_physical(at, 4) for at in (0xD000_0000, 0xD000_1000, 0xD400_0000)}
+        assert shown == {at: b"show" if at == base else b"ZZZZ" for at in shown}
+        assert engine.read_physical(0, 4) == b"main"
+    engine.show_windows([])
+    assert engine.read_physical(0xD000_0000, 4) == b"ZZZZ" and seen
+    engine.close()
+
+
+@pytest.mark.parametrize(("code", "length"), [("cc", 1), ("ce", 1), ("cd05", 2), ("90cd03", 2), ("cdcd", 2)])
+def test_what_is_behind_an_int(code, length):
+    """Where its block is not known: INT3 and INTO are one byte long, INT n two."""
+    engine = layout.checked_engine()
+    ram = mmap.mmap(-1, 1 << 16)
+    engine.map_ram(0, 1 << 16, ctypes.addressof(ctypes.c_char.from_buffer(ram)))
+    ram[0x1000 : 0x1000 + len(code) // 2] = bytes.fromhex(code)
+    engine.eip.value = 0x1000 + len(code) // 2
+    assert length_behind(engine, 0) == length
     engine.close()
 
 

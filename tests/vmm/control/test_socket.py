@@ -601,3 +601,14 @@ def test_its_name_is_gone_before_anybody_is_cut_off(boot_own, tmp_path, monkeypa
         client.call("status")
     client.close()
     assert seen == [False]
+
+
+def test_events_that_come_before_the_answer(monkeypatch, tmp_path):
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(place, "connect", lambda *_: ours)
+    event = protocol.pack(method="event", params={"kind": "saved", "path": "x"})
+    theirs.sendall(event + protocol.pack(id=1, result=5))
+    seen: list[object] = []
+    with theirs, Client(tmp_path, "box") as client:
+        assert client.call("status", seen.append) == 5
+    assert seen == [{"kind": "saved", "path": "x"}]

@@ -8,7 +8,7 @@ import pytest
 
 from vmm.board.slot import Fixed
 from vmm.bus import Bus
-from vmm.devices.fw_cfg import CPUS, DIRECTORY, ID, SIGNATURE, FwCfg
+from vmm.devices.fw_cfg import CPUS, DIRECTORY, ID, MOST_CPUS, NO_GRAPHIC, RAM_SIZE, SIGNATURE, FwCfg
 from vmm.testing import Rig, check_device
 from vmm.testing.rig import wiring
 
@@ -31,6 +31,12 @@ def read():
 
 def test_any_guest():
     check_device(BUILD)
+
+
+def test_where_a_firmware_looks():
+    """QEMU, docs/specs/fw_cfg.rst and include/standard-headers/linux/qemu_fw_cfg.h."""
+    keys = SIGNATURE, ID, RAM_SIZE, NO_GRAPHIC, CPUS, MOST_CPUS, DIRECTORY
+    assert keys == (0x00, 0x01, 0x03, 0x04, 0x05, 0x0F, 0x19)
 
 
 def test_items(read):

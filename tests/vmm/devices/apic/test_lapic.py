@@ -237,6 +237,18 @@ def test_lint1_is_nmi(chip):
     assert not chip.device.take_nmi(), "an edge"
 
 
+@pytest.mark.parametrize(
+    ("lint0", "makes"),
+    [(NMI, True), (NMI | 0x55, True), (NMI | LEVEL, True), (NMI | MASKED, False), (EXTINT, False), (0x55, False),
+     (0x5 << 8, False)],
+)  # fmt: skip
+def test_what_makes_nmis(chip, lint0, makes):
+    chip[LINT0] = lint0
+    assert chip.device.makes_nmis() is makes
+    chip.device.set_base(0xFEE0_0000)
+    assert not chip.device.makes_nmis(), "it is switched off"
+
+
 def test_only_what_is_fixed_has_a_level(chip):
     chip[LINT0] = NMI | LEVEL
     chip.device.set_lint0(True)

@@ -204,6 +204,9 @@ def test_its_line(system):
 def test_msi(system):
     at = system.capability(0x05)
     assert system.read(at + 2, 2) == 0x0184, "four vectors, 64 bits, masks"
+    system.write(at + 16, 0xFFFF_FFFF)
+    assert system.read(at + 16) == 0xF, "a mask for each of them"
+    system.write(at + 16, 0)
     system.write(4, MASTER, 2)
     system.write(at + 4, 0xFEE0_1003)
     system.write(at + 8, 0)
