@@ -70,6 +70,19 @@ def test_what_was_typed_before_it_is_left_is_sent(boxes, typed):
     assert bytes(box.machine.board.console.typed) == typed
 
 
+def test_what_was_typed_while_the_machine_is_slow_to_answer_is_sent(boxes):
+    """Only part of it had been sent when the user left."""
+    box = boxes(paused=True)
+    terminal = OnTerminal(os.environ, *words(box))
+    terminal.until(b"leaves it running")
+    box._server._loop.call_soon_threadsafe(time.sleep, 0.5)
+    terminal.type(b"a")
+    time.sleep(0.2)
+    terminal.type(b"b" + MONITOR + b"d")
+    assert terminal.wait() == 0
+    assert bytes(box.machine.board.console.typed) == b"ab"
+
+
 def test_it_can_be_left_though_the_guest_takes_no_more(boxes):
     box = boxes(paused=True)
     box.machine.board.console.typed.extend(bytes(MAX_TYPED))
