@@ -73,8 +73,10 @@ def test_what_was_typed_before_it_is_left_is_sent(boxes, typed):
 def test_what_was_typed_while_the_machine_is_slow_to_answer_is_sent(boxes):
     """Only part of it had been sent when the user left."""
     box = boxes(paused=True)
+    for byte in b"shown before":
+        box.machine.board.console.transmit(byte)
     terminal = OnTerminal(os.environ, *words(box))
-    terminal.until(b"leaves it running")
+    terminal.until(b"shown before")
     box._server._loop.call_soon_threadsafe(time.sleep, 0.5)
     terminal.type(b"a")
     time.sleep(0.2)
