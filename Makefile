@@ -52,6 +52,7 @@ test-kvm-emulated: guest
 
 bench: guest
 	$(BIN)/python -m bench.boot --guest $(GUEST)
+	$(BIN)/python -m bench.smp --guest $(GUEST)
 	$(BIN)/python -m bench.save_restore --guest $(GUEST)
 	$(BIN)/python -m bench.checkpoint --guest $(GUEST)
 	$(BIN)/python -m bench.plugin --guest $(GUEST)
