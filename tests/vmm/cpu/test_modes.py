@@ -199,7 +199,7 @@ def test_mmio_of_every_width(backend):
         backend,
     )
     written = {}
-    bus = program.machine.board.bus
+    bus = program.machine.board.buses[0]
 
     def write(address, size, value):
         written.update({address - 0xD0000000 + i: value >> 8 * i & 0xFF for i in range(size)})
