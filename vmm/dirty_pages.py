@@ -43,9 +43,9 @@ class Scanner:
 
     def __init__(self, address: int, size: int) -> None:
         self._address, self._size = address, size
-        self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._regions = array.array("Q", bytes(8 * _REGION_WORDS * _REGIONS))
         self._scans = True  # until the kernel says it has no PAGEMAP_SCAN
+        self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)  # last: nobody would close it
 
     def extents(self) -> list[tuple[int, int]]:
         if self._scans:

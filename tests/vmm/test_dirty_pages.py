@@ -6,13 +6,14 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm import dirty_pages
-from vmm.dirty_pages import PAGE, dirty_extents, pagemap_extents, scan_extents
+from vmm.dirty_pages import PAGE, Scanner, dirty_extents, pagemap_extents, scan_extents
 
 COUNT = 64
 page_sets = st.sets(st.integers(0, COUNT - 1), max_size=20)
@@ -102,3 +103,14 @@ def test_swapped_out_copies_count() -> None:
     """pagemap.rst: bit 62 swapped, 63 present, 61 file or shared; no swap is needed to check what is made of them."""
     copied = {top for top in range(256) if dirty_pages._IS_COPIED[top]}
     assert copied == {top for top in range(256) if top >> 6 and not top >> 5 & 1}
+
+
+def test_a_scanner_that_has_no_memory_leaves_nothing_open(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("vmm.dirty_pages.array", SimpleNamespace(array=refuse))
+        Scanner(0, 4096)
+    assert os.listdir("/proc/self/fd") == before

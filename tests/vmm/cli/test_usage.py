@@ -91,7 +91,7 @@ def test_detach_of_a_machine_that_cannot_be(anyhyve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("--memroy", "--memory"), ("--utnil", "--until"), ("--drive", None), ("--cpus", None)]
+    ("typed", "meant"), [("--memroy", "--memory"), ("--utnil", "--until"), ("--drive", None), ("--smp", None)]
 )
 def test_what_was_mistyped_is_guessed(anyhyve, typed, meant):
     said = anyhyve("run", typed, "1").stderr.decode()

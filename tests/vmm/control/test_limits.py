@@ -112,8 +112,7 @@ def under(limit: Limit, named, environment, folder: Path, *arguments: str) -> No
                 assert box.wait(20) == 0, name
                 box = None
             else:
-                # What was asked for may be done a moment before its descriptors are closed.
-                eventually(lambda box=box, before=before: set(descriptors(box.pid)) == set(before))
+                assert set(descriptors(box.pid)) == set(before), name
                 if name == "pause":
                     client.call("resume")
                 again = client.call("checkpoint", path=str(folder / "again"))
