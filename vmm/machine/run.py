@@ -131,9 +131,8 @@ class RunLoop:
                     return Stopped(StopReason.POSITION)
                 case Halted(interruptible):
                     # What was written before it, and came late, is looked at first: see the next safe point.
-                    if board.console.found or turns.another_can_run():
-                        continue
-                    if (stop := self._idle(interruptible or turns.any_listens(), deadline)) is not None:
+                    waits = not board.console.found and not turns.another_can_run()
+                    if waits and (stop := self._idle(interruptible or turns.any_listens(), deadline)) is not None:
                         return stop
                 case Shutdown():
                     if not board.console.found:  # see Halted
