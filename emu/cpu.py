@@ -125,7 +125,7 @@ class EmuCpu(Cpu):
                 return ended
             if self._halted:
                 if not (self._pin and engine.eflags.value & _IF):
-                    return Halted(bool(engine.eflags.value & _IF))
+                    return Halted()
                 self._halted = False
             goal = _FOREVER if self._stop_at is None else words[_TIME] + self._stop_at - clock.position
             # While an NMI is blocked, the handler of the one before ends at some block's end.

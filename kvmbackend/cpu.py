@@ -97,7 +97,7 @@ class KvmCpu(Cpu):
                 if self._kicked:
                     self._kicked = False
                     return Kicked()
-                return Halted(bool(run8[_IF]))
+                return Halted()
             self._halted = False
         left_ns = -(-(limit - self._words[_TIME]) // BYTES_PER_NS)
         if left_ns <= 0:
@@ -382,7 +382,7 @@ class KvmCpu(Cpu):
             case abi.EXIT_HLT:
                 self._exits["halt"] += 1
                 self._halted = not (self._pin and self._run8[_IF])
-                return Halted(bool(self._run8[_IF])) if self._halted else None
+                return Halted() if self._halted else None
             case abi.EXIT_IRQ_WINDOW_OPEN:
                 self._exits["window"] += 1
                 return None

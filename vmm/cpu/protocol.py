@@ -30,8 +30,6 @@ class Reached:
 class Halted:
     """HLT with nothing to wake it yet."""
 
-    interruptible: bool  # IF was set
-
 
 @dataclass(frozen=True)
 class Kicked:

@@ -129,10 +129,10 @@ class RunLoop:
                     pass
                 case Reached():
                     return Stopped(StopReason.POSITION)
-                case Halted(interruptible):
+                case Halted():
                     # What was written before it, and came late, is looked at first: see the next safe point.
                     waits = not board.console.found and not turns.another_can_run()
-                    if waits and (stop := self._idle(interruptible or turns.any_listens(), deadline)) is not None:
+                    if waits and (stop := self._idle(turns.any_listens(), deadline)) is not None:
                         return stop
                 case Shutdown():
                     if not board.console.found:  # see Halted
