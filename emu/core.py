@@ -22,7 +22,6 @@ from vmm.cpu.protocol import IoBus
 from vmm.ram import Ram
 
 _EXCEPTIONS, _TSC_OFFSET, _TSC_SCALE = Word.EXCEPTIONS.value, Word.TSC_OFFSET.value, Word.TSC_SCALE.value
-_FOREVER = (1 << 64) - 1
 
 
 class Sharing(OnEngine, Protocol):
@@ -107,7 +106,3 @@ class Core:
     def ticks(self) -> int:
         """Guest time in ticks of a time-stamp counter."""
         return self.words[Word.TIME] * self.words[_TSC_SCALE] >> 32
-
-    def tsc(self) -> int:
-        """The time-stamp counter of the CPU that is on."""
-        return self.ticks() + self.words[_TSC_OFFSET] & _FOREVER

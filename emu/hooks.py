@@ -109,7 +109,7 @@ class Hooks:
 
     def _install_portable(self) -> None:
         calls = callbacks.Callbacks(
-            self._engine, self._words, self.delivery, self._guarded(self._on_intercept), self._core.tsc
+            self._engine, self._words, self.delivery, self._guarded(self._on_intercept), lambda: self._core.on.tsc()
         )
         for kind, prototype, function, instruction in (
             (HOOK_INTR, _NUMBER, calls.interrupt, None),

@@ -35,7 +35,7 @@ class Msrs:
         if number in self._fields:
             return self._fields[number].value
         if number == 0x10:
-            return self._core.tsc()
+            return self._core.on.tsc()
         if number in (0x174, 0x175, 0x176, 0xC0000080):
             return self._engine.read_msr(number)
         apic = self._core.on.apic
