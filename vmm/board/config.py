@@ -22,12 +22,7 @@ MAX_CPUS = 256
 MAX_DEVICES = 64
 DEFAULT_EPOCH_NS = 1_577_836_800 * 10**9  # 2020-01-01: a fixed wall clock, so that boots are equal
 GIVEN_BOARD = "pc"  # what `run` and the pytest plugin say where nobody says another
-RESERVED = (
-    "config",
-    "board",
-    "clock",
-    "smp",
-)  # parts that are no devices; a CPU's has a dot
+RESERVED = ("config", "board", "clock", "smp")  # no devices; the other parts that are none have a dot in their names
 PLACES = ("port", "memory", "slot")  # the words that say where a device is put
 ID = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 

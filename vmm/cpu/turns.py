@@ -53,14 +53,15 @@ class Turns:
 
     def choose(self) -> Cpu:
         """The CPU that is to run now. Inside a block nobody takes its turn away."""
-        if len(self._cpus) > 1 and not self._clock.prepaid:
+        if len(self._cpus) == 1:
+            return self.current
+        if not self._clock.prepaid:
             s, time = self.state, self._clock.words[_TIME]
             if time >= s.ends or s.pauses >= PATIENCE or not self.current.can_run():
                 number = self._next()
                 if number is not None:
                     s.current, s.ends, s.pauses = number, time + TURN_NS * BYTES_PER_NS, 0
-        if len(self._cpus) > 1:
-            self._look()
+        self._look()
         return self.current
 
     def limit(self) -> int:
