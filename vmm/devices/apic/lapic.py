@@ -174,7 +174,7 @@ class Lapic(Device[LapicState]):
     @outside
     def take_init(self) -> bool:
         """Whether an INIT waits; then the APIC is as INIT leaves it (11.4.7.3), and a CPU that is not the first waits
-        for a start-up message (8.4.2)."""
+        for a start-up message (9.4.2)."""
         s = self.state
         if not s.init:
             return False
@@ -237,7 +237,7 @@ class Lapic(Device[LapicState]):
             case 5:  # INIT
                 s.init, s.sipi = True, None
                 self._drive()
-            case 6 if s.init or s.waits:  # start-up: of no effect on a CPU that runs (8.4.3)
+            case 6 if s.init or s.waits:  # start-up: of no effect on a CPU that runs (9.4.3)
                 s.sipi = vector
                 self._drive()
 

@@ -356,7 +356,7 @@ def test_a_start_up_message_behind_an_init_is_kept_until_that_is_done():
 
 
 def test_init_of_the_first_cpu():
-    """It begins at its reset vector, and waits for nobody (8.4.2)."""
+    """It begins at its reset vector, and waits for nobody (9.4.2)."""
     chip = Chip(0)
     chip.device.accept(5, 0, False)
     chip.device.accept(6, 0x9A, False)
