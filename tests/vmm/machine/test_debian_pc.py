@@ -75,16 +75,21 @@ def test_a_pc_of_this_century(debian, tmp_path):
         assert machine.run() == Stopped(StopReason.RESET)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("package", ["linux-image-amd64", "linux-image-rt-amd64"])
-def test_debians_other_kernels(debian, package):
-    """The one for any computer, and the one that runs all interrupts as threads."""
+def packaged(debian, package):
+    """The vmlinux of a kernel's package, fetched beside the guest."""
     folder = debian.parent / package
     try:
         kernel_files(folder, ["boot/vmlinuz-*"], kernels=[package])
     except GuestError as error:
         pytest.skip(f"no {package}: {error}")
-    kernel = extract_vmlinux((folder / "vmlinuz").read_bytes())
+    return extract_vmlinux((folder / "vmlinuz").read_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["linux-image-amd64", "linux-image-rt-amd64"])
+def test_debians_other_kernels(debian, package):
+    """The one for any computer, and the one that runs all interrupts as threads."""
+    kernel = packaged(debian, package)
     image = Image(kernel, initrd=(debian / "initrd.img").read_bytes(), cmdline=CMDLINE)
     with Machine.boot(MachineConfig(memory_bytes=512 << 20, board="pc"), image) as machine:
         console = Expect(machine, seconds=240)

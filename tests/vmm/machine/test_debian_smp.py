@@ -8,9 +8,7 @@ from functools import partial
 
 import pytest
 
-from tests.vmm.machine.test_debian_pc import CMDLINE, warnings
-from vmm.errors import GuestError
-from vmm.guest.debian import extract_vmlinux, kernel_files
+from tests.vmm.machine.test_debian_pc import CMDLINE, packaged, warnings
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 from vmm.testing.cuts import cut_anywhere
@@ -100,14 +98,7 @@ def test_cut_over_the_boot(debian, tmp_path, points):
 @pytest.mark.parametrize("cpus", [2, 8])
 @pytest.mark.parametrize("package", ["", "linux-image-amd64", "linux-image-rt-amd64"])
 def test_other_kernels_and_numbers(debian, package, cpus):
-    kernel = (debian / "vmlinux").read_bytes()
-    if package:
-        folder = debian.parent / package
-        try:
-            kernel_files(folder, ["boot/vmlinuz-*"], kernels=[package])
-        except GuestError as error:
-            pytest.skip(f"no {package}: {error}")
-        kernel = extract_vmlinux((folder / "vmlinuz").read_bytes())
+    kernel = packaged(debian, package) if package else (debian / "vmlinux").read_bytes()
     image = Image(kernel, initrd=(debian / "initrd.img").read_bytes(), cmdline=CMDLINE)
     with Machine.boot(MachineConfig(memory_bytes=512 << 20, board="pc", cpus=cpus), image) as machine:
         console = Expect(machine, seconds=240)
