@@ -49,6 +49,15 @@ def test_show_disassembles_at_rip(saved):
     assert "code at RIP:" in plain and shown["code"][1] in plain and "on parent" in plain
 
 
+def test_show_disassembles_at_each_rip(tmp_path):
+    text(*OWN_GUEST, "-c", 2, "--at", 100_000, "--save", tmp_path / "two")
+    shown = json.loads(text("snapshot", "show", tmp_path / "two", "--json"))
+    assert shown["parts"]["smp"]["state"]["current"] == 0 and shown["parts"]["lapic.1"]["state"]["waits"]
+    assert list(shown["codes"]) == ["cpu.0", "cpu.1"] and shown["codes"]["cpu.0"] == shown["code"] != []
+    plain = text("snapshot", "show", tmp_path / "two")
+    assert "code at RIP of cpu.0:" in plain and "code at RIP:" not in plain
+
+
 def test_diff(saved):
     found = json.loads(text("snapshot", "diff", saved / "a", saved / "b", "--json", status=1))
     fields = {f"{d['part']}.{d['field']}" for d in found["state"]}

@@ -158,6 +158,22 @@ def test_what_a_failed_test_leaves(project):
     assert "anyhyve restore left/" in said
 
 
+def test_two_cpus(project):
+    """Each machine has them, and what is left of one shows both."""
+    source = """
+def test_fresh(vm):
+    assert len(vm.cpus) == 2
+
+def test_up(vm_booted):
+    assert vm_booted.config.cpus != 2
+"""
+    outcome(project(source, "-o", "vm_cpus=2", "--vm-artifacts=left"), passed=1, failed=1)
+    (place,) = (project.folder / "left").iterdir()
+    trace = (place / "vm0.trace").read_text().splitlines()
+    assert "cpu.0, whose turn it is" in trace and "cpu.1" in trace
+    assert len([line for line in trace if line.startswith("rip ")]) == 2
+
+
 def test_a_test_that_passes_leaves_nothing(project):
     outcome(project("def test_it(vm):\n    pass\n", "--vm-artifacts=left"), passed=1)
     assert not (project.folder / "left").exists()
@@ -276,6 +292,7 @@ def test_what_a_guest_has_said_to_one_test_the_next_does_not_see(project):
         ("vm_memory", "much"),
         ("vm_memory", "0"),
         ("vm_board", "q35"),
+        ("vm_cpus", "0"),
         ("vm_patience", "nan"),
         ("vm_patience", "-1"),
         ("vm_ready", "("),
