@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests import left_out
-from tests.vmm.cpu.hosts import exception, host
+from tests.vmm.cpu.hosts import exception, host, unsteady
 
 # Files that take longest: they come first, so that no worker is left with one at the end.
 LONGEST = ("test_readme.py", "test_pytest_plugin.py", "test_random_guests.py", "test_control.py", "test_testing.py")
@@ -91,6 +91,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name, *how = request.param.split()
     if name == "kvm":
         request.getfixturevalue("kvm")
+        if (reason := unsteady(request.node.name)) is not None:
+            pytest.skip(reason)
         if (reason := exception(request.node.name)) is not None:
             request.applymarker(pytest.mark.xfail(reason=f"{host()}: {reason}", strict=True))
     if how:

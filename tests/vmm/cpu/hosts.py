@@ -40,8 +40,16 @@ EXCEPTIONS = {
         "mxcsr: reserved": "QEMU does not check MXCSR",
         "tr: a null selector": "QEMU takes it",
         "debug_registers_can_be_watched": "QEMU does not know GD",
-        "segment_that_is_not_present[0xf-False": "RIP is behind an INT n whose delivery faults",
-        "segment_that_is_not_present[0-False": "RIP is behind an INT n whose delivery faults",
+    },
+}
+# What a host does right in one run and wrong in the next: it says nothing there.
+UNSTEADY = {
+    "qemu-svm": {
+        "page fault without": "KVM injects the page fault, and QEMU's SVM may count it as the first of two or not",
+        "not_present[0xf-False": "RIP may be behind an INT n whose delivery faults",
+        "not_present[0-False": "RIP may be behind an INT n whose delivery faults",
+        "breakpoint-kvm": "in QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next",
+        "writes-kvm": "in QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next",
     },
 }
 # With linear addresses of 57 bits KVM asks the host for their width, not the guest.
@@ -72,3 +80,8 @@ def _known() -> dict[str, str]:
 def exception(test: str) -> str | None:
     """Why `test` fails on this host's KVM, if it is known to."""
     return next((reason for part, reason in _known().items() if part in test), None)
+
+
+def unsteady(test: str) -> str | None:
+    """Why `test` says nothing on this host's KVM, if it does not."""
+    return next((reason for part, reason in UNSTEADY.get(host() or "", {}).items() if part in test), None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import BACKENDS
-from tests.vmm.cpu.hosts import host
 from tests.vmm.cpu.program import Program
 from vmm.cpu import validity
 from vmm.machine.machine import Machine, Stopped, StopReason
@@ -143,8 +142,6 @@ ACTS = {
 @pytest.mark.parametrize("name", ACTS)
 @pytest.mark.parametrize("way", ["woken", "rewound"])
 def test_what_was_loaded_acts(backend, name, way, tmp_path):
-    if backend == "kvm" and host() == "qemu-svm" and "breakpoint" in name:
-        pytest.skip("in QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next")
     source, vectors = ACTS[name]
     program = Program(source, backend).pause()
     if way == "woken":
