@@ -215,8 +215,3 @@ def test_wheel_holds_the_import_packages_only(tmp_path):
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert "vmm/devices/isa/uart.py" in names and any(name.startswith("vmm/saving/schemas/") for name in names)
-
-
-def test_strict_typing():
-    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

@@ -35,10 +35,10 @@ def hostile(count: int, seed: int, folder: Path, timeout: int) -> dict[str, int]
 
 
 def test_mutated_files_are_refused_or_run(tmp_path):
-    outcomes = hostile(1500, 1, tmp_path, timeout=300)
+    outcomes = hostile(800, 1, tmp_path, timeout=300)
     # the mutations reach every depth
-    assert outcomes["structure: ran"] > 50 and outcomes["structure: refused by the machine"] > 10
-    assert outcomes["structure: refused"] > 200 and outcomes["bytes: refused"] > 500
+    assert outcomes["structure: ran"] > 25 and outcomes["structure: refused by the machine"] > 5
+    assert outcomes["structure: refused"] > 100 and outcomes["bytes: refused"] > 250
 
 
 @pytest.mark.slow

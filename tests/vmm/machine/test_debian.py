@@ -51,7 +51,7 @@ def test_saved_at_the_shell_it_answers_in_its_next_life(debian, tmp_path):
             ask(machine, "echo kept=$secret", "kept=anyhyve")
 
 
-@pytest.mark.parametrize("kernel", ["vmlinuz", "vmlinux"])
+@pytest.mark.parametrize("kernel", ["vmlinuz", pytest.param("vmlinux", marks=pytest.mark.slow)])
 def test_two_processes_boot_alike(debian, kernel):
     command = [sys.executable, "-m", "anyhyve", "run", "--kernel", debian / kernel, "--initrd", debian / "initrd.img",
                "--append", CMDLINE, "--until", "shell ready", "--json"]  # fmt: skip

@@ -129,7 +129,7 @@ def cuts(count: int, every: int, folder: Path) -> None:
 
 
 def test_a_cut_around_an_interrupt_of_memory_leaves_no_trace(tmp_path):
-    cuts(2000, 9, tmp_path)
+    cuts(2000, 19, tmp_path)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def boot(debian) -> Machine:
 
 
 @pytest.mark.debian
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_checkpoints_in_a_loop_during_a_boot(debian, tmp_path, count):
     """Over the socket; each is written while the guest boots on, verifies, wakes and comes to the shell. And the boot's
     own result is that of one nobody disturbed."""
