@@ -39,7 +39,7 @@ def main() -> int:
     bare = c_loop()
     with machine:
         cpu: Any = machine.cpu
-        shared = ctypes.addressof(ctypes.c_char.from_buffer(cpu._vm._shared))
+        shared = ctypes.addressof(ctypes.c_char.from_buffer(cpu._at._shared))
         rows = []
         for _ in range(ROUNDS):
             started = time.perf_counter()

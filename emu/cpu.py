@@ -81,6 +81,9 @@ class EmuCpu(Cpu):
     """One emulated CPU over shared RAM. What only its core and the hooks use: `bus`, `apic`, `paused`, and while it is
     not on the engine `kept`, its registers, with `tsc_offset`, `counts` and `exceptions`."""
 
+    turn_ns = 200_000
+    counts_pauses = True
+
     def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock, first: Cpu | None = None, /) -> None:
         self.bus, self.apic = bus, intr.apic
         self.kept = Kept()

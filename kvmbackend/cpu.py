@@ -11,7 +11,9 @@ Guest time is the host's, while the guest runs (kvmbackend.time_keeper): each ex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fcntl import ioctl
 from operator import attrgetter
 
@@ -19,9 +21,9 @@ from kvmbackend import abi, state
 from kvmbackend.alarm import Alarm
 from kvmbackend.step import Stepper
 from kvmbackend.time_keeper import TimeKeeper, now
-from kvmbackend.vm import Vm
+from kvmbackend.vm import Vcpu, Vm
 from vmm.clock import BYTES_PER_NS, LAST_NS, GuestClock, Word
-from vmm.cpu import apic_msrs, backends, paging, rep
+from vmm.cpu import apic_msrs, backends, paging, rep, startup
 from vmm.cpu.protocol import (
     REGISTERS,
     Apic,
@@ -52,30 +54,35 @@ _LEAST_NS = 100_000  # of a run: a timer that is faster than a run costs leaves 
 class KvmCpu(Cpu):
     """One CPU of KVM's over shared RAM."""
 
+    turn_ns = 2_000_000
+    counts_pauses = False
+
     def __init__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock, first: Cpu | None = None, /) -> None:
-        assert first is None, "vmm.cpu.backends.check_cpus"
         self._ram, self._bus, self._intr, self._clock = ram, bus, intr, clock
         self._apic = intr.apic
-        self._vm = vm = Vm(ram, self._apic is not None)
-        self._vcpu = vm.vcpu
-        try:
-            vm.set_tsc_khz(clock.tsc_khz)
-            self._alarm = Alarm(vm.vcpu)
-        except BaseException:
-            vm.close()
-            raise
-        self._run8, self._run16 = vm.run, vm.run.cast("H")
-        self._run32, self._run64 = vm.run.cast("I"), vm.run.cast("Q")
+        assert first is None or isinstance(first, KvmCpu)
+        self._first = first is None
+        self._vm: Vm
+        self._vm = vm = Vm(ram, self._apic is not None) if first is None else first._vm
+        with contextlib.ExitStack() as undo:
+            if first is None:
+                undo.callback(vm.close)
+            number, cpus = (0, 1) if self._apic is None else (self._apic.number, self._apic.cpus)
+            self._at = at = Vcpu(vm, number, cpus)
+            undo.callback(at.close)
+            at.set_tsc_khz(clock.tsc_khz)
+            self._vcpu, self._alarm = at.fd, Alarm(at.fd)
+            undo.pop_all()
+        self._run8, self._run16 = at.run, at.run.cast("H")
+        self._run32, self._run64 = at.run.cast("I"), at.run.cast("Q")
         self._ring32 = None if vm.ring is None else vm.ring.cast("I")
         self._words = clock.words
         self._pin = False
-        self._nmi = False  # one waits at the local APIC
+        self._waits_at_apic = False  # an NMI, an INIT or a start-up message does
         self._cr8 = self._base = 0  # CR8 and IA32_APIC_BASE, as KVM was told last
         self._kicked = False
         self._halted = False
-        self._a20 = True
-        self._time = TimeKeeper(vm, clock)
-        self._ram_shown = ram.changes
+        self._time = TimeKeeper(at, clock)
         self._finisher: Cpu | None = None
         self._stepper: Stepper | None = None
         self._regs = abi.Regs()
@@ -87,13 +94,12 @@ class KvmCpu(Cpu):
     def run(self, limit: int) -> Exit:
         run8 = self._run8
         self._time.resume()
-        if self._ram_shown != self._ram.changes:
-            self._ram_shown = self._ram.changes
-            self._vm.map_ram(self._a20)
+        self._vm.show_ram()
+        self.attend()
         if self._apic is not None:
             self._show_apic(self._apic)
         if self._halted:
-            if not ((self._pin and run8[_IF]) or (self._nmi and self._hand_over_nmi())):
+            if not ((self._pin and run8[_IF]) or (self._waits_at_apic and self._hand_over_nmi())):
                 if self._kicked:
                     self._kicked = False
                     return Kicked()
@@ -118,10 +124,10 @@ class KvmCpu(Cpu):
         self._pin = level
 
     def apic_event(self, level: bool) -> None:
-        self._nmi = level
+        self._waits_at_apic = level
 
     def can_run(self) -> bool:
-        return not self._halted or bool(self._pin and self._run8[_IF]) or self._nmi
+        return not self._halted or bool(self._pin and self._run8[_IF]) or self._waits_at_apic
 
     def listens(self) -> bool:
         return bool(self._run8[_IF])
@@ -137,9 +143,7 @@ class KvmCpu(Cpu):
         return when_ns if when_ns < LAST_NS else None
 
     def set_a20(self, enabled: bool) -> None:
-        if enabled != self._a20:
-            self._a20 = enabled
-            self._vm.map_ram(enabled)
+        self._vm.set_a20(enabled)
 
     def stop_at(self, position: int | None) -> None:
         if position is not None:
@@ -153,6 +157,16 @@ class KvmCpu(Cpu):
         abi.call("KVM_GET_REGS", self._vcpu, abi.GET_REGS, self._regs)
         return _registers(self._regs)
 
+    def attend(self) -> None:
+        """Do an INIT, or the start-up message that is waited for."""
+        apic = self._apic
+        if apic is None or not self._waits_at_apic:
+            return
+        if apic.take_init():
+            self.load(replace(startup.init(self.save()), halted=apic.number != 0))
+        if (vector := apic.take_sipi()) is not None:
+            self.load(startup.start_up(self.save(), vector))
+
     def step(self, arrive: int, interrupted: bool, entered: bool, sysret: bool) -> None:
         """One instruction as another CPU ran it, which came to RIP `arrive`: after an interrupt, into a handler."""
         self._time.step()
@@ -160,14 +174,14 @@ class KvmCpu(Cpu):
         if self._apic is not None:
             self._show_apic(self._apic)
         if self._stepper is None:
-            self._stepper = Stepper(self._vm, self._ram, self._alarm, self._serve, self.save)
+            self._stepper = Stepper(self._at, self._ram, self._alarm, self._serve, self.save)
         if interrupted:
             self._halted = self._pin = False
             vector = self._intr.acknowledge()
             self._pin = self._intr.pending()
             self._stepper.interrupt(vector)
         if entered:
-            if self._nmi and not interrupted:
+            if self._waits_at_apic and not interrupted:
                 self._hand_over_nmi()
             self._stepper.enter(arrive)
         else:
@@ -202,24 +216,19 @@ class KvmCpu(Cpu):
 
     @staticmethod
     def refusal(saved: CpuState) -> str | None:
-        vm = _scratch()
-        try:
-            state.load(vm.vcpu, saved)
-        except BackendError as error:
-            return str(error)
-        finally:
-            vm.close()
+        with _scratch() as vcpu:
+            try:
+                state.load(vcpu.fd, saved)
+            except BackendError as error:
+                return str(error)
         return None
 
     @staticmethod
     def tsc_khz(wanted: int | None = None) -> int:
-        vm = _scratch()
-        try:
+        with _scratch() as vcpu:
             if wanted is not None:
-                vm.set_tsc_khz(wanted)
-            return vm.tsc_khz
-        finally:
-            vm.close()
+                vcpu.set_tsc_khz(wanted)
+            return vcpu.tsc_khz
 
     def discard_code(self, start: int, end: int) -> None:
         pass  # KVM runs what is in memory
@@ -236,7 +245,9 @@ class KvmCpu(Cpu):
         for view in (self._run16, self._run32, self._run64, self._ring32):
             if view is not None:
                 view.release()
-        self._vm.close()
+        self._at.close()
+        if self._first:
+            self._vm.close()
 
     # --- running
 
@@ -246,7 +257,7 @@ class KvmCpu(Cpu):
         exits, ring, keeper, apic = self._exits, self._ring32, self._time, self._apic
         port_in, port_out = self._bus.port_in, self._bus.port_out
         while True:
-            if self._nmi and not self._hand_over_nmi() and self._nmi:
+            if self._waits_at_apic and not self._hand_over_nmi() and self._waits_at_apic:
                 self._alarm.set(_LOOK_NS)  # KVM does not tell of an IRET
             if self._cr8 and apic is not None and apic.waits_for_task_priority():
                 self._alarm.set(_LOOK_NS)  # not every KVM tells of a CR8 that is lowered
@@ -325,7 +336,7 @@ class KvmCpu(Cpu):
         if state.nmi_waits(self._vcpu):
             return False
         if not self._apic.take_nmi():
-            self._nmi = False  # it is something else that waits at the APIC
+            self._waits_at_apic = False  # it is something else
             return False
         ioctl(self._vcpu, abi.NMI, 0)
         return True
@@ -479,12 +490,17 @@ _registers: Callable[[abi.Regs], tuple[int, ...]] = attrgetter(*REGISTERS)
 
 def probe() -> str:
     """Make a machine, and say how this host's KVM runs one. Raises BackendError."""
-    vm = _scratch()
-    khz, posts = vm.tsc_khz, vm.ring is not None
-    vm.close()
+    with _scratch() as vcpu:
+        khz, posts = vcpu.tsc_khz, vcpu.vm.ring is not None
     return f"TSC at {khz / 1000:.0f} MHz, posted port writes: {'yes' if posts else 'no'}"
 
 
-def _scratch() -> Vm:
-    """A machine that nobody will run, to ask the host with."""
-    return Vm(Ram.fresh(PAGE))
+@contextlib.contextmanager
+def _scratch() -> Iterator[Vcpu]:
+    """Context manager: a CPU that nobody will run, to ask the host with."""
+    with contextlib.ExitStack() as undo:
+        vm = Vm(Ram.fresh(PAGE))
+        undo.callback(vm.close)
+        vcpu = Vcpu(vm)
+        undo.callback(vcpu.close)
+        yield vcpu

@@ -13,7 +13,7 @@ from time import monotonic_ns
 
 from kvmbackend import abi
 from kvmbackend.alarm import Alarm
-from kvmbackend.vm import Vm
+from kvmbackend.vm import Vcpu
 from vmm.cpu import paging
 from vmm.cpu.protocol import CpuState
 from vmm.ram import Ram
@@ -26,17 +26,17 @@ class Stepper:
     """`serve(reason)` does what a KVM exit asks for, I/O or an instruction KVM cannot run; `save` reads the state."""
 
     def __init__(
-        self, vm: Vm, ram: Ram, alarm: Alarm, serve: Callable[[int], None], save: Callable[[], CpuState]
+        self, vcpu: Vcpu, ram: Ram, alarm: Alarm, serve: Callable[[int], None], save: Callable[[], CpuState]
     ) -> None:
-        self._vm, self._ram, self._alarm = vm, ram, alarm
+        self._vcpu, self._ram, self._alarm = vcpu, ram, alarm
         self._serve, self._save = serve, save
-        self._run32 = vm.run.cast("I")
+        self._run32 = vcpu.run.cast("I")
         self._stepping = False
 
     def interrupt(self, vector: int) -> None:
         """Take an interrupt, to the handler's first instruction."""
         entry = self._handler(self._save(), vector)
-        ioctl(self._vm.vcpu, abi.INTERRUPT, vector.to_bytes(4, "little"))
+        ioctl(self._vcpu.fd, abi.INTERRUPT, vector.to_bytes(4, "little"))
         self.enter(entry)
 
     def enter(self, address: int) -> None:
@@ -51,10 +51,10 @@ class Stepper:
         try:
             if self._until(abi.EXIT_HLT):
                 regs = abi.Regs()
-                abi.call("KVM_GET_REGS", self._vm.vcpu, abi.GET_REGS, regs)
+                abi.call("KVM_GET_REGS", self._vcpu.fd, abi.GET_REGS, regs)
                 if regs.rip == address + 1 & (1 << 64) - 1:
                     regs.rip = address
-                    abi.call("KVM_SET_REGS", self._vm.vcpu, abi.SET_REGS, regs)
+                    abi.call("KVM_SET_REGS", self._vcpu.fd, abi.SET_REGS, regs)
         finally:
             place[0] = kept
 
@@ -86,7 +86,7 @@ class Stepper:
         try:
             while True:
                 try:
-                    ioctl(self._vm.vcpu, abi.RUN, 0)
+                    ioctl(self._vcpu.fd, abi.RUN, 0)
                 except InterruptedError:
                     if stored:
                         return True
@@ -103,7 +103,7 @@ class Stepper:
                 self._serve(reason)
                 if reason == abi.EXIT_INTERNAL_ERROR and wanted == abi.EXIT_DEBUG:
                     return True  # the emulated CPU has run it
-                if reason == abi.EXIT_MMIO and wanted == abi.EXIT_DEBUG and self._vm.run[abi.RUN_MMIO_WRITE]:
+                if reason == abi.EXIT_MMIO and wanted == abi.EXIT_DEBUG and self._vcpu.run[abi.RUN_MMIO_WRITE]:
                     # Behind a store to a device KVM forgets the trap, and takes that of the next instruction. So the
                     # store is finished, of which there may be more pieces, and no more is run.
                     stored = self._come_back(True)
@@ -114,21 +114,21 @@ class Stepper:
 
     def _come_back(self, at_once: bool) -> bool:
         """Have KVM finish what it exited for, and run no instruction, or let it run."""
-        self._vm.run[abi.RUN_IMMEDIATE_EXIT] = at_once
+        self._vcpu.run[abi.RUN_IMMEDIATE_EXIT] = at_once
         return at_once
 
     def _r11_tf(self, on: bool) -> None:
         """SYSRET takes RFLAGS, and with it TF, from R11: without it there the trap would not come."""
         regs = abi.Regs()
-        abi.call("KVM_GET_REGS", self._vm.vcpu, abi.GET_REGS, regs)
+        abi.call("KVM_GET_REGS", self._vcpu.fd, abi.GET_REGS, regs)
         regs.r11 = regs.r11 & ~_TF | (_TF if on else 0)
-        abi.call("KVM_SET_REGS", self._vm.vcpu, abi.SET_REGS, regs)
+        abi.call("KVM_SET_REGS", self._vcpu.fd, abi.SET_REGS, regs)
 
     def _single_step(self, on: bool) -> None:
         # Asked for anew each time: an instruction that loads RFLAGS takes TF away.
         if on or self._stepping:
             control = abi.GUESTDBG_ENABLE | abi.GUESTDBG_SINGLESTEP if on else 0
-            abi.call("KVM_SET_GUEST_DEBUG", self._vm.vcpu, abi.SET_GUEST_DEBUG, abi.GuestDebug(control=control))
+            abi.call("KVM_SET_GUEST_DEBUG", self._vcpu.fd, abi.SET_GUEST_DEBUG, abi.GuestDebug(control=control))
             self._stepping = on
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 
-from kvmbackend.vm import Vm
+from kvmbackend.vm import Vcpu
 from vmm.clock import GuestClock
 
 # The host takes longer than this between two runs only when nobody runs the machine.
@@ -25,8 +25,8 @@ now = time.monotonic_ns
 class TimeKeeper:
     """Of one vCPU."""
 
-    def __init__(self, vm: Vm, clock: GuestClock) -> None:
-        self._vm, self._clock = vm, clock
+    def __init__(self, vcpu: Vcpu, clock: GuestClock) -> None:
+        self._vcpu, self._clock = vcpu, clock
         self.host_ns = now()  # when the clock was moved on last,
         self.seen_ns = clock.now_ns()  # and where to
         self._known: tuple[int, int] | None = None  # host_ns and its TSC, once somebody wanted to know
@@ -40,8 +40,8 @@ class TimeKeeper:
         if 0 <= ahead < _PAUSE_NS:
             self._clock.skip(ahead)
         else:
-            read_ns, tsc = now(), self._vm.read_tsc()
-            self._vm.write_tsc(tsc + self._ticks(now() - read_ns - ahead) & _MASK64)
+            read_ns, tsc = now(), self._vcpu.read_tsc()
+            self._vcpu.write_tsc(tsc + self._ticks(now() - read_ns - ahead) & _MASK64)
         self.host_ns, self.seen_ns = host, self._clock.now_ns()
 
     def step(self) -> None:
@@ -57,19 +57,19 @@ class TimeKeeper:
     def tsc(self) -> int:
         """The time-stamp counter at the clock's time."""
         if self._known is None or self._known[0] != self.host_ns:
-            self._known = self.host_ns, self._vm.read_tsc() - self._ticks(now() - self.host_ns)
+            self._known = self.host_ns, self._vcpu.read_tsc() - self._ticks(now() - self.host_ns)
         return self._known[1] + self._ticks(self._clock.now_ns() - self.seen_ns) & _MASK64  # what was skipped counts
 
     def reaches(self, tsc: int) -> int:
         """Guest ns at which the counter comes to a value; now, if it has."""
         left = tsc - self.tsc()
-        return self._clock.now_ns() + max(0, -(-left * 1_000_000 // self._vm.tsc_khz))
+        return self._clock.now_ns() + max(0, -(-left * 1_000_000 // self._vcpu.tsc_khz))
 
     def set(self, tsc: int) -> None:
         """The clock was set, and this is the counter at its time."""
         self.host_ns, self.seen_ns = now(), self._clock.now_ns()
-        self._vm.write_tsc(tsc)
+        self._vcpu.write_tsc(tsc)
         self._known = self.host_ns, tsc
 
     def _ticks(self, ns: int) -> int:
-        return ns * self._vm.tsc_khz // 1_000_000
+        return ns * self._vcpu.tsc_khz // 1_000_000

@@ -204,6 +204,15 @@ def test_nothing_else_spells_a_cpus_part():
             assert not re.search(r"\bcpu\.(\d|\{i\})", file.read_text()), name
 
 
+def test_a_test_for_each_backend_runs_on_it():
+    """One that takes `backend` and does not pass it on would run on the emulated CPU twice."""
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and "backend" in {argument.arg for argument in node.args.args}:
+                used = {name.id for line in node.body for name in ast.walk(line) if isinstance(name, ast.Name)}
+                assert "backend" in used, f"{file.name}: {node.name}"
+
+
 def test_wheel_holds_the_import_packages_only(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],

@@ -7,7 +7,7 @@ import pytest
 from kvmbackend import abi, state
 from kvmbackend.alarm import Alarm
 from kvmbackend.step import Stepper
-from kvmbackend.vm import Vm
+from kvmbackend.vm import Vcpu, Vm
 from tests.vmm.cpu.program import Program
 from vmm.cpu.protocol import CpuState, EventState
 from vmm.dirty_pages import PAGE
@@ -77,32 +77,34 @@ def test_a_window_is_waited_for_where_interrupts_are_off(kvm):
 
 
 @pytest.fixture
-def vm(kvm):
+def vcpu(kvm):
     vm = Vm(Ram.fresh(PAGE))
-    yield vm
+    vcpu = Vcpu(vm)
+    yield vcpu
+    vcpu.close()
     vm.close()
 
 
 @pytest.mark.parametrize("kind", ["interrupt", "nmi", "exception"])
-def test_an_event_is_carried(vm, kind):
+def test_an_event_is_carried(vcpu, kind):
     error = 0x18 if kind == "exception" else None
     event = EventState(kind=kind, vector=2 if kind == "nmi" else 13, error_code=error)
-    state.load(vm.vcpu, CpuState(event=event, rflags=0x202))
-    assert state.save(vm.vcpu, False, 0).event == event
+    state.load(vcpu.fd, CpuState(event=event, rflags=0x202))
+    assert state.save(vcpu.fd, False, 0).event == event
 
 
-def test_sysret_steps_with_a_trap_flag_and_leaves_none(vm, monkeypatch):
+def test_sysret_steps_with_a_trap_flag_and_leaves_none(vcpu, monkeypatch):
     seen = []
-    alarm = Alarm(vm.vcpu)
-    stepper = Stepper(vm, Ram.fresh(PAGE), alarm, lambda reason: None, lambda: CpuState())
+    alarm = Alarm(vcpu.fd)
+    stepper = Stepper(vcpu, Ram.fresh(PAGE), alarm, lambda reason: None, lambda: CpuState())
 
     def r11() -> int:
         regs = abi.Regs()
-        abi.call("KVM_GET_REGS", vm.vcpu, abi.GET_REGS, regs)
+        abi.call("KVM_GET_REGS", vcpu.fd, abi.GET_REGS, regs)
         return int(regs.r11)
 
     monkeypatch.setattr(stepper, "_until", lambda wanted: seen.append(r11()))
-    state.load(vm.vcpu, CpuState(r11=0x202))
+    state.load(vcpu.fd, CpuState(r11=0x202))
     stepper.instruction(True)
     stepper.instruction(False)
     assert seen == [0x202 | TF, 0x202] and r11() == 0x202

@@ -73,7 +73,7 @@ def slots(config: MachineConfig) -> list[Slot]:
     return BOARDS[config.board](config)
 
 
-def _nobody() -> None: ...
+def _nobody(cpu: int, level: bool) -> None: ...
 
 
 class NoPins:
@@ -112,7 +112,7 @@ class Board:
         self._config, self._ram = config, ram
         self._pins: Sequence[CpuPins] = [NoPins()] * config.cpus
         self._intr = [False] * config.cpus
-        self._woken: Callable[[], None] = _nobody
+        self._woken: Callable[[int, bool], None] = _nobody
         self._a20 = Junction(lambda level: self._pins[0].set_a20(level))
         self._irqs = [Junction(partial(self._drive_irq, irq)) for irq in range(16)]
         self._pirqs = [Junction() for _ in range(PIRQS)]
@@ -252,11 +252,11 @@ class Board:
         if level != self._intr[cpu]:
             self._intr[cpu] = level
             self._pins[cpu].intr(level)
-            self._woken()
+            self._woken(cpu, level)
 
     def _drive_event(self, cpu: int, level: bool) -> None:
         self._pins[cpu].apic_event(level)
-        self._woken()
+        self._woken(cpu, level)
 
     def _place(self, slot: str, bank: str, base: int | None) -> None:
         window = self.windows[slot, bank]
@@ -285,7 +285,7 @@ class Board:
 
     # --- whole state
 
-    def attach(self, pins: Sequence[CpuPins], ram: Ram | None, woken: Callable[[], None] = _nobody) -> None:
+    def attach(self, pins: Sequence[CpuPins], ram: Ram | None, woken: Callable[[int, bool], None] = _nobody) -> None:
         """CPUs, to which nothing has been driven yet, are on the other ends of the wires, and the machine's RAM behind
         them. `woken` is called when what one waits for has come, or is gone. To be followed by `restored()`."""
         self._pins, self._ram, self._woken = pins, ram, woken

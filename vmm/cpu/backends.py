@@ -7,18 +7,20 @@ from typing import Any, Protocol, cast
 
 from vmm.clock import GuestClock
 from vmm.cpu.protocol import Cpu, CpuState, Intr, IoBus
-from vmm.errors import BackendError, RequestError
+from vmm.errors import RequestError
 from vmm.ram import Ram
 
 
 class MakeCpu(Protocol):
-    """Makes one of a machine's CPUs; `first` is that which was made first, of which there may be more."""
+    """Makes one of a machine's CPUs; `first` is that which was made first, and is closed last."""
 
     def __call__(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock, first: Cpu | None = None, /) -> Cpu: ...
 
 
 class Factory(MakeCpu, Protocol):
     """A backend's CPU class."""
+
+    turn_ns: int
 
     def refusal(self, state: CpuState) -> str | None: ...
     def tsc_khz(self, wanted: int | None = None) -> int: ...
@@ -41,12 +43,6 @@ def factory(name: str) -> Factory:
 def counts(name: str) -> bool:
     """Whether its CPUs count the code they run: else a machine's position stands still."""
     return name != "kvm"
-
-
-def check_cpus(name: str, count: int) -> None:
-    """Raises BackendError where a machine on it cannot have so many CPUs."""
-    if name == "kvm" and count > 1:
-        raise BackendError(f"a machine on kvm has one CPU so far, not {count}: --backend emu runs several")
 
 
 def probe(name: str) -> str:

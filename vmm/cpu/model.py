@@ -86,6 +86,12 @@ def cpuid(
     return eax, ebx, ecx, edx
 
 
+def leaves(apic: bool, number: int = 0, cpus: int = 1) -> dict[int, tuple[int, int, int, int]]:
+    """All there are, of CPU `number` of `cpus`; with `apic`, of one that has a local APIC, which is enabled."""
+    base = _APIC_ENABLED if apic else None
+    return {leaf: cpuid(leaf, 0, base, number, cpus) for leaf in (CPUID_WITH_APIC if apic else CPUID)}
+
+
 _FEATURES = {  # (leaf, register: 2 ECX, 3 EDX) -> names of the bits
     (1, 2): dict(zip((0, 9, 13, 19, 20, 23), ("pni", "ssse3", "cx16", "sse4_1", "sse4_2", "popcnt"), strict=True)),
     (1, 3): {0: "fpu", 4: "tsc", 6: "pae", 8: "cx8", 11: "sep", 13: "pge", 15: "cmov", 19: "clflush", 24: "fxsr",

@@ -219,9 +219,13 @@ class Cpu(CpuPins, Protocol):
     interrupt is taken. `kick` is the only method another thread may call."""
 
     def run(self, limit: int) -> Exit: ...  # to that guest time, in quarters of a ns: absolute, so no stop moves it
+
+    turn_ns: int  # for how long it runs while another could
+    counts_pauses: bool
+
     def can_run(self) -> bool: ...  # it does not halt, or something that wakes it is there
     def listens(self) -> bool: ...  # an interrupt would wake it
-    def count_pauses(self, counted: Callable[[], None] | None) -> None: ...  # called at each PAUSE, if it can tell
+    def count_pauses(self, counted: Callable[[], None] | None) -> None: ...  # called at each PAUSE, if it counts
     def stop_at(self, position: int | None) -> None: ...  # run() returns Reached at the first boundary not before it
     def registers(self) -> tuple[int, ...]: ...  # those of REGISTERS: what of save() costs little
     def mark(self) -> object: ...  # the state, in this backend's own shape, for `reset` of this very CPU

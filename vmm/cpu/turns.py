@@ -1,8 +1,8 @@
 """Whose turn it is: of several CPUs one runs at a time.
 
-A turn lasts 200 us of guest time while another CPU could run; the sixteenth PAUSE in it gives it up, for whoever spins
-waits for another. A CPU that halts gives it up too. Then it is the next one's that can run, in the order of their
-numbers.
+A turn lasts 200 us of guest time (on KVM, where a change costs more, 2 ms) while another CPU could run; the sixteenth
+PAUSE in it gives it up, for whoever spins waits for another. KVM does not tell of PAUSEs: there who wakes another gives
+it up. A CPU that halts gives it up, too. Then it is the turn of the next that can run, in the order of their numbers.
 
 The choice is a function of states alone (of `smp`, of the CPUs', of guest time), and made before each run of a CPU: to
 ask once more, where a run was cut, changes nothing. So everything it depends on is known at the moment it changes:
@@ -19,7 +19,6 @@ from snapshot.schema import state
 from vmm.clock import BYTES_PER_NS, GuestClock, Word
 from vmm.cpu.protocol import Cpu
 
-TURN_NS = 200_000
 PATIENCE = 16  # PAUSEs
 _TIME = Word.TIME.value
 _FOREVER = (1 << 64) - 1
@@ -60,7 +59,7 @@ class Turns:
             if time >= s.ends or s.pauses >= PATIENCE or not self.current.can_run():
                 number = self._next()
                 if number is not None:
-                    s.current, s.ends, s.pauses = number, time + TURN_NS * BYTES_PER_NS, 0
+                    s.current, s.ends, s.pauses = number, time + self._cpus[number].turn_ns * BYTES_PER_NS, 0
         self._look()
         return self.current
 
@@ -68,11 +67,15 @@ class Turns:
         """To when it may run, in quarters of a ns."""
         return self.state.ends if self._contended else _FOREVER
 
-    def woken(self) -> None:
-        """What a CPU waits for may have come, or be gone."""
+    def woken(self, number: int, level: bool) -> None:
+        """What a CPU waits for has come, or is gone."""
         before = self._contended
         self._look()
-        if self._contended and not before:
+        if self._contended and level and number != self.state.current and not self.current.counts_pauses:
+            # Who spins for the one that was woken is not to be told from who works.
+            self.state.pauses = PATIENCE
+            self.current.kick()
+        elif self._contended and not before:
             self.current.kick()
 
     def another_can_run(self) -> bool:

@@ -26,6 +26,7 @@ from vmm.cpu import backends, paging, rep
 from vmm.cpu.compare import differences
 from vmm.cpu.disassembly import decode
 from vmm.cpu.protocol import REGISTERS, Cpu, CpuState, Exit, Intr, IoBus, Reached
+from vmm.cpu.turns import TurnState
 from vmm.cpu.undefined_flags import undefined
 from vmm.debug.traced import TracedBus
 from vmm.errors import RequestError
@@ -62,10 +63,14 @@ class Divergence:
 
 @dataclass(frozen=True)
 class _Call:
-    """One return of the leader's CPU."""
+    """One return of a CPU of the leader's."""
 
+    cpu: int
+    before: tuple[int, ...]  # its registers
+    arrive: int  # the RIP it came to
     exit: Exit
     clock: ClockState
+    pauses: int  # in this turn
     ran: bool
     interrupted: bool
     entered: bool  # a handler: by an exception or a system call
@@ -74,6 +79,7 @@ class _Call:
 class Steppable(Cpu, Protocol):
     """A CPU that can run one instruction as another did."""
 
+    def attend(self) -> None: ...
     def step(self, arrive: int, interrupted: bool, entered: bool, sysret: bool) -> None: ...
 
 
@@ -88,20 +94,24 @@ class _Wrapped:
 
 
 class _Leading(_Wrapped):
-    """The leader's CPU, noting what each run() came to."""
+    """A CPU of the leader's, `number`, noting what each run() came to."""
 
-    def __init__(self, cpu: Cpu, clock: GuestClock) -> None:
+    def __init__(self, cpu: Cpu, clock: GuestClock, number: int, calls: list[_Call], turn: Callable[[], TurnState]):
         super().__init__(cpu, clock)
-        self.calls: list[_Call] = []
+        self._number, self._calls, self._turn = number, calls, turn
 
     def run(self, limit: int) -> Exit:
-        before, position = self._cpu.exits(), self._clock.position
+        registers, before, position = self._cpu.registers(), self._cpu.exits(), self._clock.position
         stop: Exit = self._cpu.run(limit)
         after = self._cpu.exits()
-        self.calls.append(
+        self._calls.append(
             _Call(
+                cpu=self._number,
+                before=registers,
+                arrive=self._cpu.registers()[_RIP],
                 exit=stop,
                 clock=self._clock.save(),
+                pauses=self._turn().pauses,
                 ran=self._clock.position != position,
                 interrupted=after["interrupt"] != before["interrupt"],
                 entered=any(after[reason] != before[reason] for reason in ("exception", "syscall")),
@@ -111,25 +121,31 @@ class _Leading(_Wrapped):
 
 
 class _Following(_Wrapped):
-    """The follower's CPU: each run() does what the leader's did, on the leader's clock."""
+    """A CPU of the follower's: each run() does what one of the leader's did, on the leader's clock and in its turns.
+    `calls` are all CPUs' together, each with the trouble that single-stepping has with it (see Lockstep._trouble)."""
 
-    def __init__(self, cpu: Steppable, clock: GuestClock) -> None:
+    counts_pauses = True
+
+    def __init__(
+        self, cpu: Steppable, clock: GuestClock, calls: deque[tuple[_Call, str]], turn: Callable[[], TurnState]
+    ) -> None:
         super().__init__(cpu, clock)
-        self.calls: deque[_Call] = deque()
-        self.arrive = 0  # where the leader came to
-        self.trouble = ""  # that single-stepping has with the instruction (see Lockstep._trouble)
+        self._calls, self._turn = calls, turn
+        self.turn_ns = backends.factory("emu").turn_ns
 
     def stop_at(self, position: int | None) -> None:
         pass
 
     def run(self, limit: int) -> Exit:
-        if not self.calls:
+        if not self._calls:
             return Reached()
-        call = self.calls.popleft()
+        call, trouble = self._calls.popleft()
         self._clock.load(call.clock)
+        self._cpu.attend()
         if call.ran or call.interrupted:
-            entered = call.entered or self.trouble == "shadow"
-            self._cpu.step(self.arrive, call.interrupted, entered, self.trouble == "sysret")
+            entered = call.entered or trouble == "shadow"
+            self._cpu.step(call.arrive, call.interrupted, entered, trouble == "sysret")
+        self._turn().pauses = call.pauses
         return call.exit
 
 
@@ -158,7 +174,9 @@ class Lockstep:
         self._io: deque[str] = deque(maxlen=16)
         self._troubles: dict[int, str] = {}
         self._leads: list[_Leading] = []  # by CPU
-        self._follow: _Following | None = None
+        self._led: list[_Call] = []
+        self._follows: list[_Following] = []  # by CPU; none where the follower is an emulated machine
+        self._to_follow: deque[tuple[_Call, str]] = deque()
         self.leader = Machine.restore(file, leader, bind=_NOBODY, make_cpu=self._make_leading)
         try:
             make = self._make_following if follower != "emu" else None
@@ -171,14 +189,15 @@ class Lockstep:
     def _make_leading(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock, first: Cpu | None = None, /) -> Cpu:
         beside = None if first is None else self._leads[0]._cpu
         cpu = backends.factory("emu")(ram, TracedBus(bus, self._io.append), intr, clock, beside)
-        self._leads.append(_Leading(cpu, clock))
+        number = len(self._leads)
+        self._leads.append(_Leading(cpu, clock, number, self._led, lambda: self.leader.turns.state))
         return cast(Cpu, self._leads[-1])
 
     def _make_following(self, ram: Ram, bus: IoBus, intr: Intr, clock: GuestClock, first: Cpu | None = None, /) -> Cpu:
-        if first is not None:
-            raise RequestError("lockstep with kvm is of machines with one CPU")
-        self._follow = _Following(cast(Steppable, backends.factory("kvm")(ram, bus, intr, clock)), clock)
-        return cast(Cpu, self._follow)
+        beside = None if first is None else self._follows[0]._cpu
+        cpu = cast(Steppable, backends.factory("kvm")(ram, bus, intr, clock, beside))
+        self._follows.append(_Following(cpu, clock, self._to_follow, lambda: self.follower.turns.state))
+        return cast(Cpu, self._follows[-1])
 
     # --- the search
 
@@ -255,38 +274,51 @@ class Lockstep:
         return self.leader.turns.state.current
 
     def _step(self) -> bool:
-        leader, follower, cpu = self.leader, self.follower, self._next_cpu()
-        lead = self._leads[cpu]
-        before = lead.registers()
-        lead.calls.clear()
-        goal = leader.position + 1
-        stop = leader.run(position=goal)
-        if self._follow is not None:
-            self._follow.calls.extend(lead.calls)
-            if stop == Stopped(StopReason.POSITION) and rep.is_done(cast(Cpu, lead), leader.ram.read, before[_RIP]):
-                lead.calls.clear()
-                stop = leader.run(position=leader.position + 1)
-                self._follow.calls.extend(replace(call, ran=False) for call in lead.calls)
-            self._follow.arrive = lead.registers()[_RIP]
-            self._follow.trouble = self._trouble(before[_RIP])
-            other = follower.run()
+        goal = self.leader.position + 1
+        self._led.clear()
+        stop = self.leader.run(position=goal)
+        ran = next((call for call in self._led if call.ran), None)
+        if self._follows:
+            stop = self._past_repeats(stop)
+            other = self.follower.run()
+            self._to_follow.clear()
         else:
-            other = follower.run(position=goal)  # the same: at one position an interrupt may be taken or to come
+            other = self.follower.run(position=goal)  # the same: at one position an interrupt may be taken or to come
         self.count += 1
         if self._plant is not None:
-            self._plant(follower, self.count)
+            self._plant(self.follower, self.count)
         if stop != Stopped(StopReason.POSITION):
             self.stopped = stop
-        return self._apart(cpu, before) or (stop != other and not isinstance(stop, Fault))
+        apart = ran is not None and self._apart(ran.cpu, ran.before)
+        return apart or (stop != other and not isinstance(stop, Fault))
 
-    def _trouble(self, rip: int) -> str:
-        """What single-stepping has to know of the instruction at an address.
+    def _past_repeats(self, stop: Stop) -> Stop:
+        """Have the leader go on for as long as one of its CPUs stands at a repeated instruction that is done, which the
+        follower is behind; and the follower hear of all that was done."""
+        behind: set[int] = set()
+        while True:
+            for call in self._led:
+                if call.cpu in behind:
+                    call = replace(call, ran=False)
+                self._to_follow.append((call, self._trouble(call)))
+            for cpu in {call.cpu for call in self._led if call.ran}:
+                first = next(call for call in self._led if call.cpu == cpu)
+                done = rep.is_done(cast(Cpu, self._leads[cpu]), self.leader.ram.read, first.before[_RIP])
+                behind = behind | {cpu} if done else behind - {cpu}
+            if not behind or stop != Stopped(StopReason.POSITION):
+                return stop
+            self._led.clear()
+            stop = self.leader.run(position=self.leader.position + 1)
+
+    def _trouble(self, call: _Call) -> str:
+        """What single-stepping has to know of the instruction that was run.
 
         `shadow`: STI, MOV SS and POP SS hold traps back for an instruction, some of them on some processors (SDM vol.
         3, 6.8.3). `sysret`: it takes TF from R11. Decoded once an address: code that changes there is a chance taken.
         """
+        rip = call.before[_RIP]
         if rip not in self._troubles:
-            state = replace(self.leader.turns.current.save(), rip=rip)
+            state = replace(self._leads[call.cpu].save(), rip=rip)
             code = paging.read_virtual(state, self.leader.ram.read, state.cs.base + rip, 4)
             code = code[1:] if code[:1] and 0x40 <= code[0] <= 0x4F and paging.code_bits(state) == 64 else code
             mov_ss = code[:1] == b"\x8e" and len(code) > 1 and code[1] >> 3 & 7 == 2

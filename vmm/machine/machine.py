@@ -110,7 +110,6 @@ class Machine:
         """A fresh machine with the guest loaded. Raises GuestError, RequestError or BackendError."""
         config = replace(config, devices=named(config.devices), bound=tuple(sorted(bind or ())))
         parts_of(config)  # nothing is made of a config that cannot be
-        backends.check_cpus(backend, config.cpus)
         machine = cls(config, backend, Ram.fresh(config.memory_bytes), bind=bind, make_cpu=make_cpu)
         try:
             machine._start(image)
@@ -186,7 +185,7 @@ class Machine:
             raise
         self._leave_file()
         self._past_exits = exits
-        before: tuple[Cpu | Ram, ...] = (*self.cpus, self.ram)
+        before: tuple[Cpu | Ram, ...] = (*reversed(self.cpus), self.ram)
         self.cpus, self.ram = cpus, ram
         self.turns.replace(cpus)
         self.board.attach(cpus, ram, self.turns.woken)
@@ -215,7 +214,7 @@ class Machine:
             for bus, intr in zip(self.board.buses, self.board.intrs, strict=True):
                 cpus.append(self._make_cpu(ram, bus, intr, self.clock, cpus[0] if cpus else None))
         except BaseException:
-            for cpu in cpus:
+            for cpu in reversed(cpus):
                 cpu.close()
             raise
         return tuple(cpus)
@@ -495,7 +494,7 @@ class Machine:
             self._leave_file()
             self._moments.close()
             self._bindings.close()
-            for cpu in self.cpus:
+            for cpu in reversed(self.cpus):
                 cpu.close()
             self.ram.close()
 

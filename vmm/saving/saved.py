@@ -78,7 +78,6 @@ def admit(saved: Saved, backend: str, allow: Collection[str] = ()) -> Saved:
     for word in allow:
         if word not in ALLOWABLE:
             raise RequestError(f"nothing is called {word!r} that may differ; there is {', '.join(ALLOWABLE)}")
-    backends.check_cpus(backend, saved.config.cpus)
     cpu = backends.factory(backend)
     for state in saved.cpus:
         if (why := cpu.refusal(state)) is not None:

@@ -23,6 +23,8 @@ EXCEPTIONS = {
         "cpuid_is_the_model[kvm-13]": "features of the host's shine through",
         "for an exception-kvm": "a fault of delivery is always a double fault",
         "tsc_is_guest_time": "RDTSC shows the host's TSC, whatever the guest's was set to",
+        "begins_it_anew": "there is no TSC_AUX",
+        "time_stamp_counter_of_its_own": "RDTSC shows the host's TSC, whatever the guest's was set to",
         "tsc_that_is_written_moves": "RDTSC shows the host's TSC, whatever the guest's was set to",
     },
     # KVM on the SVM that QEMU 7.2 emulates.
@@ -40,6 +42,7 @@ EXCEPTIONS = {
         "mxcsr: reserved": "QEMU does not check MXCSR",
         "tr: a null selector": "QEMU takes it",
         "debug_registers_can_be_watched": "QEMU does not know GD",
+        "three_cpus[spinning": "QEMU takes PAUSE and the instruction behind it in one step",
     },
 }
 # What a host does right in one run and wrong in the next: it says nothing there.
@@ -48,6 +51,7 @@ UNSTEADY = {
         "page fault without": "KVM injects the page fault, and QEMU's SVM may count it as the first of two or not",
         "not_present[0xf-False": "RIP may be behind an INT n whose delivery faults",
         "not_present[0-False": "RIP may be behind an INT n whose delivery faults",
+        "breakpoint_is_of_one_cpu": "in QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next",
         "breakpoint-kvm": "in QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next",
         "writes-kvm": "in QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next",
     },

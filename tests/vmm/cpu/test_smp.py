@@ -9,14 +9,16 @@ import pytest
 from emu.core import Core
 from emu.cpu import EmuCpu
 from snapshot.errors import SnapshotError
+from tests.conftest import BACKENDS
 from tests.vmm.cpu.program import Program
 from tests.vmm.cpu.several import SEVERAL
 from tests.vmm.machine.each_instruction import cut_at_each
-from vmm.cpu.turns import PATIENCE, TURN_NS
-from vmm.errors import BackendError, RequestError
+from vmm.cpu.turns import PATIENCE
+from vmm.errors import RequestError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 COUNTS, TABLE = 0x2E0000, 0x2E1000
 SLEEP = """
 ap:     sti
@@ -37,9 +39,11 @@ def words(program, count, at=TABLE):
     return [program.word(at + 8 * n) for n in range(count)]
 
 
-def test_each_has_its_number():
+@each_backend
+def test_each_has_its_number(backend):
     """In CPUID and in its local APIC; the bit in IA32_APIC_BASE is the first one's."""
-    done = finished("""
+    done = finished(
+        """
         start   4
         call    tell
         jmp     done
@@ -68,7 +72,9 @@ ap:     call    tell
         jb      ap2
 ap2:    cli
         hlt
-""")
+""",
+        backend=backend,
+    )
     told = words(done, 4)
     assert [value & 0xFFFF for value in told] == [n << 8 | 4 for n in range(4)], "CPUID.1.EBX: id, and four cores"
     assert [value >> 16 & 0xFFF for value in told] == [3] * 4, "8000_0008.ECX: one less than there are"
@@ -88,55 +94,86 @@ DESTINATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", DESTINATIONS)
-def test_whom_a_message_reaches(name):
-    message, reached = DESTINATIONS[name]
-    done = finished(f"""
-        start   4
-        movl    $1 << 24, 0xd0(%rbx)
-        sti
-        ipi     {message}
+def taken(count):
+    """So many interrupts are taken by all together, and no more."""
+    return f"""
+1:      rep nop
+        mov     COUNTS, %eax
+        add     COUNTS + 8, %eax
+        add     COUNTS + 16, %eax
+        add     COUNTS + 24, %eax
+        cmp     ${count}, %eax
+        jb      1b
         mov     $4000, %ecx
 1:      rep nop
         loop    1b
+"""
+
+
+@each_backend
+@pytest.mark.parametrize("name", DESTINATIONS)
+def test_whom_a_message_reaches(name, backend):
+    message, reached = DESTINATIONS[name]
+    done = finished(
+        f"""
+        start   4
+        movl    $1 << 24, 0xd0(%rbx)
+1:      rep nop
+        cmpl    $3, TABLE
+        jb      1b
+        sti
+        ipi     {message}
+        {taken(sum(reached))}
         jmp     done
 ap:     mov     $1 << 24, %eax                  # a logical id of its own
         mov     %edi, %ecx
         shl     %cl, %eax
         mov     %eax, 0xd0(%rbx)
+        lock incl TABLE
         sti
 1:      hlt
         jmp     1b
-""")
+""",
+        backend=backend,
+    )
     assert words(done, 4, COUNTS) == reached
 
 
-def test_clusters():
-    done = finished("""
+@each_backend
+def test_clusters(backend):
+    done = finished(
+        """
         start   4
         movl    $0x0fffffff, 0xe0(%rbx)
         movl    $0x11 << 24, 0xd0(%rbx)
+1:      rep nop
+        cmpl    $3, TABLE
+        jb      1b
         sti
         ipi     $0x13 << 24, $0x838             # cluster 1, members 0 and 1
         ipi     $0x21 << 24, $0x838
-        mov     $4000, %ecx
-1:      rep nop
-        loop    1b
+"""
+        + taken(3)
+        + """
         jmp     done
 ap:     movl    $0x0fffffff, 0xe0(%rbx)
         mov     clusters(, %rdi, 4), %eax
         mov     %eax, 0xd0(%rbx)
+        lock incl TABLE
         sti
 1:      hlt
         jmp     1b
         .balign 4
 clusters:
         .long   0, 0x12 << 24, 0x14 << 24, 0x21 << 24
-""")
+""",
+        backend=backend,
+    )
     assert words(done, 4, COUNTS) == [1, 1, 0, 1]
 
 
-def test_an_nmi_wakes_a_cpu_that_listens_to_nothing_else():
+@each_backend
+def test_an_nmi_wakes_a_cpu_that_listens_to_nothing_else(backend):
     done = finished(
         """
         gate    2, nmi
@@ -154,11 +191,13 @@ ap:     cli
         jmp     ap
 """,
         cpus=2,
+        backend=backend,
     )
     assert done.result == 1
 
 
-def test_init_stops_a_running_cpu_and_a_start_up_message_begins_it_anew():
+@each_backend
+def test_init_stops_a_running_cpu_and_a_start_up_message_begins_it_anew(backend):
     """What it was about is gone; its registers are as INIT leaves them, its FPU and its MSRs are not touched."""
     done = finished(
         """
@@ -201,12 +240,14 @@ again:  rdtscp
         hlt
 """,
         cpus=2,
+        backend=backend,
     )
     assert done.result == 0
     assert words(done, 2, TABLE + 16) == [0x77, 0]
 
 
-def test_each_has_a_time_stamp_counter_of_its_own():
+@each_backend
+def test_each_has_a_time_stamp_counter_of_its_own(backend):
     done = finished(
         """
         start   2
@@ -230,11 +271,13 @@ ap:     rep nop
         hlt
 """,
         cpus=2,
+        backend=backend,
     )
     assert done.result < 0x100 and done.word(TABLE + 8) == 0x777
 
 
-def test_a_breakpoint_is_of_one_cpu():
+@each_backend
+def test_a_breakpoint_is_of_one_cpu(backend):
     """Armed on the second, it is met there and passed by on the first, which runs the same code in between."""
     done = finished(
         """
@@ -261,6 +304,7 @@ skip:   lock incl TABLE
 traps:  ud2
 """,
         cpus=2,
+        backend=backend,
     )
     assert done.result == 0x300000, "no trap on the first"
     assert done.word(0x2F0000) == 1 and done.word(0x2F0010) == done.labels["here"]
@@ -295,8 +339,9 @@ patched:
 """
 
 
-def test_what_one_cpu_writes_into_code_the_other_runs():
-    assert finished(CHANGED_CODE, cpus=2).result == 200
+@each_backend
+def test_what_one_cpu_writes_into_code_the_other_runs(backend):
+    assert finished(CHANGED_CODE, cpus=2, backend=backend).result == 200
 
 
 def test_a_planted_engine_for_each_cpu_runs_stale_code():
@@ -360,8 +405,9 @@ ap:     mov     $0x2c0000, %edi
 """
 
 
-def test_each_has_its_own_translations():
-    done = finished(OWN_PAGES, cpus=2)
+@each_backend
+def test_each_has_its_own_translations(backend):
+    done = finished(OWN_PAGES, cpus=2, backend=backend)
     assert done.result == 0 and (done.word(0x2D4000), done.word(0x2C4000)) == (0x1111, 0x2222)
 
 
@@ -375,7 +421,8 @@ def test_a_planted_turn_that_keeps_translations_is_found(monkeypatch):
     assert finished(OWN_PAGES, cpus=2).result == 1
 
 
-def test_a_triple_fault_of_one_is_the_machines():
+@each_backend
+def test_a_triple_fault_of_one_is_the_machines(backend):
     with closing(program("""
         start   2
 1:      rep nop
@@ -384,7 +431,7 @@ ap:     lidt    none(%rip)
         ud2
 none:   .word   0
         .quad   0
-""", cpus=2).machine) as machine:  # fmt: skip
+""", cpus=2, backend=backend).machine) as machine:  # fmt: skip
         assert machine.run() == Stopped(StopReason.TRIPLE_FAULT)
 
 
@@ -409,7 +456,7 @@ def test_who_spins_with_pause_gives_its_turn_up():
     for wait in ("rep nop", "nop"):
         done = finished(SPINS.format(wait=wait), cpus=2)
         times.append(done.machine.clock.now_ns())
-    assert times[1] - times[0] > TURN_NS // 2, "without it, at its turn's end"
+    assert times[1] - times[0] > EmuCpu.turn_ns // 2, "without it, at its turn's end"
 
 
 def test_two_that_compute_share_the_time():
@@ -517,8 +564,6 @@ def test_where_there_is_one_cpu():
         Machine.boot(MachineConfig(cpus=2), Image(b"\xf4", flat=True))
     with pytest.raises(RequestError, match="board pc has 1 to 64 CPUs, not 65"):
         Machine.boot(MachineConfig(cpus=65, board="pc"), Image(b"\xf4", flat=True))
-    with pytest.raises(BackendError, match="a machine on kvm has one CPU so far, not 2"):
-        Machine.boot(MachineConfig(cpus=2, board="pc"), Image(b"\xf4", flat=True), "kvm")
 
 
 def test_sixty_four(tmp_path):
@@ -527,3 +572,45 @@ def test_sixty_four(tmp_path):
     done.machine.save(tmp_path / "many")
     with Machine.restore(tmp_path / "many") as woken:
         assert woken.digests() == done.machine.digests()
+
+
+SUMS = """
+        start   2
+        jmp     sum
+ap:     sti
+sum:    incq    TABLE(, %rdi, 8)                # its own,
+        mov     TABLE(, %rdi, 8), %rax
+        add     %rax, TABLE + 16(, %rdi, 8)     # and the sum of all it has had
+        mov     %rdi, %rcx
+        xor     $1, %ecx
+        shl     $24, %ecx
+        mov     %ecx, 0x310(%rbx)
+        test    $1023, %eax
+        jnz     1f
+        movl    $0x38, 0x300(%rbx)
+1:      cmp     $20000, %rax
+        jb      sum
+        lock incl TABLE + 32
+2:      rep nop
+        cmpl    $2, TABLE + 32
+        jb      2b
+        test    %edi, %edi
+        jz      done
+        hlt
+"""
+
+
+def test_two_cpus_go_on_where_they_were_on_the_other_backend(kvm, tmp_path):
+    """From one to the other and back, several times; what each has summed up is as if it had stayed."""
+    done, there = program(SUMS, cpus=2), ("emu", kvm)
+    machine = done.machine
+    for life in range(6):
+        machine.run(until_ns=machine.clock.now_ns() + 100_000)
+        machine.save(tmp_path / f"{life}")
+        machine.close()
+        machine = Machine.restore(tmp_path / f"{life}", there[(life + 1) % 2], allow=("tsc-rate",))
+    done.machine = machine
+    done.finish()
+    count = 20_000
+    assert words(done, 4) == [count, count, count * (count + 1) // 2, count * (count + 1) // 2]
+    machine.close()

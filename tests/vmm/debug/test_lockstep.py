@@ -175,10 +175,13 @@ def test_an_interrupt_that_came_while_they_were_off(tmp_path):
         assert lockstep.leader.exits()["interrupt"] > 0
 
 
-SEVERAL_AT_WORK = """
+AT_WORK = """
         start   3
         pause
         jmp     ap
+"""
+SEVERAL_AT_WORK = {
+    "spinning": f"""{AT_WORK}
 ap:     sti
 1:      lock incq TABLE(, %rdi, 8)
         rep nop
@@ -186,23 +189,34 @@ ap:     sti
         jnz     1b
         ipi     $0, $0xc0038
         jmp     1b
-"""
+""",
+    "asleep": f"""{AT_WORK}
+ap:     sti
+1:      lock incq TABLE(, %rdi, 8)
+        ipi     $0, $0xc0038
+        hlt
+        jmp     1b
+""",
+}
 
 
-def test_two_machines_with_three_cpus(tmp_path):
+@each_backend
+@pytest.mark.parametrize("name", SEVERAL_AT_WORK)
+def test_two_machines_with_three_cpus(backend, name, tmp_path):
     """In lockstep they agree; a fault in one CPU is found at its instruction, and which CPU's it is."""
-    program = Program(SEVERAL + SEVERAL_AT_WORK, board="pc", cpus=3).pause()
+    count = far(backend)
+    program = Program(SEVERAL + SEVERAL_AT_WORK[name], board="pc", cpus=3).pause()
     program.machine.save(tmp_path / "three")
     program.machine.close()
-    with Lockstep(tmp_path / "three", "emu", "emu") as lockstep:
-        assert lockstep.run(6000) is None
+    with Lockstep(tmp_path / "three", "emu", backend) as lockstep:
+        assert lockstep.run(count) is None
         assert len({cpu.save().rip for cpu in lockstep.leader.cpus}) > 1
 
-    def plant(machine, count):
-        if count == 4321:
+    def plant(machine, done):
+        if done == count - 321:
             cpu = machine.cpus[2]
             cpu.load(dataclasses.replace(cpu.save(), r9=7))
 
-    with Lockstep(tmp_path / "three", "emu", "emu", plant) as lockstep:
-        found = lockstep.run(6000)
+    with Lockstep(tmp_path / "three", "emu", backend, plant) as lockstep:
+        found = lockstep.run(count)
         assert found is not None and found.fields["cpu.2.r9"] == (0, 7)

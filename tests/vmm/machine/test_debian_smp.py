@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -107,3 +108,36 @@ def test_other_kernels_and_numbers(debian, package, cpus):
         assert not warnings(console.run("dmesg -r"))
         console.send("poweroff -f\n")
         assert machine.run() == Stopped(StopReason.EXIT, 0)
+
+
+COUNT = "i=0; s=0; while :; do i=$((i+1)); s=$((s+i)); echo cpu$0 $i $s; done"
+SUMS = f"for c in 0 1; do taskset $((1 << c)) sh -c '{COUNT}' $c & done"
+
+
+@pytest.mark.slow
+@pytest.mark.no_roundtrip("it goes from one backend to the other")
+@pytest.mark.parametrize("start", ["emu", "kvm"])
+def test_two_cpus_cross_to_the_other_backend_and_back(crossing, debian, tmp_path, start):
+    """Booted on one, saved at the shell and among two running sums, each on a CPU of its own."""
+    image = Image.from_files(debian / "vmlinux", debian / "initrd.img", CMDLINE)
+    config = MachineConfig(memory_bytes=256 << 20, board="pc", cpus=2)
+    machine = Machine.boot(config, image, start)
+    assert machine.run(until="shell ready") == Stopped(StopReason.PATTERN)
+    shown = bytearray()
+    for life, backend in enumerate((crossing, "emu", crossing, "emu")):
+        backend = backend if start == "emu" else "emu" if backend != "emu" else crossing
+        machine.save(tmp_path / f"{life}")
+        machine.close()
+        machine = Machine.restore(tmp_path / f"{life}", backend, allow=("tsc-rate",))
+        if not life:
+            assert Expect(machine, seconds=3000).run("nproc") == "2\n"
+            machine.send(f"{SUMS}\n")
+        for cpu in (0, 1, 0, 1):
+            assert machine.run(until=f"cpu{cpu} [0-9]+ [0-9]+\r") == Stopped(StopReason.PATTERN)
+        shown += machine.board.console.output
+    machine.close()
+    for cpu in (0, 1):
+        said = re.findall(rb"cpu%d (\d+) (\d+)\r" % cpu, shown)
+        numbers = [int(number) for number, _ in said]
+        assert numbers == sorted(numbers) and len(numbers) > 4
+        assert all(int(total) == int(number) * (int(number) + 1) // 2 for number, total in said)
