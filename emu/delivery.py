@@ -13,7 +13,7 @@ from emu import tasks
 from emu.descriptors import base_of, descriptor_of, limit_of
 from emu.engine import CONTRIBUTORY, HF2_NMI, MOST_DELIVERIES, NT, RF, TF, Engine
 from emu.instruction import length_behind
-from emu.linear import GP, MASK64, NP, PAGE_FAULT, TS, FaultError, read, write
+from emu.linear import GP, MASK64, NP, PAGE_FAULT, TS, FaultError, read, read_pieces, write
 from vmm.clock import Word
 from vmm.cpu.validity import IF, LMA, VM, WITH_ERROR_CODE
 
@@ -99,7 +99,7 @@ def _enter_real(engine: Engine, vector: int, rip: int) -> None:
     idt, code, stack = engine.segment("idtr"), engine.segment("cs"), engine.segment("ss")
     if vector * 4 + 3 > idt.limit:
         raise FaultError(GP, vector * 8 + 2)
-    target = read(engine, idt.base + vector * 4, 4)
+    target = read_pieces(engine, idt.base + vector * 4, 4, 2)
     words = [engine.rflags() & 0xFFFF, code.selector & 0xFFFF, rip & 0xFFFF]
     _set_rsp(engine, _push(engine, stack.base, engine.regs[4], 0xFFFF, 2, words), 0xFFFF)
     engine.eip.value = target & 0xFFFF
@@ -112,7 +112,7 @@ def _gate(engine: Engine, vector: int, size: int, types: tuple[int, ...], softwa
     idt, error = engine.segment("idtr"), vector * 8 + 2
     if vector * size + size - 1 > idt.limit:
         raise FaultError(GP, error)
-    gate = read(engine, idt.base + vector * size, size)
+    gate = read_pieces(engine, idt.base + vector * size, min(size, 12))  # the last is reserved, and not read
     kind = gate >> 40 & 0x1F
     if kind not in types:
         raise FaultError(GP, error)

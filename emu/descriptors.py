@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from emu.engine import Engine
-from emu.linear import FaultError, read
+from emu.linear import FaultError, read_pieces
 
 
 def descriptor_of(engine: Engine, selector: int, beyond: int) -> int:
@@ -11,7 +11,7 @@ def descriptor_of(engine: Engine, selector: int, beyond: int) -> int:
     table = engine.segment("ldtr" if selector & 4 else "gdtr")
     if (selector | 7) > table.limit:
         raise FaultError(beyond, selector & 0xFFFC)
-    return read(engine, table.base + (selector & ~7), 8)
+    return read_pieces(engine, table.base + (selector & ~7), 8)
 
 
 def base_of(descriptor: int) -> int:

@@ -14,7 +14,8 @@ _LONGEST = 15
 _WITHOUT_MODRM = frozenset((0x06, 0x30, 0x32))  # CLTS, WRMSR, RDMSR
 _GENERAL = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
 _PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
-_INT3, _INTO = 0xCC, 0xCE
+_REX = frozenset(range(0x40, 0x50))
+_INT3, _INT, _INTO = 0xCC, 0xCD, 0xCE
 _NOP, _PAUSE = 0x90, 0x90F3  # PAUSE is a NOP with a prefix
 
 
@@ -108,8 +109,11 @@ def length_behind(engine: Engine, block: int) -> int:
         if block:
             code = read(engine, _linear(engine, end - block), block).to_bytes(block, "little")
             sizes = [found.size for found in _decoder(engine).disasm(code, 0)]
-            left = block - sum(sizes)  # of a LOCK INT n, which the engine takes
-            return int(left or sizes[-1])
+            last = int(block - sum(sizes) or sizes[-1])  # what is left is of a LOCK INT n, which the engine takes
+            prefixes = _PREFIXES | _REX if _code64(engine) else _PREFIXES
+            bare = code[-last:].lstrip(bytes(prefixes))
+            if bare in (b"\xcc", b"\xce") or (len(bare) == 2 and bare[0] == _INT):
+                return last  # else something before it is longer to the decoder than to the engine
         return 1 if read(engine, _linear(engine, end - 1), 1) in (_INT3, _INTO) else 2
     except FaultError:  # it ran a moment ago; now nothing may be mapped there
         return 2

@@ -30,6 +30,11 @@ def read(engine: Engine, linear: int, size: int) -> int:
     return int.from_bytes(found, "little")
 
 
+def read_pieces(engine: Engine, linear: int, size: int, piece: int = 4) -> int:
+    """As `read`, but so many bytes at a time, which a device can tell. Raises FaultError."""
+    return sum(read(engine, linear + at, piece) << 8 * at for at in range(0, size, piece))
+
+
 def write(engine: Engine, linear: int, data: bytes) -> None:
     """All of it or, raising FaultError, nothing. What is not aligned goes byte by byte, which a device can tell."""
     places = [(physical(engine, at, write=True), part) for at, part in _pages(linear, len(data))]

@@ -74,6 +74,23 @@ def test_what_is_behind_an_int(code, length):
     engine.close()
 
 
+@pytest.mark.parametrize(
+    ("code", "length"),
+    [("cc", 1), ("ce", 1), ("cd05", 2), ("66cd05", 3), ("b466cd05", 2), ("f0cd05", 3), ("8feacdf0", 2), ("8feacc", 1)],
+)
+def test_what_is_behind_an_int_of_a_known_block(code, length):
+    """With its prefixes. Where the decoder sees a longer instruction (8F EA is POP to the engine, to it the beginning
+    of an XOP instruction), without."""
+    engine = layout.checked_engine()
+    ram = mmap.mmap(-1, 1 << 16)
+    engine.map_ram(0, 1 << 16, ctypes.addressof(ctypes.c_char.from_buffer(ram)))
+    size = len(code) // 2
+    ram[0x1000 : 0x1000 + size] = bytes.fromhex(code)
+    engine.eip.value = 0x1000 + size
+    assert length_behind(engine, size) == length
+    engine.close()
+
+
 def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(unicorn, "__version__", "2.2.0")
     with pytest.raises(BackendError, match=r"needs unicorn 2\.1\.4, this is 2\.2\.0"):

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.vmm.cpu import campaign, random_guests
@@ -99,6 +99,8 @@ _TABLES = slice(random_guests.TABLES, random_guests.TABLES + 0x4000)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=SEEDS)
+@example(seed=223)  # real: a table of vectors where no RAM is
+@example(seed=1048)  # vm86: POP with a register's number, and INT n behind it
 def test_machine_code_and_python_run_alike(benches, portable, kind, seed):
     guest = random_guests.draw(seed, kind)
     ends = []
