@@ -114,7 +114,8 @@ def length_behind(engine: Engine, block: int) -> int:
             bare = code[-last:].lstrip(bytes(prefixes))
             if bare in (b"\xcc", b"\xce") or (len(bare) == 2 and bare[0] == _INT):
                 return last  # else something before it is longer to the decoder than to the engine
-        return 1 if read(engine, _linear(engine, end - 1), 1) in (_INT3, _INTO) else 2
+        # A block of one byte is one of these, whatever a push of its own delivery wrote over it.
+        return 1 if block == 1 or read(engine, _linear(engine, end - 1), 1) in (_INT3, _INTO) else 2
     except FaultError:  # it ran a moment ago; now nothing may be mapped there
         return 2
 

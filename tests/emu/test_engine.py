@@ -76,7 +76,17 @@ def test_what_is_behind_an_int(code, length):
 
 @pytest.mark.parametrize(
     ("code", "length"),
-    [("cc", 1), ("ce", 1), ("cd05", 2), ("66cd05", 3), ("b466cd05", 2), ("f0cd05", 3), ("8feacdf0", 2), ("8feacc", 1)],
+    [
+        ("cc", 1),
+        ("ce", 1),
+        ("cd05", 2),
+        ("66cd05", 3),
+        ("b466cd05", 2),
+        ("f0cd05", 3),
+        ("8feacdf0", 2),
+        ("8feacc", 1),
+        ("48", 1),
+    ],
 )
 def test_what_is_behind_an_int_of_a_known_block(code, length):
     """With its prefixes. Where the decoder sees a longer instruction (8F EA is POP to the engine, to it the beginning
