@@ -52,7 +52,8 @@ _STEPPED = CHECKS.index("SYSCALL")  # the checks before it: in it processors dif
 _KEPT = "kvm.json"  # in the user's folder of caches
 _IMAGE = Path(__file__).with_name("selftest.bin")
 _FIRST, _LAST, _NOW, _OUTCOMES = 0x210000, 0x210008, 0x210010, 0x210100
-_TRIES = 3
+_TSC = CHECKS.index("the TSC as WRMSR sets it")
+_TRIES, _MOST_TRIES = 3, 10
 _PATIENCE_S = 5.0  # for what takes milliseconds; where KVM is emulated, a second
 _STRIDE, _MOST = 32, 2_000  # instructions: few at a time, where each takes a hundred times as long
 _TAIL = 20  # bytes of code from the last check to the end
@@ -112,14 +113,14 @@ def _machine(backend: str, first: int, last: int) -> Machine:
 
 
 def _failed(backend: str) -> list[str]:
-    """The checks that never hold. One that fails is tried again: KVM on a TSC that is not stable loses a guest's write
-    of it now and then."""
-    good: set[int] = set()
-    for _ in range(_TRIES):
-        good |= _passed(backend)
-        if len(good) == len(CHECKS):
+    """The checks that never hold. One that fails is tried again, and most often that of the TSC where it is the only
+    one: KVM on a TSC that is not stable loses a guest's write of it now and then."""
+    bad = set(range(len(CHECKS)))
+    for tried in range(_MOST_TRIES):
+        bad -= _passed(backend)
+        if not bad or (tried + 1 >= _TRIES and bad != {_TSC}):
             break
-    return [name for number, name in enumerate(CHECKS) if number not in good]
+    return [CHECKS[number] for number in sorted(bad)]
 
 
 def _passed(backend: str) -> set[int]:

@@ -53,6 +53,8 @@ def test_what_this_hosts_kvm_can_do(kvm):
     if host() == "kvm_pvm":
         assert "SYSCALL" in found.failed and "SYSCALL" in (found.runs or "")
         assert "single step is not to be relied on" in (found.stepping or "")
+    elif host() == "qemu-svm":  # its TSC is the host's, which is not stable on a busy one
+        assert set(found.failed) <= {"the TSC as WRMSR sets it"}
     else:
         assert found.failed == ()
     if host() is None:  # in QEMU's SVM a page fault after a single step may count as the second of two
