@@ -204,7 +204,7 @@ ap:     sti
 @pytest.mark.parametrize("name", SEVERAL_AT_WORK)
 def test_two_machines_with_three_cpus(backend, name, tmp_path):
     """In lockstep they agree; a fault in one CPU is found at its instruction, and which CPU's it is."""
-    count = far(backend)
+    count = min(far(backend), 2000)
     program = Program(SEVERAL + SEVERAL_AT_WORK[name], board="pc", cpus=3).pause()
     program.machine.save(tmp_path / "three")
     program.machine.close()

@@ -89,7 +89,7 @@ def test_two_processes_boot_alike(debian):
 
 
 @pytest.mark.no_roundtrip("it cuts by itself")
-@pytest.mark.parametrize("points", [20, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [12, pytest.param(300, marks=pytest.mark.slow)])
 def test_cut_over_the_boot(debian, tmp_path, points):
     report = cut_anywhere(partial(boot, debian), end=SHELL, points=points, folder=tmp_path, seed="smp", fresh=10)
     assert report.points == points
