@@ -39,7 +39,7 @@ def main() -> int:
     bare = c_loop()
     with machine:
         cpu: Any = machine.cpu
-        shared = ctypes.addressof(ctypes.c_char.from_buffer(cpu._at._shared))
+        shared = ctypes.addressof(ctypes.c_char.from_buffer(cpu._vcpu._shared))
         rows = []
         for _ in range(ROUNDS):
             started = time.perf_counter()
@@ -48,7 +48,7 @@ def main() -> int:
             cpu._alarm.set(0)  # C has no use for the end of our time slice
             cpu._alarm.quiet()
             started = time.perf_counter()
-            count = bare(cpu._vcpu, ctypes.c_void_p(shared), READS)
+            count = bare(cpu._fd, ctypes.c_void_p(shared), READS)
             theirs = time.perf_counter() - started
             assert count == READS
             machine.run()  # to the end of the round that C began

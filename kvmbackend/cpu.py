@@ -68,13 +68,13 @@ class KvmCpu(Cpu):
             if first is None:
                 undo.callback(vm.close)
             number, cpus = (0, 1) if self._apic is None else (self._apic.number, self._apic.cpus)
-            self._at = at = Vcpu(vm, number, cpus)
-            undo.callback(at.close)
-            at.set_tsc_khz(clock.tsc_khz)
-            self._vcpu, self._alarm = at.fd, Alarm(at.fd)
+            self._vcpu = vcpu = Vcpu(vm, number, cpus)
+            undo.callback(vcpu.close)
+            vcpu.set_tsc_khz(clock.tsc_khz)
+            self._fd, self._alarm = vcpu.fd, Alarm(vcpu.fd)
             undo.pop_all()
-        self._run8, self._run16 = at.run, at.run.cast("H")
-        self._run32, self._run64 = at.run.cast("I"), at.run.cast("Q")
+        self._run8, self._run16 = vcpu.run, vcpu.run.cast("H")
+        self._run32, self._run64 = vcpu.run.cast("I"), vcpu.run.cast("Q")
         self._ring32 = None if vm.ring is None else vm.ring.cast("I")
         self._words = clock.words
         self._pin = False
@@ -82,7 +82,7 @@ class KvmCpu(Cpu):
         self._cr8 = self._base = 0  # CR8 and IA32_APIC_BASE, as KVM was told last
         self._kicked = False
         self._halted = False
-        self._time = TimeKeeper(at, clock)
+        self._time = TimeKeeper(vcpu, clock)
         self._finisher: Cpu | None = None
         self._stepper: Stepper | None = None
         self._regs = abi.Regs()
@@ -154,7 +154,7 @@ class KvmCpu(Cpu):
             self._vm.defer_writes(port, on)
 
     def registers(self) -> tuple[int, ...]:
-        abi.call("KVM_GET_REGS", self._vcpu, abi.GET_REGS, self._regs)
+        abi.call("KVM_GET_REGS", self._fd, abi.GET_REGS, self._regs)
         return _registers(self._regs)
 
     def attend(self) -> None:
@@ -174,7 +174,7 @@ class KvmCpu(Cpu):
         if self._apic is not None:
             self._show_apic(self._apic)
         if self._stepper is None:
-            self._stepper = Stepper(self._at, self._ram, self._alarm, self._serve, self.save)
+            self._stepper = Stepper(self._vcpu, self._ram, self._alarm, self._serve, self.save)
         if interrupted:
             self._halted = self._pin = False
             vector = self._intr.acknowledge()
@@ -194,13 +194,13 @@ class KvmCpu(Cpu):
         self._take_posted()
 
     def save(self) -> CpuState:
-        saved = state.save(self._vcpu, self._halted, self._time.tsc())
+        saved = state.save(self._fd, self._halted, self._time.tsc())
         if self._apic is not None:
             saved.cr8 = self._apic.task_priority()
         return saved
 
     def load(self, saved: CpuState) -> None:
-        state.load(self._vcpu, saved, self._base)
+        state.load(self._fd, saved, self._base)
         self._clock.prepaid = 0  # time is not counted in code here: what was paid for and not run is forgotten
         self._run64[_CR8] = self._cr8 = saved.cr8
         self._halted = saved.halted
@@ -245,7 +245,7 @@ class KvmCpu(Cpu):
         for view in (self._run16, self._run32, self._run64, self._ring32):
             if view is not None:
                 view.release()
-        self._at.close()
+        self._vcpu.close()
         if self._first:
             self._vm.close()
 
@@ -253,7 +253,7 @@ class KvmCpu(Cpu):
 
     def _enter(self, end: int) -> Exit:
         """Run until guest time `end` (in quarters of a ns), a halt, a kick or a failure."""
-        vcpu, run8, run32, run64, words = self._vcpu, self._run8, self._run32, self._run64, self._words
+        fd, run8, run32, run64, words = self._fd, self._run8, self._run32, self._run64, self._words
         exits, ring, keeper, apic = self._exits, self._ring32, self._time, self._apic
         port_in, port_out = self._bus.port_in, self._bus.port_out
         while True:
@@ -264,7 +264,7 @@ class KvmCpu(Cpu):
             if self._pin and not run8[_IMMEDIATE_EXIT]:
                 self._offer_interrupt()
             try:
-                ioctl(vcpu, _RUN, 0)
+                ioctl(fd, _RUN, 0)
             except InterruptedError:
                 exits["signal"] += 1
                 self._alarm.quiet()
@@ -326,19 +326,19 @@ class KvmCpu(Cpu):
             vector = self._intr.acknowledge()
             if self._intr.pending():
                 self._pin = True
-            ioctl(self._vcpu, abi.INTERRUPT, vector.to_bytes(4, "little"))
+            ioctl(self._fd, abi.INTERRUPT, vector.to_bytes(4, "little"))
             run8[_READY] = 0
         run8[_WINDOW] = self._pin
 
     def _hand_over_nmi(self) -> bool:
         """Hand an NMI over where the CPU can take it. False: not now."""
         assert self._apic is not None
-        if state.nmi_waits(self._vcpu):
+        if state.nmi_waits(self._fd):
             return False
         if not self._apic.take_nmi():
             self._waits_at_apic = False  # it is something else
             return False
-        ioctl(self._vcpu, abi.NMI, 0)
+        ioctl(self._fd, abi.NMI, 0)
         return True
 
     def _take_cr8(self, apic: Apic) -> None:
@@ -352,7 +352,7 @@ class KvmCpu(Cpu):
         self._run64[_CR8] = self._cr8 = apic.task_priority()
         if (base := apic.base()) != self._base:
             self._base = base
-            state.set_apic_base(self._vcpu, base)
+            state.set_apic_base(self._fd, base)
 
     def _serve(self, reason: int) -> None:
         """What _enter does with an exit, without its haste."""
@@ -463,7 +463,7 @@ class KvmCpu(Cpu):
                 return stop
             case Halted():
                 self._halted = True
-        state.load(self._vcpu, finisher.save(), self._base)
+        state.load(self._fd, finisher.save(), self._base)
         self._run64[_CR8] = self._cr8 = before.cr8
         self._look()
         return stop if self._halted else None
@@ -472,7 +472,7 @@ class KvmCpu(Cpu):
         """A KVM_RUN that runs nothing: what it says of IF and of readiness is of the state just loaded."""
         self._run8[_IMMEDIATE_EXIT] = 1
         try:
-            ioctl(self._vcpu, _RUN, 0)
+            ioctl(self._fd, _RUN, 0)
         except InterruptedError:
             pass
         except OSError as error:
@@ -481,7 +481,7 @@ class KvmCpu(Cpu):
 
     def _rip(self) -> int:
         regs = abi.Regs()
-        abi.call("KVM_GET_REGS", self._vcpu, abi.GET_REGS, regs)
+        abi.call("KVM_GET_REGS", self._fd, abi.GET_REGS, regs)
         return int(regs.rip)
 
 
