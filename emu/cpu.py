@@ -29,7 +29,7 @@ import mmap
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import unicorn
 from unicorn import x86_const as x86
@@ -348,11 +348,7 @@ class EmuCpu(Cpu):
         apic, engine = self.apic, self._engine
         assert apic is not None
         if apic.begins_anew():
-            if apic.take_init():
-                begun = startup.init(self.save())
-                self.load(replace(begun, halted=apic.number != 0))
-            if (vector := apic.take_sipi()) is not None:
-                self.load(startup.start_up(self.save(), vector))
+            startup.begin_anew(self, apic)
             return None
         if engine.nmi_blocked or engine.hflags.value & HF_INHIBIT_IRQ:
             return None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from fcntl import ioctl
 from operator import attrgetter
 
@@ -159,13 +158,8 @@ class KvmCpu(Cpu):
 
     def attend(self) -> None:
         """Do an INIT, or the start-up message that is waited for."""
-        apic = self._apic
-        if apic is None or not self._waits_at_apic:
-            return
-        if apic.take_init():
-            self.load(replace(startup.init(self.save()), halted=apic.number != 0))
-        if (vector := apic.take_sipi()) is not None:
-            self.load(startup.start_up(self.save(), vector))
+        if self._apic is not None and self._waits_at_apic:
+            startup.begin_anew(self, self._apic)
 
     def step(self, arrive: int, interrupted: bool, entered: bool, sysret: bool) -> None:
         """One instruction as another CPU ran it, which came to RIP `arrive`: after an interrupt, into a handler."""
