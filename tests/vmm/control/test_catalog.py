@@ -185,7 +185,7 @@ def test_many_snapshots_are_each_read_once(machine, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     home = catalog.folder("box")
     machine.save(home / "0.snapshot")
-    for n in range(1, 15):
+    for n in range(1, 40):
         machine.run(position=machine.position + 100)
         machine.save(home / f"{n}.snapshot", parent=home / f"{n - 1}.snapshot")
     for each in home.iterdir():
@@ -201,7 +201,7 @@ def test_many_snapshots_are_each_read_once(machine, tmp_path, monkeypatch):
     for action in (lambda: catalog.entries(), lambda: catalog.newest("box"), lambda: catalog.prune("box", 1)):
         opened.clear()
         action()
-        assert len(opened) == 15
+        assert len(opened) == 40
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path, monkeypatch):

@@ -9,10 +9,13 @@ sends one.
 
 from __future__ import annotations
 
-SEVERAL = """
-        .equ    COUNTS, 0x2e0000
+COUNTS, TABLE = 0x2E0000, 0x2E1000
+SEVERAL = f"""
+        .equ    COUNTS, {COUNTS:#x}
+        .equ    TABLE, {TABLE:#x}                 # for the test
+"""
+SEVERAL += """
         .equ    ONLINE, 0x2e0ff8
-        .equ    TABLE, 0x2e1000                 # for the test
         .equ    AT, 0x20000                     # of the trampoline
         .macro  ipi     destination, low        # by ICR
         movl    \\destination, 0x310(%rbx)

@@ -78,7 +78,7 @@ def test_a_woken_and_a_rewound_machine_run_as_the_one_that_was_never_saved(bench
 
 
 @pytest.mark.parametrize("kind", ["guests", "states"])
-@pytest.mark.parametrize(("portable", "count"), [("", 400), ("1", 100)])
+@pytest.mark.parametrize(("portable", "count"), [("", 400), ("1", 150)])
 def test_nothing_dies_hangs_or_escapes(kind, portable, count, monkeypatch):
     """A few of them; `python -m tests.vmm.cpu.campaign` runs any number."""
     monkeypatch.setenv("ANYHYVE_PORTABLE", portable)

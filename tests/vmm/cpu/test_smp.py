@@ -11,7 +11,7 @@ from emu.cpu import EmuCpu
 from snapshot.errors import SnapshotError
 from tests.conftest import BACKENDS
 from tests.vmm.cpu.program import Program
-from tests.vmm.cpu.several import SEVERAL
+from tests.vmm.cpu.several import COUNTS, SEVERAL, TABLE
 from tests.vmm.machine.each_instruction import cut_at_each
 from vmm.cpu.turns import PATIENCE
 from vmm.errors import RequestError
@@ -19,7 +19,6 @@ from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-COUNTS, TABLE = 0x2E0000, 0x2E1000
 SLEEP = """
 ap:     sti
 1:      hlt

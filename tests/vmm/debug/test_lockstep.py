@@ -9,13 +9,12 @@ import pytest
 from tests.conftest import BACKENDS, OWN
 from tests.vmm.cpu.hosts import host
 from tests.vmm.cpu.program import Program
-from tests.vmm.cpu.several import SEVERAL
+from tests.vmm.cpu.several import SEVERAL, TABLE
 from vmm.debug.lockstep import Lockstep
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
 
 START, COUNT = 4_477_000, 6_000  # system calls, a fault, port I/O, a halt and a tick lie ahead
-TABLE = 0x2E1000  # see tests.vmm.cpu.several
 QUIET = 300_000  # a user program with nothing of the sort
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
@@ -181,8 +180,8 @@ AT_WORK = """
         pause
         jmp     ap
 """
-SEVERAL_AT_WORK = {
-    "spinning": f"""{AT_WORK}
+SEVERAL_AT_WORK = {  # and for how many instructions
+    "spinning": (COUNT, f"""{AT_WORK}
 ap:     sti
 1:      lock incq TABLE(, %rdi, 8)
         rep nop
@@ -190,23 +189,24 @@ ap:     sti
         jnz     1b
         ipi     $0, $0xc0038
         jmp     1b
-""",
-    "asleep": f"""{AT_WORK}
+"""),
+    "asleep": (2000, f"""{AT_WORK}
 ap:     sti
 1:      lock incq TABLE(, %rdi, 8)
         ipi     $0, $0xc0038
         hlt
         jmp     1b
-""",
-}
+"""),
+}  # fmt: skip
 
 
 @each_backend
 @pytest.mark.parametrize("name", SEVERAL_AT_WORK)
 def test_two_machines_with_three_cpus(backend, name, tmp_path):
     """In lockstep they agree; a fault in one CPU is found at its instruction, and which CPU's it is."""
-    count = min(far(backend), 2000)
-    program = Program(SEVERAL + SEVERAL_AT_WORK[name], board="pc", cpus=3).pause()
+    most, source = SEVERAL_AT_WORK[name]
+    count = min(far(backend), most)
+    program = Program(SEVERAL + source, board="pc", cpus=3).pause()
     program.machine.save(tmp_path / "three")
     program.machine.close()
     with Lockstep(tmp_path / "three", "emu", backend) as lockstep:
