@@ -141,15 +141,15 @@ class EmuCpu(Cpu):
             refused, time = words[_REFUSED], words[_TIME]
             if not refused or words[_LIMIT] != nearest or not time < nearest < time + refused:
                 continue
-            # The next block crosses the limit. A deadline waits for its end; an exact stop goes into it.
-            if nearest == look:
-                if (ended := self._enter(time + refused)) is not None:
-                    return ended
-            elif clock.position + refused > self._stop_at:  # type: ignore[operator]
+            # The next block crosses the limit. An exact stop goes into it, also behind a deadline; a deadline waits for
+            # its end.
+            if self._stop_at is not None and clock.position + refused > self._stop_at:
                 words[_TIME] = time + refused
                 clock.prepaid = refused
                 if (stopped := self._finish_block()) is not None:
                     return stopped
+            elif (ended := self._enter(time + refused)) is not None:
+                return ended
 
     def kick(self) -> None:
         self._core.kicked = True

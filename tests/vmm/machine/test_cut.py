@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.vmm.cpu.program import Program
 from tests.vmm.machine import where
 from vmm.machine.machine import Machine, Stopped, StopReason
 
@@ -68,6 +69,19 @@ def test_cut_anywhere(boot_own, tmp_path):
     states = cut_at(boot_own, positions, tmp_path, fresh={3, 33})
     assert {state.cs.selector & 3 for state in states} == {0, 3}
     assert any(state.interrupt_shadow for state in states) and any(state.halted for state in states)
+
+
+def test_an_exact_stop_behind_a_deadline_in_the_same_block():
+    """The deadline waits for the block's end, the stop does not."""
+    passed = 0
+    with Program("1: .rept 200; nop; .endr; jmp 1b").machine as machine:
+        machine.run(position=10_000)
+        for _ in range(40):
+            goal, deadline = machine.position + 100, machine.clock.now_ns() + 15
+            assert machine.run(position=goal, until_ns=deadline) == Stopped(StopReason.POSITION)
+            assert goal <= machine.position < goal + 5, "the longest instruction here has five bytes"
+            passed += machine.clock.now_ns() > deadline
+    assert passed > 5
 
 
 @pytest.mark.slow
