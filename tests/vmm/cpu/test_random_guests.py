@@ -19,6 +19,10 @@ from vmm.cpu import backends
 from vmm.machine.machine import Machine
 from vmm.machine.stop import Stopped, StopReason
 
+# The quick tests draw the same guests each time. One in five hundred of others shows what is known and not mended: RCL
+# and RCR of memory that faults push wrong flags, a walk through tables where no RAM is costs other time, tables that
+# are written over are still used, and an interrupt is taken at a position or is to come.
+QUICK = settings.get_current_profile_name() != "nightly"
 SEEDS = st.integers(0, (1 << 40) - 1)
 
 
@@ -68,10 +72,8 @@ def in_lockstep(benches: tuple[Bench, Bench], guest: Guest, at: int, steps: int,
     return done
 
 
-# The same guests each time: of other ones two in a thousand write over page tables that the engine still keeps, or meet
-# a flag that it forgets where a later instruction of the block faults.
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, derandomize=QUICK, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=SEEDS, at=st.integers(1, 3000))
 def test_a_woken_and_a_rewound_machine_run_as_the_one_that_was_never_saved(benches, tmp_path, kind, seed, at):
     in_lockstep(benches, random_guests.draw(seed, kind), at, 100, tmp_path)
@@ -99,7 +101,7 @@ _TABLES = slice(random_guests.TABLES, random_guests.TABLES + 0x4000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, derandomize=QUICK, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=SEEDS)
 @example(seed=223)  # real: a table of vectors where no RAM is
 @example(seed=69215839)  # compat ring 0: INT3 that is written over meanwhile
@@ -112,6 +114,7 @@ def test_machine_code_and_python_run_alike(benches, portable, kind, seed):
         stop = machine.run(position=machine.position + 3000, until_ns=machine.clock.now_ns() + 50_000)
         before, after = guest.memory[_TABLES], machine.ram.slice(_TABLES.start, 0x4000)
         assume(all((a ^ b) & ~0x60 == 0 for a, b in zip(before, after, strict=True)))  # accessed and dirty
+        after[:] = before  # when these bits are set is the processor's affair (SDM vol. 3, 4.8)
         ends.append((stop, machine.position, machine.clock.now_ns(), machine.digests()))
     assert ends[0] == ends[1]
 
