@@ -45,6 +45,9 @@ def test_each_has_its_number(backend):
         """
         start   4
         call    tell
+1:      rep nop
+        cmpl    $4, TABLE + 0x100
+        jb      1b
         jmp     done
 tell:   push    %rbx
         mov     $1, %eax
@@ -67,9 +70,7 @@ tell:   push    %rbx
         lock incl TABLE + 0x100
         ret
 ap:     call    tell
-        cmpl    $4, TABLE + 0x100
-        jb      ap2
-ap2:    cli
+        cli
         hlt
 """,
         backend=backend,
@@ -256,6 +257,9 @@ def test_each_has_a_time_stamp_counter_of_its_own(backend):
         jne     1b
         rdtsc
         mov     %edx, %eax                      # nothing of the other's
+1:      rep nop
+        cmpl    $0, TABLE + 8
+        je      1b
         jmp     done
 ap:     rep nop
         cmpl    $1, TABLE
