@@ -51,6 +51,8 @@ UNSTEADY = {
         "page fault without": "KVM injects the page fault, and QEMU's SVM may count it as the first of two or not",
         "not_present[0xf-False": "RIP may be behind an INT n whose delivery faults",
         "not_present[0-False": "RIP may be behind an INT n whose delivery faults",
+        "sti_then_cli": "an interrupt of the host's in the shadow of STI or MOV SS ends it in QEMU's SVM",
+        "holds_interrupts_back": "an interrupt of the host's in the shadow of STI or MOV SS ends it in QEMU's SVM",
         "breakpoint_is_of_one_cpu": "in QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next",
         "breakpoint-kvm": "in QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next",
         "writes-kvm": "in QEMU's SVM a guest's breakpoints stay armed behind it, for whoever runs next",
