@@ -485,8 +485,8 @@ _registers: Callable[[abi.Regs], tuple[int, ...]] = attrgetter(*REGISTERS)
 def probe() -> str:
     """Make a machine, and say how this host's KVM runs one. Raises BackendError."""
     with _scratch() as vcpu:
-        khz, posts = vcpu.tsc_khz, vcpu.vm.ring is not None
-    return f"TSC at {khz / 1000:.0f} MHz, posted port writes: {'yes' if posts else 'no'}"
+        khz, posts, cpus = vcpu.tsc_khz, vcpu.vm.ring is not None, abi.extension(vcpu.vm.fd, abi.CAP_MAX_VCPUS)
+    return f"TSC at {khz / 1000:.0f} MHz, up to {cpus} CPUs in turns, posted port writes: {'yes' if posts else 'no'}"
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,12 +65,10 @@ def fuzz(
     ends it early, and leaves what it has."""
     try:
         from vmm.testing import fuzz as engine
-        from vmm.testing.subject import chips
     except ImportError as error:
         raise BackendError(f"{error.name} is not installed: pip install 'anyhyve[test]'") from None
     sys.path.insert(0, os.getcwd())  # for MODULE:CLASS
-    names = list(chips()) if devices == ("all",) else list(dict.fromkeys(devices))
-    starts = _starts(names, snapshot)
+    starts = _starts(devices, snapshot)
     try:
         with _workers(scheduler, jobs) as (executor, count), _progress(as_json) as progress:
             report = engine.campaign(
@@ -100,13 +98,13 @@ def fuzz(
     sys.exit(1 if report.finds else 0)
 
 
-def _starts(names: list[str], snapshot: Path | None) -> list[Any]:
+def _starts(names: Sequence[str], snapshot: Path | None) -> list[Any]:
     """Where each device begins: its state in the snapshot, found by its part's name, for somebody's class by the
-    state's; else its state after power-on. Raises SnapshotError."""
+    state's; else its state after power-on. "all" are those of the boards, and of each CPU in the snapshot. Raises
+    RequestError, BackendError, SnapshotError."""
     from vmm.testing.fuzz import Start
-    from vmm.testing.subject import Subject
+    from vmm.testing.subject import MOST, Subject, chips
 
-    subjects = [Subject.named(name) for name in names]
     parts, now = {}, 0
     if snapshot is not None:
         with Chain(snapshot) as chain:
@@ -114,8 +112,10 @@ def _starts(names: list[str], snapshot: Path | None) -> list[Any]:
             clock = GuestClock(MachineConfig().tsc_khz)
             clock.load(decode_part(next(with_state(parts, ClockState)), ClockState))
             now = clock.now_ns()
+    if tuple(names) == ("all",):
+        names = [*chips(), *(name for name in parts if name in chips(MOST))]
     starts = []
-    for subject in subjects:
+    for subject in (Subject.named(name) for name in dict.fromkeys(names)):
         wanted = subject.device.State
         part = parts.get(subject.name) or next(with_state(parts, wanted), None)
         state = wanted() if part is None else decode_part(part, wanted)

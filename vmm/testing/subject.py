@@ -14,7 +14,7 @@ from typing import Any
 from snapshot import field_types as types
 from snapshot.errors import SnapshotError
 from vmm.board import declared, kinds
-from vmm.board.board import BOARDS, slots
+from vmm.board.board import BOARDS, MOST_CPUS, slots
 from vmm.board.config import DeviceConfig, MachineConfig
 from vmm.board.slot import At, Slot
 from vmm.bus import Bus
@@ -27,12 +27,14 @@ from vmm.testing.rig import Build, Rig, on_a_board, wiring
 
 BANK = 0x100  # banks of a device that is on no board are put this far apart, or twice, three times ...
 MEMORY = 0xF000_0000  # and from here on in memory
+MOST = max(MOST_CPUS.values())
 
 
 @functools.cache
-def chips() -> dict[str, Slot]:
-    """What is on the boards there are, by the names of their parts."""
-    return {slot.id: slot for board in BOARDS for slot in slots(MachineConfig(board=board))}
+def chips(cpus: int = 1) -> dict[str, Slot]:
+    """What is on the boards there are, by the names of their parts, with so many CPUs where they can have as many."""
+    boards = (MachineConfig(board=board, cpus=min(cpus, MOST_CPUS.get(board, 1))) for board in BOARDS)
+    return {slot.id: slot for board in boards for slot in slots(board)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Subject:
     def named(cls, name: str) -> Subject:
         """A part of the board ("com1"), a kind of device ("uart"), or somebody's class ("package.module:Class"). Raises
         RequestError, BackendError."""
-        if (slot := chips().get(name)) is not None:
+        if (slot := chips(MOST).get(name)) is not None:
             # A function of PCI is where a guest puts it.
             at = slot.at if slot.function is None else _places(slot.device)
             return cls(name, slot.device, on_a_board(slot), at)

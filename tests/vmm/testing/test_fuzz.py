@@ -19,7 +19,8 @@ from snapshot import schema, versions
 from snapshot.errors import SnapshotError
 from tests.vmm.cli.test_main import MAIN, anyhyve, refusal
 from vmm.errors import BackendError, RequestError
-from vmm.machine.machine import Machine
+from vmm.guest.image import Image
+from vmm.machine.machine import Machine, MachineConfig
 from vmm.qtest.board import Command, parse
 from vmm.testing import Case, Subject
 from vmm.testing import fuzz as engine
@@ -233,6 +234,17 @@ def test_the_board_is_clean(tmp_path, boot_own):
     report = json.loads(done.stdout)
     assert report["finds"] == [] and report["executions"].keys() == set(PARTS) and report["per_second"] > 0
     assert sorted(p.name for p in (tmp_path / "anyhyve-fuzz").iterdir()) == sorted(PARTS)
+
+
+def test_all_are_those_of_each_cpu_in_the_snapshot(tmp_path):
+    from vmm.cli.fuzz import _starts
+
+    with Machine.boot(MachineConfig(memory_bytes=2 << 20, cpus=3, board="pc"), Image(b"\xf4", flat=True)) as machine:
+        machine.board.devices["lapic.2"].state.tpr = 0x20
+        machine.save(tmp_path / "three")
+    starts = {start.device: start for start in _starts(["all"], tmp_path / "three")}
+    assert starts.keys() == {*PARTS, "lapic.1", "lapic.2"}
+    assert starts["lapic.2"].golden["tpr"] == 0x20
 
 
 def test_it_begins_where_the_snapshot_is(tmp_path, boot_own, broken):
