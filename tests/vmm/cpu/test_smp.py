@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import closing
 
 import pytest
@@ -543,6 +544,18 @@ def test_a_rewound_machine_runs_as_the_first_time():
             ends.append(machine.digests())
             machine.rewind(moment, verify=True)
         assert ends[0] == ends[1] == ends[2]
+
+
+@pytest.mark.slow
+@pytest.mark.no_roundtrip("it rewinds by itself")
+def test_ten_thousand_verified():
+    draw = random.Random("verified")
+    with closing(program(BUSY).machine) as machine:
+        machine.run(until_ns=300_000)
+        moment = machine.moment()
+        for _ in range(10_000):
+            machine.run(position=machine.position + draw.randrange(1, 20_000))
+            machine.rewind(moment, verify=True)
 
 
 # --- a file

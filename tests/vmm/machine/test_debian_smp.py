@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 
+from tests.vmm.machine import stress
 from tests.vmm.machine.test_debian_pc import CMDLINE, packaged, warnings
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig, Stopped, StopReason
@@ -16,6 +17,7 @@ from vmm.testing.cuts import cut_anywhere
 from vmm.testing.expect import Expect
 
 pytestmark = pytest.mark.debian
+STRESSORS = {"cpu": 40, "matrix": 400, "fork": 200, "futex": 4000, "pipe": 20_000, "switch": 4000}
 SHELL = 4_560_000_000  # bytes of code to its shell, near enough to draw positions from
 CPUS = 4
 
@@ -108,6 +110,45 @@ def test_other_kernels_and_numbers(debian, package, cpus):
         assert not warnings(console.run("dmesg -r"))
         console.send("poweroff -f\n")
         assert machine.run() == Stopped(StopReason.EXIT, 0)
+
+
+@pytest.mark.slow
+def test_code_that_the_kernel_writes_over(debian):
+    """ftrace puts a call into each function of the kernel and takes it out again, and every CPU runs what is there."""
+    with boot(debian) as machine:
+        console = Expect(machine, seconds=600)
+        console.expect("shell ready")
+        console.run("mount -t tracefs none /sys/kernel/tracing")
+        assert int(console.run("wc -l < /sys/kernel/tracing/available_filter_functions")) > 20_000
+        for _ in range(2):
+            console.run("cd /sys/kernel/tracing && echo function > current_tracer")
+            console.run("for mask in 1 2 4 8; do taskset $mask ls / > /dev/null; done")
+            console.run("echo 0 > /sys/kernel/tracing/tracing_on")
+            for cpu in range(CPUS):
+                assert int(console.run(f"grep -c '\\[00{cpu}\\]' /sys/kernel/tracing/trace")) > 1000
+            console.run("cd /sys/kernel/tracing && echo nop > current_tracer && echo 1 > tracing_on && echo > trace")
+            console.run("for mask in 1 2 4 8; do taskset $mask ls / > /dev/null; done")
+            assert console.run("grep -vc '^#' /sys/kernel/tracing/trace; true") == "0\n"
+        assert not warnings(console.run("dmesg -r"))
+
+
+@pytest.mark.slow
+def test_programs_that_check_what_they_compute(debian, tmp_path):
+    """stress-ng on four CPUs: arithmetic, new processes, locks, pipes and changes of context."""
+    more = stress.archive(tmp_path / "stress")
+    initrd = (debian / "initrd.img").read_bytes() + more
+    image = Image((debian / "vmlinux").read_bytes(), initrd=initrd, cmdline=CMDLINE)
+    with Machine.boot(MachineConfig(memory_bytes=512 << 20, board="pc", cpus=CPUS), image) as machine:
+        console = Expect(machine, seconds=3000)
+        console.expect("shell ready")
+        console.run("mkdir -p /lib64 && ln -s /stress/lib/ld-linux-x86-64.so.2 /lib64/")
+        for stressor, ops in STRESSORS.items():
+            done = console.run(
+                f"cd /tmp && LD_LIBRARY_PATH=/stress/lib /stress/stress-ng --{stressor} {CPUS} --{stressor}-ops {ops}"
+                " --verify --metrics-brief 2>&1; echo status $?"
+            )
+            assert "status 0" in done and "successful run completed" in done, done
+        assert not warnings(console.run("dmesg -r"))
 
 
 COUNT = "i=0; s=0; while :; do i=$((i+1)); s=$((s+i)); echo cpu$0 $i $s; done"
