@@ -60,6 +60,7 @@ bench: guest
 	$(BIN)/python -m bench.port_read
 	$(BIN)/python -m bench.kvm_exit
 	$(BIN)/python -m bench.kvm_restore
+	$(BIN)/python -m bench.kvm_threads
 
 lint: .venv/done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
