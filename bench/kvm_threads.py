@@ -16,7 +16,7 @@ from vmm.errors import BackendError
 from vmm.guest.image import Image
 from vmm.machine.machine import Machine, MachineConfig
 
-WORK = (1, 100, 1_000, 10_000)  # instructions of two bytes between two exits
+WORK = (1, 100, 1_000, 10_000)  # times round a loop of two instructions between two exits
 SECONDS, TURN, ROUNDS = 0.6, 0.002, 7
 
 
