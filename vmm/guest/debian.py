@@ -201,7 +201,8 @@ def _download(scratch: Path, progress: Callable[[str], None]) -> tuple[Path, Pat
     """The kernel's and busybox's packages as files in `scratch`."""
     kernel = _download_kernel(scratch, progress, KERNELS)
     progress(f"downloading {BUSYBOX}")
-    return kernel, _download_one(scratch / BUSYBOX, BUSYBOX + _suffix(scratch)[0])
+    (busybox,) = download(scratch / BUSYBOX, BUSYBOX + _suffix(scratch)[0])
+    return kernel, busybox
 
 
 def _download_kernel(scratch: Path, progress: Callable[[str], None], kernels: Sequence[str]) -> Path:
@@ -212,7 +213,8 @@ def _download_kernel(scratch: Path, progress: Callable[[str], None], kernels: Se
     suffix, host = _suffix(scratch)
     kernel = _newest_kernel(scratch, suffix, host, kernels)
     progress(f"downloading {kernel}")
-    return _download_one(scratch / kernel, kernel + suffix)
+    (package,) = download(scratch / kernel, kernel + suffix)
+    return package
 
 
 def _suffix(scratch: Path) -> tuple[str, str]:
@@ -236,16 +238,17 @@ def _newest_kernel(scratch: Path, suffix: str, host: str, kernels: Sequence[str]
     raise GuestError(f"apt's package lists have none of {', '.join(kernels)}: run apt-get update")
 
 
-def _download_one(folder: Path, package: str) -> Path:
+def download(folder: Path, *packages: str) -> list[Path]:
+    """Make `folder`, with Debian's packages of these names in it, by apt. Raises GuestError."""
     folder.mkdir()
     command = ["apt-get", "download", "-qq", "-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=30"]
     if os.geteuid() == 0:
         command += ["-o", "APT::Sandbox::User=root"]  # its own user could not write to our folder, and it says so
-    done = _run([*command, package], folder)
+    done = _run([*command, *packages], folder)
     found = sorted(folder.glob("*.deb"))
-    if done.returncode or not found:
-        raise GuestError(f"apt-get could not download {package}: {_reason(done.stderr)}")
-    return found[0]
+    if done.returncode or len(found) < len(packages):
+        raise GuestError(f"apt-get could not download {', '.join(packages)}: {_reason(done.stderr)}")
+    return found
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from vmm.errors import GuestError
+from vmm.guest.debian import download
 from vmm.guest.newc import Archive
 
 # What its libraries are in; those that a newer one needs besides are named when they are missed.
@@ -24,19 +25,12 @@ PACKAGES = [
 def archive(folder: Path) -> bytes:
     """A cpio archive with /stress/stress-ng and /stress/lib, to be put behind a guest's initial RAM disk. Skips the
     test where the packages cannot be had."""
-    folder.mkdir()
-    command = ["apt-get", "download", "-qq", "-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=30"]
-    if os.geteuid() == 0:
-        command += ["-o", "APT::Sandbox::User=root"]
     try:
-        fetched = subprocess.run([*command, *PACKAGES], cwd=folder, capture_output=True, text=True)
-        if fetched.returncode:
-            pytest.skip(f"stress-ng cannot be had: {fetched.stderr.strip().splitlines()[-1]}")
-        for package in folder.glob("*.deb"):
+        for package in download(folder, *PACKAGES):
             subprocess.run(["dpkg-deb", "--extract", package, folder / "root"], check=True)
         found = _with_libraries(folder / "root")
-    except FileNotFoundError as error:
-        pytest.skip(f"no {error.filename} on this machine")
+    except (GuestError, FileNotFoundError) as error:
+        pytest.skip(f"stress-ng cannot be had: {error}")
     packed = Archive()
     for directory in ("stress", "stress/lib"):
         packed.directory(directory)
